@@ -151,12 +151,19 @@ impl Claimed {
 
     /// Whether users other than its owner can reach sockets in the directory.
     pub fn is_shared(&self) -> bool {
-        std::fs::metadata(&self.dir).is_ok_and(|data| data.mode() & 0o011 != 0)
+        rustix::fs::fstat(&self.lock).is_ok_and(|data| data.st_mode & 0o011 != 0)
     }
 
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.dir
+    }
+
+    /// Lets another bus use the directory, also while other descriptors of the lock are open. For
+    /// the end: the kernel may keep a process that ends, because it closes a descriptor whose file
+    /// system does not answer.
+    pub fn release(&self) {
+        let _ = flock(&self.lock, FlockOperation::NonBlockingUnlock);
     }
 
     fn remove_stale(&self) -> Result<()> {

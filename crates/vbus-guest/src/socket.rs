@@ -8,20 +8,20 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::inotify;
 use rustix::io::Errno;
+use serde_json::{Value, json};
+use vbus_control::Connection;
 use vbus_process::{ClientError, Patience, Process};
 
-use crate::source::{Found, Interrupt, Source};
+use crate::source::{Found, InUse, Interrupt, Source};
 use vbus_cli::rundir;
 
 /// The bytes of memory that a device can reach. The system allocates a page when it is first used.
 const MEMORY_BYTES: u64 = 256 << 20;
-/// How long a server may take to notice that it has lost a client.
-const BUSY: Duration = Duration::from_secs(1);
 /// How long a bus may take to answer a request.
 const ANSWER: Duration = Duration::from_secs(1);
 
@@ -59,19 +59,34 @@ impl Source for SocketSource {
         Ok(sockets)
     }
 
+    fn in_use(&self) -> Vec<InUse> {
+        let SocketSource::Dir(dir) = self else { return Vec::new() };
+        // Who may not ask the bus asks the devices.
+        let listed = Connection::connect(&dir.join(rundir::CONTROL), "the bus", ANSWER)
+            .map_err(anyhow::Error::from)
+            .and_then(|mut bus| bus.stream(&json!({ "op": "list" }), &mut drop));
+        let Ok(Value::Array(devices)) = listed else { return Vec::new() };
+        let used = |device: &Value| {
+            let text = |key: &str| device[key].as_str().map(str::to_owned);
+            let socket = PathBuf::from(text("socket")?);
+            let used = device["connected"].as_bool()?;
+            used.then_some(InUse {
+                id: dir.join(socket.file_name()?).display().to_string(),
+                name: text("name")?,
+                class: text("class")?,
+                state: text("state")?,
+            })
+        };
+        devices.iter().filter_map(used).collect()
+    }
+
     fn look(&self, id: &str) -> Result<Process> {
-        let until = Instant::now() + BUSY;
-        loop {
-            match Process::connect(id, MEMORY_BYTES) {
-                Ok(process) => return Ok(process),
-                Err(ClientError::Refused { errno: Errno::BUSY, .. }) if Instant::now() < until => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                Err(ClientError::Refused { errno: Errno::BUSY, .. }) => {
-                    bail!("in use by another driver")
-                }
-                Err(error) => return Err(error.into()),
+        match Process::connect(id, MEMORY_BYTES) {
+            Ok(process) => Ok(process),
+            Err(ClientError::Refused { errno: Errno::BUSY, .. }) => {
+                bail!("in use by another driver")
             }
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -150,6 +165,7 @@ impl Interrupt for ProcessInterrupt {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixListener;
+    use std::time::Instant;
 
     use super::*;
 

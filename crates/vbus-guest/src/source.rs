@@ -19,6 +19,19 @@ pub struct Found {
     pub class: Option<u16>,
 }
 
+/// A function that another driver uses, as the source knows it without an access to the function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InUse {
+    /// As in [`Found`].
+    pub id: String,
+    /// The name of its device.
+    pub name: String,
+    /// The name of its class.
+    pub class: String,
+    /// The state of its connection: `closed`, `open` or `broken`.
+    pub state: String,
+}
+
 /// A claimed function: its Hal and its interrupt.
 pub type Claimed<H> = (H, Box<dyn Interrupt>);
 
@@ -29,6 +42,11 @@ pub trait Source {
 
     /// The functions that exist now, in a fixed order.
     fn scan(&self) -> Result<Vec<Found>>;
+
+    /// The functions of which the source knows that other drivers use them. There may be more.
+    fn in_use(&self) -> Vec<InUse> {
+        Vec::new()
+    }
 
     /// Gives access to the registers of the function without claiming it. The caller only reads.
     fn look(&self, id: &str) -> Result<Self::Hal>;

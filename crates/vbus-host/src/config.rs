@@ -36,8 +36,6 @@ const BUDGET_MAX: u64 = 4096;
 pub struct Config {
     /// How the bus runs its tasks.
     pub tuning: Tuning,
-    /// The settings of the table `[bus]` that `tuning` has, as they are in the file.
-    pub tuning_settings: Map<String, Value>,
     /// The level of the log.
     pub log: Option<String>,
     /// Who may control the bus.
@@ -51,6 +49,19 @@ pub struct Config {
 }
 
 impl Config {
+    /// The settings of the table `[bus]` for the bus's tasks that differ from those of `old`. One
+    /// that is not in the file has its default.
+    pub fn changed_tuning(&self, old: &Config) -> impl Iterator<Item = &'static str> + use<> {
+        let (new, old) = (&self.tuning, &old.tuning);
+        [
+            ("workers", new.workers != old.workers),
+            ("poll-us", new.poll_max != old.poll_max),
+            ("budget", new.budget != old.budget),
+        ]
+        .into_iter()
+        .filter_map(|(key, differs)| differs.then_some(key))
+    }
+
     /// Whether some socket in the bus's directory is for other users too.
     pub fn is_shared(&self) -> bool {
         let mut in_directory = self.devices.iter().filter(|spec| spec.socket.path.is_none());
@@ -364,10 +375,6 @@ fn settings<T>(
 fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
     const KEYS: [&str; 4] = ["workers", "poll-us", "budget", "log"];
     for (key, value) in table {
-        if KEYS[..3].contains(&&**key.get_ref()) {
-            let setting = json(value.get_ref()).map_err(|text| (value.span(), text))?;
-            config.tuning_settings.insert(key.get_ref().to_string(), setting);
-        }
         match &**key.get_ref() {
             "workers" => {
                 config.tuning.workers =
@@ -543,6 +550,19 @@ mod tests {
         let error = source.device_error(0, "no luck").to_string();
         assert!(error.starts_with("bus.toml:6:8: no luck\n"), "{error}");
         assert!(of("").unwrap().0.devices.is_empty());
+    }
+
+    #[test]
+    fn a_default_that_is_written_out_is_no_change() {
+        let none = of("").unwrap().0;
+        let Tuning { workers, budget, poll_max } = none.tuning;
+        let poll = poll_max.as_micros();
+        let text = format!("[bus]\nworkers = {workers}\nbudget = {budget}\npoll-us = {poll}\n");
+        let written = of(&text).unwrap().0;
+        assert_eq!(written.changed_tuning(&none).count(), 0);
+        let other = of("[bus]\nworkers = 64\nbudget = 65\n").unwrap().0;
+        assert_eq!(other.changed_tuning(&none).collect::<Vec<_>>(), ["workers", "budget"]);
+        assert_eq!(none.changed_tuning(&other).collect::<Vec<_>>(), ["workers", "budget"]);
     }
 
     #[test]

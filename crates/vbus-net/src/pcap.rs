@@ -41,6 +41,8 @@ struct Buffer {
     unread_until: Option<Instant>,
     /// The thread shall look for a reader now.
     look: bool,
+    /// Somebody has waited for the end. Nobody waits twice for a disk that stands still.
+    closed: bool,
     /// The thread has ended.
     done: bool,
 }
@@ -153,6 +155,9 @@ impl PcapFile {
     pub fn close(&self) {
         let until = Instant::now() + PATIENCE;
         let mut buffer = lock(&self.waiting.buffer);
+        if std::mem::replace(&mut buffer.closed, true) {
+            return;
+        }
         buffer.end = true;
         self.waiting.news.notify_one();
         while !buffer.done {

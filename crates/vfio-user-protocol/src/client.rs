@@ -635,7 +635,7 @@ struct Patiently<'a> {
 impl Source for Patiently<'_> {
     fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno> {
         loop {
-            let mut source = SocketSource::new(self.socket, KERNEL_MSG_FDS);
+            let mut source = SocketSource::new(self.socket);
             match source.recv(buf, fds) {
                 Err(Errno::AGAIN) => {}
                 Ok(_) if source.lost_fds() => return Err(Errno::MFILE),

@@ -3,8 +3,9 @@
 //!
 //! A close can wait for what the peer controls: for a file system that the peer made itself (FUSE),
 //! or for the data of a socket that lingers (`SO_LINGER`). So a thread of its own does it, and
-//! nobody waits for it. A server has one such thread at most, which starts when there is something
-//! to close. While many descriptors wait for it, the server does not read from its client. A client
+//! nobody waits for it. A server has such a thread for each connection that has something to close.
+//! It starts with that, and may outlive the connection: the next client does not wait for it. While
+//! many descriptors wait for it, the server does not read from the client that sent them. A client
 //! has one such thread from its connection on: a thread that makes a call may not be able to start
 //! another (seccomp).
 
@@ -15,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// The number of descriptors that wait for their close, from which on no more are taken in.
-const FULL: usize = 64;
+const FULL: usize = 16;
 
 /// How often a stream is read before it is closed.
 const READS: u32 = 64;
@@ -120,14 +121,24 @@ impl Closer {
         self.lock().count()
     }
 
-    /// Whether so many descriptors wait that their owner must not get more. If they wait because
-    /// there was no thread to be had, this tries again to start it.
+    /// Whether so many descriptors wait that their owner must not get more.
     pub(crate) fn is_full(&self) -> bool {
+        self.look() >= FULL
+    }
+
+    /// Whether a descriptor is not closed yet.
+    pub(crate) fn is_at_work(&self) -> bool {
+        self.look() > 0
+    }
+
+    /// As [`waiting`](Self::waiting). If descriptors wait because there was no thread to be had,
+    /// this tries again to start it.
+    fn look(&self) -> usize {
         let mut waiting = self.lock();
         if !waiting.running && !waiting.fds.is_empty() {
             let _ = self.start(&mut waiting);
         }
-        waiting.count() >= FULL
+        waiting.count()
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {

@@ -65,14 +65,15 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod candidate;
 mod client;
 mod closer;
 mod eventfd;
 mod listen;
 pub mod message;
 mod patience;
+mod peer;
 mod poller;
-mod refuse;
 mod server;
 pub mod session;
 pub mod socket;

@@ -13,7 +13,7 @@ use rustix::net::{
 };
 
 /// The most connections that wait in the backlog.
-const BACKLOG: i32 = 8;
+const BACKLOG: i32 = 64;
 
 /// The file of a listening socket. Dropping this removes the file, if this process made it and no
 /// other file has taken its place.

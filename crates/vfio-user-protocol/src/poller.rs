@@ -8,8 +8,8 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::io::Errno;
 
-/// The most events that one call takes.
-const EVENTS: usize = 8;
+/// The most events that one call takes: more than a server has sockets.
+const EVENTS: usize = 32;
 
 /// A set of watched descriptors, each with a token.
 pub(crate) struct Poller {

@@ -49,26 +49,25 @@ pub trait Source {
 pub struct SocketSource<'a> {
     /// The socket.
     pub socket: BorrowedFd<'a>,
-    /// The most descriptors that one read takes. The kernel drops the others.
-    pub max_fds: usize,
     /// Whether a read waits for data instead of returning [`Errno::AGAIN`].
     pub wait: bool,
     lost_fds: bool,
 }
 
 impl<'a> SocketSource<'a> {
-    /// A socket whose reads do not wait and take at most `max_fds` descriptors.
+    /// A socket whose reads do not wait.
     #[must_use]
-    pub fn new(socket: BorrowedFd<'a>, max_fds: usize) -> SocketSource<'a> {
-        SocketSource { socket, max_fds, wait: false, lost_fds: false }
+    pub fn new(socket: BorrowedFd<'a>) -> SocketSource<'a> {
+        SocketSource { socket, wait: false, lost_fds: false }
     }
 }
 
 impl Source for SocketSource<'_> {
     fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno> {
+        // Room for all that a peer can send at a time. The kernel would close the others here and
+        // now, and a close can wait for the peer.
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_MSG_FDS))];
-        let room = rustix::cmsg_space!(ScmRights(self.max_fds.min(KERNEL_MSG_FDS)));
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space[..room]);
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = if self.wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
         let mut parts = [IoSliceMut::new(buf)];
         let received = loop {
@@ -78,19 +77,13 @@ impl Source for SocketSource<'_> {
                 other => break other?,
             }
         };
-        let before = fds.len();
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
                 fds.extend(rights);
             }
         }
-        // The kernel sets one flag in two cases: there were more descriptors than this read takes,
-        // or the process has no room for them. In the second case fewer have come than it takes.
-        let cut = received.flags.contains(ReturnFlags::CTRUNC);
-        self.lost_fds = cut && fds.len() - before < self.max_fds.min(KERNEL_MSG_FDS);
-        if cut && !self.lost_fds {
-            return Err(Errno::TOOMANYREFS);
-        }
+        // The process has no room for them.
+        self.lost_fds = received.flags.contains(ReturnFlags::CTRUNC);
         Ok(received.bytes)
     }
 

@@ -6,8 +6,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
-use rustix::fs::{FileType, OFlags, SealFlags, Stat, fcntl_get_seals, fcntl_getfl, fstatfs};
+use rustix::fs::{
+    AtFlags, FileType, OFlags, SealFlags, Stat, StatxAttributes, StatxFlags, fcntl_get_seals,
+    fcntl_getfl, fstat, fstatfs, makedev, statx,
+};
 use rustix::io::Errno;
+use rustix::ioctl::{Getter, Opcode, ioctl, opcode};
 use rustix::mm::ProtFlags;
 use vbus_mapping::{Backing, Mapping};
 
@@ -20,17 +24,29 @@ const PART: u64 = 1 << 30;
 /// The most parts of a file. A file that grows gets a new part.
 const PARTS_MAX: usize = 64;
 
-/// The file systems whose files may be mapped. A peer can make a file system of its own with FUSE,
-/// and its pages would never come. These are in the kernel, and only root mounts them.
-const FILE_SYSTEMS: [(u64, &str); 6] = [
+/// The file systems whose files may be mapped, by the numbers of statfs(2). A peer can make a file
+/// system of its own with FUSE, and its pages would never come. These are in the kernel, and only
+/// root mounts those that have a disk.
+const FILE_SYSTEMS: [(u64, &str); 5] = [
     (0x0102_1994, "tmpfs and memfd"),
     (HUGETLBFS, "hugetlbfs"),
-    (0x8584_58f6, "ramfs"),
     (0xef53, "ext4"),
     (0x5846_5342, "xfs"),
-    (0x9123_683e, "btrfs"),
+    (BTRFS, "btrfs"),
 ];
 const HUGETLBFS: u64 = 0x9584_58f6;
+const BTRFS: u64 = 0x9123_683e;
+
+/// What a file system of a disk says of its files with statx(2), and FUSE and those of networks do
+/// not: it knows these attributes.
+const ATTRIBUTES: StatxAttributes =
+    StatxAttributes::APPEND.union(StatxAttributes::IMMUTABLE).union(StatxAttributes::NODUMP);
+
+/// `BTRFS_IOC_FS_INFO`, with the size of what it writes.
+const BTRFS_INFO: Opcode = opcode::read::<[u8; 1024]>(0x94, 31);
+
+/// The requests of ioctl(2) that this module makes, for a filter of system calls.
+pub const IOCTLS: [Opcode; 1] = [BTRFS_INFO];
 
 /// What tells a file from other files: device and inode, and whether it can be written.
 pub(super) type FileKey = (u64, u64, bool);
@@ -68,32 +84,36 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Looks at a descriptor, without any effect on it. `stat` is its `fstat`.
-    pub(super) fn new(file: BorrowedFd<'_>, stat: &Stat) -> Result<Found, MapError> {
-        if !FileType::from_raw_mode(stat.st_mode).is_file() {
+    /// Looks at a descriptor, without any effect on it. No call here waits for the peer, whatever
+    /// the descriptor is of: a file system that the peer serves itself could leave a call without
+    /// an answer for ever.
+    pub(super) fn new(file: BorrowedFd<'_>) -> Result<Found, MapError> {
+        // Only files of tmpfs and hugetlbfs have seals, and these file systems are in the kernel.
+        let seals = fcntl_get_seals(file);
+        let (stat, kind, page) = match seals {
+            Ok(_) => {
+                let (kind, page) = kind(file)?;
+                (Identity::of(&fstat(file)?), kind, page)
+            }
+            Err(_) => on_disk(file)?,
+        };
+        if !stat.is_file {
             return Err(MapError::NoFile);
         }
-        let system = fstatfs(file)?;
-        #[expect(clippy::cast_sign_loss, reason = "the kernel's numbers have 32 bits")]
-        let kind = system.f_type as u64 & 0xffff_ffff;
         if !FILE_SYSTEMS.iter().any(|(known, _)| *known == kind) {
-            return Err(MapError::FileSystem(kind));
+            return Err(MapError::FileSystem(Some(kind)));
         }
-        let page = match kind {
-            HUGETLBFS => u64::try_from(system.f_bsize).unwrap_or(0),
-            _ => PAGE,
-        };
+        let page = if kind == HUGETLBFS { page } else { PAGE };
         if !page.is_power_of_two() || page < PAGE {
             return Err(MapError::Os(Errno::INVAL));
         }
         let flags = fcntl_getfl(file)? & OFlags::RWMODE;
-        // Only some file systems have seals.
-        let sealed = fcntl_get_seals(file)
-            .is_ok_and(|seals| seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE));
+        let sealed =
+            seals.is_ok_and(|seals| seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE));
         Ok(Found {
-            device: stat.st_dev,
-            inode: stat.st_ino,
-            size: u64::try_from(stat.st_size).unwrap_or(0),
+            device: stat.device,
+            inode: stat.inode,
+            size: stat.size,
             page,
             writable: flags == OFlags::RDWR && !sealed,
         })
@@ -110,6 +130,65 @@ impl Found {
         let (device, inode) = (self.device, self.inode);
         [true, false].into_iter().filter(move |w| *w || !write).map(move |w| (device, inode, w))
     }
+}
+
+/// What a file is, by stat(2).
+struct Identity {
+    device: u64,
+    inode: u64,
+    /// In bytes.
+    size: u64,
+    is_file: bool,
+}
+
+impl Identity {
+    fn of(stat: &Stat) -> Identity {
+        Identity {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+            size: u64::try_from(stat.st_size).unwrap_or(0),
+            is_file: FileType::from_raw_mode(stat.st_mode).is_file(),
+        }
+    }
+}
+
+/// The number of a file's file system, and the size of its blocks in bytes. It may ask the file
+/// system.
+fn kind(file: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
+    let system = fstatfs(file)?;
+    #[expect(clippy::cast_sign_loss, reason = "the kernel's numbers have 32 bits")]
+    let kind = system.f_type as u64 & 0xffff_ffff;
+    Ok((kind, u64::try_from(system.f_bsize).unwrap_or(0)))
+}
+
+/// A file without seals, with the number of its file system and the size of its blocks.
+fn on_disk(file: BorrowedFd<'_>) -> Result<(Identity, u64, u64), MapError> {
+    // What the kernel knows already.
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let wanted = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::SIZE;
+    let stat = statx(file, c"", flags, wanted)?;
+    let identity = Identity {
+        device: makedev(stat.stx_dev_major, stat.stx_dev_minor),
+        inode: stat.stx_ino,
+        size: stat.stx_size,
+        is_file: FileType::from_raw_mode(stat.stx_mode.into()).is_file(),
+    };
+    if !identity.is_file {
+        return Err(MapError::NoFile);
+    }
+    if !stat.stx_attributes_mask.contains(ATTRIBUTES) {
+        return Err(MapError::FileSystem(None));
+    }
+    if stat.stx_dev_major != 0 {
+        // It is on a device of blocks, so root has mounted it.
+        let (kind, block) = kind(file)?;
+        return Ok((identity, kind, block));
+    }
+    // btrfs has a number of its own for each subvolume. So has overlayfs, which passes on what it
+    // lies over: attributes from one file system, statfs(2) from another. It has no such request.
+    // SAFETY: the kernel writes at most 1024 bytes, and any bytes are good.
+    let info = unsafe { ioctl(file, Getter::<BTRFS_INFO, [u8; 1024]>::new()) };
+    info.map(|_| (identity, BTRFS, PAGE)).map_err(|_| MapError::FileSystem(None))
 }
 
 /// The file systems that are known, as text.

@@ -35,7 +35,6 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 
-use rustix::fs::fstat;
 use rustix::io::Errno;
 use serde_json::Value;
 use vbus_mapping::{Backing, Mapping, Piece};
@@ -44,6 +43,7 @@ use vbus_shm::ErrorCode;
 pub(crate) use self::budget::Budget;
 use self::budget::{Account, Share};
 pub use self::budget::{Exceeded, METRICS, Resource};
+pub use self::file::IOCTLS;
 use self::file::{FileKey, Found, SharedFile};
 pub use self::slice::DriverSlice;
 use self::table::{EMPTY, Map, Place, Run, Table};
@@ -84,10 +84,11 @@ pub enum MapError {
     NoFile,
     /// The peer may have made the file system, and could let an access wait for ever.
     #[error(
-        "the memory's file is in a file system of type {0:#x}; these can be used: {list}",
-        list = file::file_systems()
+        "the memory's file is in a file system{} that a peer may have made; these can be used: {}",
+        .0.map(|kind| format!(" of type {kind:#x}")).unwrap_or_default(),
+        file::file_systems()
     )]
-    FileSystem(u64),
+    FileSystem(Option<u64>),
     /// The peer wants the device to write a file that cannot be written.
     #[error("the file cannot be mapped for writing")]
     ReadOnly,
@@ -232,9 +233,8 @@ impl MemoryContext {
         if file.as_ref().is_some_and(|(_, offset)| (start | len | offset) % PAGE != 0) {
             return Err(MapError::Range(start, len));
         }
-        // Before the lock: what a descriptor stands for may take its time to answer.
         let found = match &file {
-            Some((file, _)) => Some(Found::new(*file, &fstat(file)?)?),
+            Some((file, _)) => Some(Found::new(*file)?),
             None => None,
         };
         let mut changes = lock(&self.changes);

@@ -36,6 +36,7 @@ const ANY: &[i64] = &[
     libc::SYS_fadvise64,
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
+    libc::SYS_flock,
     libc::SYS_fstat,
     libc::SYS_fsync,
     libc::SYS_ftruncate,
@@ -137,7 +138,6 @@ const OLD: &[i64] = &[];
 const FILES: &[i64] = &[
     libc::SYS_copy_file_range,
     libc::SYS_fchmod,
-    libc::SYS_flock,
     libc::SYS_getdents64,
     libc::SYS_linkat,
     libc::SYS_mkdirat,
@@ -280,6 +280,7 @@ fn rules(sandbox: &Sandbox) -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
     rules.insert(libc::SYS_fcntl, of(&FCNTLS.map(int))?);
     let mut ioctls = vec![libc::FIONBIO, libc::FIOCLEX, libc::FIONREAD];
     ioctls.extend(vbus_tap::QUEUE_IOCTLS.map(u64::from));
+    ioctls.extend(vbus_core::memory::IOCTLS.map(u64::from));
     rules.insert(libc::SYS_ioctl, of(&ioctls)?);
     let level = int(libc::SOL_SOCKET);
     let options = OPTIONS.map(|option| when(&[(1, INT, level), (2, INT, int(option))]));

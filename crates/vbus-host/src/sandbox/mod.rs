@@ -91,6 +91,11 @@ impl Sandbox {
     }
 
     /// Whether the classes open files.
+    /// Whether classes of the program open files that the configuration names.
+    pub(crate) fn has_configured_files(&self) -> bool {
+        self.configured
+    }
+
     fn has_files(&self) -> bool {
         self.configured || !self.read.is_empty() || !self.write.is_empty()
     }
@@ -186,6 +191,11 @@ impl Protections {
             (self.landlock.is_some(), "the kernel has no Landlock"),
         ];
         all.iter().filter(|(active, _)| !active).map(|(_, reason)| *reason).collect()
+    }
+
+    /// Whether the process can open only files of which it was known at the start.
+    pub fn confine_files(&self) -> bool {
+        self.landlock.is_some()
     }
 
     /// For control clients.

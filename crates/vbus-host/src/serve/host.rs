@@ -91,6 +91,11 @@ impl Host {
         self.claimed.path()
     }
 
+    /// Whether users other than the bus's own can reach sockets in the directory.
+    pub fn is_shared(&self) -> bool {
+        self.claimed.is_shared()
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Option<Served>>> {
         self.served.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -255,5 +260,6 @@ impl Host {
             let _ = self.bus.remove(&name);
         }
         self.supervisor.stop();
+        self.claimed.release();
     }
 }

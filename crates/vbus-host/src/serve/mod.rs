@@ -7,6 +7,7 @@ pub mod host;
 pub mod inherited;
 mod ready;
 pub mod reload;
+mod repeat;
 mod systemd;
 
 use std::ffi::OsString;
@@ -160,7 +161,8 @@ pub fn run(
     // A client that connects before all devices are made waits in the backlog.
     let (devices, metrics) = (config.devices.clone(), config.metrics.clone());
     let rights = Arc::new(Mutex::new(rights));
-    let reloader = Arc::new(Reloader::new(host.clone(), config, rights.clone()));
+    let is_fixed = protections.confine_files() && sandbox.has_configured_files();
+    let reloader = Arc::new(Reloader::new(host.clone(), config, rights.clone(), is_fixed));
     let accept = control::Acceptor::bind(host.clone(), &access, rights.clone(), reloader.clone())?;
     for (number, spec) in devices.iter().enumerate() {
         let endpoint = host.add(spec.clone()).map_err(|error| match &source {

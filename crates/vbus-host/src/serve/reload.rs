@@ -4,16 +4,17 @@
 //! in use, stays as it is and is reported.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use vbus_cli::log;
-use vbus_core::{Endpoint, lock, settings};
+use vbus_core::{Endpoint, lock};
 
 use super::host::Host;
+use super::repeat::Repeat;
 use crate::access::Accounts;
 use crate::config::{self, Config, DeviceSpec, Source};
 use crate::rights::Rights;
@@ -32,8 +33,10 @@ pub struct Reloader {
     /// The configuration that the bus has now. One thread reloads at a time.
     current: Mutex<Current>,
     rights: Arc<Mutex<Rights>>,
+    /// The folders in which the program's own classes may open files, if that cannot change.
+    fixed_folders: Option<Vec<PathBuf>>,
     /// What SIGHUP asked for.
-    asked: Mutex<Asked>,
+    asked: Repeat,
     /// The bus is ending.
     is_ending: Mutex<bool>,
 }
@@ -58,16 +61,6 @@ impl Made {
     fn is(&self, endpoint: &Arc<Endpoint>) -> bool {
         std::ptr::eq(self.endpoint.as_ptr(), Arc::as_ptr(endpoint))
     }
-}
-
-/// The state of the thread that reloads for SIGHUP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Asked {
-    Nothing,
-    /// It reloads.
-    Once,
-    /// It reloads, and has to reload once more.
-    Again,
 }
 
 /// What a reload did.
@@ -131,11 +124,18 @@ pub type Tell<'a> = &'a mut dyn FnMut(&str, usize, usize);
 
 impl Reloader {
     /// `config` is what `host` was started with, without its devices: see [`made`](Self::made).
-    /// `rights` are those of control clients.
-    pub fn new(host: Arc<Host>, config: Config, rights: Arc<Mutex<Rights>>) -> Reloader {
+    /// `rights` are those of control clients. `is_fixed`: the process can open files only where it
+    /// could at the start.
+    pub fn new(
+        host: Arc<Host>,
+        config: Config,
+        rights: Arc<Mutex<Rights>>,
+        is_fixed: bool,
+    ) -> Reloader {
+        let fixed_folders = is_fixed.then(|| config.allow.paths.clone());
         let current = Mutex::new(Current { config, devices: Vec::new() });
-        let (asked, is_ending) = (Mutex::new(Asked::Nothing), Mutex::new(false));
-        Reloader { host, current, rights, asked, is_ending }
+        let (asked, is_ending) = (Repeat::default(), Mutex::new(false));
+        Reloader { host, current, rights, fixed_folders, asked, is_ending }
     }
 
     /// Takes note of a device that was made for the configuration.
@@ -172,31 +172,12 @@ impl Reloader {
     /// Starts a reload on a thread of its own, for SIGHUP. If one is under way, another one follows
     /// it.
     pub fn reload_aside(self: &Arc<Self>) {
-        let mut asked = lock(&self.asked);
-        if *asked != Asked::Nothing {
-            *asked = Asked::Again;
-            return;
-        }
         let this = self.clone();
-        let run = move || {
-            loop {
-                if let Err(error) = this.reload(&mut |_, _, _| {}) {
-                    tracing::error!("reload: nothing has changed: {error:#}");
-                }
-                let mut asked = lock(&this.asked);
-                *asked = match *asked {
-                    Asked::Again => Asked::Once,
-                    Asked::Nothing | Asked::Once => Asked::Nothing,
-                };
-                if *asked == Asked::Nothing {
-                    return;
-                }
+        self.asked.ask("vbus-reload", move || {
+            if let Err(error) = this.reload(&mut |_, _, _| {}) {
+                tracing::error!("reload: nothing has changed: {error:#}");
             }
-        };
-        match std::thread::Builder::new().name("vbus-reload".into()).spawn(run) {
-            Ok(_) => *asked = Asked::Once,
-            Err(error) => tracing::error!(%error, "reload: no thread can be started"),
-        }
+        });
     }
 
     /// Waits for the end of a reload, but not for ever. There will be no other.
@@ -227,14 +208,27 @@ impl Reloader {
         if new.log != old.log {
             let level = new.log.as_deref().unwrap_or(LEVEL);
             match log::set_level(level) {
-                Ok(true) => report.changed("log", format!("the level is {level}")),
+                Ok(true) => {
+                    report.changed("log", format!("the level is {level}"));
+                    old.log.clone_from(&new.log);
+                }
                 _ => report.kept("log", "VBUS_LOG has set the level of the log", RESTART),
             }
-            old.log.clone_from(&new.log);
         }
         if old.allow != new.allow {
             report.changed("allow", "other devices may be added from now on");
             old.allow = new.allow.clone();
+        }
+        if self.fixed_folders.as_ref().is_some_and(|folders| *folders != new.allow.paths) {
+            let text = "this program's own classes open files only in the folders that \"paths\" \
+                        had at the start, until the bus restarts";
+            report.kept("allow", text, RESTART);
+        }
+        if new.is_shared() && !self.host.is_shared() {
+            let dir = self.host.dir().display();
+            let text =
+                format!("other users cannot reach the sockets that are for them: chmod 711 {dir}");
+            report.failed("bus", &anyhow::Error::msg(text));
         }
         let mut now = lock(&self.rights);
         if *now != rights {
@@ -249,7 +243,7 @@ impl Reloader {
         if old.metrics != new.metrics {
             report.kept("metrics", "the sockets stay until the bus restarts", RESTART);
         }
-        for key in settings::changed_keys(&old.tuning_settings, &new.tuning_settings) {
+        for key in new.changed_tuning(old) {
             report.kept("bus", format!("{key:?} stays until the bus restarts"), RESTART);
         }
     }

@@ -9,10 +9,9 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::{Errno, retry_on_intr};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use serde_json::Value;
 use vbus_core::lock;
@@ -25,6 +24,8 @@ use crate::access::Access;
 
 /// How long the bus waits for the supervisor to end.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// The time between two looks whether it has ended.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// The supervisor of this bus. Dropping it ends the supervisor, and waits for its end.
 pub struct Supervisor {
@@ -32,6 +33,8 @@ pub struct Supervisor {
     /// time.
     quick: Mutex<Link>,
     slow: Mutex<Link>,
+    /// The same two sockets, for [`stop`](Self::stop), which waits for no request.
+    ends: [OwnedFd; 2],
     child: Mutex<Child>,
     threads: Threads,
 }
@@ -40,18 +43,7 @@ pub struct Supervisor {
 enum Link {
     Open(OwnedFd),
     /// A request had no answer. A later answer would be taken for that of another request.
-    Broken(OwnedFd),
-    /// The supervisor is being ended.
-    Closed,
-}
-
-impl Link {
-    fn take(&mut self) -> Option<OwnedFd> {
-        match std::mem::replace(self, Link::Closed) {
-            Link::Open(socket) | Link::Broken(socket) => Some(socket),
-            Link::Closed => None,
-        }
-    }
+    Broken,
 }
 
 impl Supervisor {
@@ -78,11 +70,13 @@ impl Supervisor {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .spawn()?;
-        verb::send(&slow, permits, &[lock, theirs_quick.as_fd()])?;
+        verb::send_long(&slow, permits, &[lock, theirs_quick.as_fd()])?;
         drop(theirs_quick);
+        let ends = [quick.try_clone()?, slow.try_clone()?];
         let (quick, slow) = (Mutex::new(Link::Open(quick)), Mutex::new(Link::Open(slow)));
         let unknown = Threads { is_privileged: false, tells_time: false };
-        let mut supervisor = Supervisor { quick, slow, child: Mutex::new(child), threads: unknown };
+        let child = Mutex::new(child);
+        let mut supervisor = Supervisor { quick, slow, ends, child, threads: unknown };
         supervisor.threads = serde_json::from_value(supervisor.ask(&Verb::Threads)?.0)?;
         Ok(Arc::new(supervisor))
     }
@@ -92,13 +86,12 @@ impl Supervisor {
         let mut link = lock(if verb.is_quick() { &self.quick } else { &self.slow });
         let socket = match &*link {
             Link::Open(socket) => socket,
-            Link::Broken(_) => {
+            Link::Broken => {
                 return Err(io::Error::other(
                     "the supervisor of the bus did not answer an earlier request; start the bus \
                      anew",
                 ));
             }
-            Link::Closed => return Err(Errno::PIPE.into()),
         };
         let answer = match verb::send(socket, verb, &[]) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => None,
@@ -108,8 +101,7 @@ impl Supervisor {
                 Err(error) => {
                     // An answer that was not understood has been taken from the socket.
                     if error.raw_os_error().is_some() {
-                        let socket = link.take();
-                        *link = socket.map_or(Link::Closed, Link::Broken);
+                        *link = Link::Broken;
                     }
                     return Err(error);
                 }
@@ -203,21 +195,30 @@ impl Drop for Supervisor {
 }
 
 impl Supervisor {
-    /// Ends the supervisor, and waits for its end. Later requests fail.
+    /// Ends the supervisor, and waits for its end, but not for ever. Later requests fail, and so do
+    /// those that are under way.
     pub fn stop(&self) {
-        drop(lock(&self.quick).take());
-        let Some(socket) = lock(&self.slow).take() else { return };
-        let ended = || -> io::Result<bool> {
-            shutdown(&socket, Shutdown::Write)?;
-            let timeout = Timespec::try_from(TIMEOUT).map_err(io::Error::other)?;
-            // The supervisor closes its end when it has cleaned up.
-            let mut fds = [PollFd::new(&socket, PollFlags::IN)];
-            Ok(retry_on_intr(|| poll(&mut fds, Some(&timeout)))? > 0)
-        };
         let mut child = lock(&self.child);
-        match ended() {
-            Ok(true) => drop(child.wait()),
-            Ok(false) => tracing::warn!(process = child.id(), "the supervisor does not end"),
+        // It may have been stopped before.
+        if matches!(child.try_wait(), Ok(Some(_))) {
+            return;
+        }
+        // A request that is under way has the lock of its socket. It may wait for the supervisor,
+        // which may wait for a disk.
+        let [quick, slow] = &self.ends;
+        let _ = (shutdown(quick, Shutdown::Both), shutdown(slow, Shutdown::Write));
+        let begun = Instant::now();
+        let ended = loop {
+            match child.try_wait() {
+                Ok(None) if begun.elapsed() < TIMEOUT => std::thread::sleep(PAUSE),
+                other => break other,
+            }
+        };
+        // Whoever still waits for an answer, gets none.
+        let _ = shutdown(slow, Shutdown::Both);
+        match ended {
+            Ok(Some(_)) => {}
+            Ok(None) => tracing::warn!(process = child.id(), "the supervisor does not end"),
             Err(error) => {
                 tracing::warn!(%error, process = child.id(), "cannot wait for the supervisor");
             }

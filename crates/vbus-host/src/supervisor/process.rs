@@ -174,7 +174,14 @@ fn answer_all(
             Err(error) => return Err(error),
         };
         let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-        match verb::send(socket, &answer, &borrowed) {
+        let sent = match verb::send_long(socket, &answer, &borrowed) {
+            // It is too long, also for a file.
+            Err(error) if error.raw_os_error().is_none() => {
+                verb::send(socket, &refused(error).0, &[])
+            }
+            sent => sent,
+        };
+        match sent {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
             other => other?,
         }

@@ -4,11 +4,13 @@
 //! sockets: one for the verbs that may take long, and one for the others.
 
 use std::ffi::OsString;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut, Read as _, Seek as _, SeekFrom, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -23,8 +25,12 @@ use vbus_sched::{Limits, Setting};
 use crate::access::Access;
 use crate::rights::Rights;
 
-/// The longest message, in bytes.
+/// The longest message, in bytes. A longer one comes in a file.
 const BYTES_MAX: usize = 64 << 10;
+/// The longest message in a file, in bytes.
+const FILE_MAX: usize = 16 << 20;
+/// The bytes of a message that is in the file that comes with it. No message is this text.
+const IN_FILE: &[u8] = b"\"in the file\"";
 /// The most descriptors in a message: the queues of a TAP interface.
 pub const DESCRIPTORS_MAX: usize = 16;
 
@@ -136,16 +142,41 @@ pub fn send(
     message: &impl Serialize,
     descriptors: &[BorrowedFd<'_>],
 ) -> io::Result<()> {
+    send_bytes(socket, &serde_json::to_vec(message)?, descriptors)
+}
+
+/// As [`send`], for a message of any length up to 16 MiB and at most 15 descriptors. Only
+/// [`receive`] takes it: the receiver trusts the sender with its memory.
+///
+/// # Errors
+/// As of [`send`].
+pub fn send_long(
+    socket: impl AsFd,
+    message: &impl Serialize,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
     let bytes = serde_json::to_vec(message)?;
+    if bytes.len() <= BYTES_MAX {
+        return send_bytes(socket, &bytes, descriptors);
+    }
+    if bytes.len() > FILE_MAX {
+        return Err(io::Error::other("the message of bus or supervisor is too long"));
+    }
+    let mut file = File::from(memfd_create(c"vbus-message", MemfdFlags::CLOEXEC)?);
+    file.write_all(&bytes)?;
+    send_bytes(socket, IN_FILE, &[descriptors, &[file.as_fd()]].concat())
+}
+
+fn send_bytes(socket: impl AsFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
     if bytes.len() > BYTES_MAX || descriptors.len() > DESCRIPTORS_MAX {
-        return Err(io::Error::other("the message to the supervisor is too long"));
+        return Err(io::Error::other("the message of bus or supervisor is too long"));
     }
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() {
         control.push(SendAncillaryMessage::ScmRights(descriptors));
     }
-    retry(|| sendmsg(&socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL))?;
+    retry(|| sendmsg(&socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL))?;
     Ok(())
 }
 
@@ -155,7 +186,16 @@ pub fn send(
 /// The message is not understood, or this process has too many descriptors.
 pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-    receive_with(socket, RecvAncillaryBuffer::new(&mut space))
+    let received = receive_bytes(socket, RecvAncillaryBuffer::new(&mut space))?;
+    let Some((mut bytes, mut descriptors)) = received else { return Ok(None) };
+    if bytes == IN_FILE {
+        let missing = || io::Error::other("a message between bus and supervisor was cut");
+        let mut file = File::from(descriptors.pop().ok_or_else(missing)?);
+        bytes.clear();
+        file.seek(SeekFrom::Start(0))?;
+        file.take(FILE_MAX as u64).read_to_end(&mut bytes)?;
+    }
+    Ok(Some((serde_json::from_slice(&bytes)?, descriptors)))
 }
 
 /// Receives a message without descriptors. `None`: the other end has gone.
@@ -164,14 +204,14 @@ pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<(T, 
 /// The message is not understood, or has descriptors. The kernel has closed them already: they
 /// take no place in this process.
 pub fn receive_plain<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<T>> {
-    let received = receive_with(socket, RecvAncillaryBuffer::new(&mut []))?;
-    Ok(received.map(|(message, _)| message))
+    let received = receive_bytes(socket, RecvAncillaryBuffer::new(&mut []))?;
+    Ok(received.map(|(bytes, _)| serde_json::from_slice(&bytes)).transpose()?)
 }
 
-fn receive_with<T: DeserializeOwned>(
+fn receive_bytes(
     socket: impl AsFd,
     mut control: RecvAncillaryBuffer<'_>,
-) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
     let mut bytes = vec![0; BYTES_MAX];
     let received = retry(|| {
         recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)
@@ -188,7 +228,8 @@ fn receive_with<T: DeserializeOwned>(
     if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
         return Err(io::Error::other("a message between bus and supervisor was cut"));
     }
-    Ok(Some((serde_json::from_slice(&bytes[..received.bytes])?, descriptors)))
+    bytes.truncate(received.bytes);
+    Ok(Some((bytes, descriptors)))
 }
 
 /// Repeats a call that was interrupted, or for which the system has no memory at the moment. A
@@ -229,6 +270,15 @@ mod tests {
         assert!(receive::<Verb>(&b).is_err());
         let long = Verb::Connect { path: "x".repeat(BYTES_MAX) };
         assert!(send(&a, &long, &[]).is_err());
+        // Only whoever trusts the sender takes it.
+        send_long(&a, &long, &[a.as_fd()]).unwrap();
+        let (received, one) = receive::<Verb>(&b).unwrap().unwrap();
+        assert_eq!((&received, one.len()), (&long, 1));
+        drop(one);
+        send_long(&a, &long, &[]).unwrap();
+        assert!(receive_plain::<Verb>(&b).is_err());
+        let longest = Verb::Connect { path: "x".repeat(FILE_MAX) };
+        assert!(send_long(&a, &longest, &[]).is_err());
         drop(a);
         drop(descriptors);
         assert!(receive::<Verb>(&b).unwrap().is_none());

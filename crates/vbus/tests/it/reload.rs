@@ -140,7 +140,7 @@ fn settings_of_the_bus_change_or_say_that_they_cannot() {
     std::fs::create_dir(folder.path().join("vm")).unwrap();
     let allow = |below: &str| {
         let path = folder.path().join(below);
-        let text = format!("[bus]\nlog = \"info\"\nworkers = 3\n[allow]\npaths = [{path:?}]\n");
+        let text = format!("[bus]\nlog = \"info\"\nworkers = 7\n[allow]\npaths = [{path:?}]\n");
         std::fs::write(&config, &text).unwrap();
         text
     };
@@ -173,6 +173,41 @@ fn settings_of_the_bus_change_or_say_that_they_cannot() {
     assert!(run(&["reload"]).out.contains("not yet: bus: \"workers\" stays"));
     serve.kill().unwrap();
     serve.wait().unwrap();
+}
+
+/// The bus of these tests has the level of its log from the environment, and its directory is for
+/// its user alone.
+#[test]
+fn what_cannot_change_is_told_each_time() {
+    let bus = Served::start("");
+    let reload = || serde_json::from_str(&bus.run(&["reload", "--json"]).out).unwrap();
+    configure(&bus, "[bus]\nlog = \"error\"\n[control]\nmode = \"0666\"\n");
+    for _ in 0..2 {
+        let report: Value = reload();
+        let lines = ["kept", "failed"].map(|list| report[list].to_string());
+        assert!(lines[0].contains("VBUS_LOG has set the level of the log"), "{report}");
+        assert!(lines[0].contains("owner, group and mode of the control socket stay"), "{report}");
+        let dir = bus.dir.display();
+        assert!(lines[1].contains(&format!("chmod 711 {dir}")), "{report}");
+    }
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+    std::fs::set_permissions(&bus.dir, open).unwrap();
+    assert_eq!(reload()["failed"], json!([]));
+}
+
+#[test]
+fn what_the_bus_and_its_supervisor_tell_each_other_may_be_long() {
+    let paths: Vec<_> = (0..700).map(|n| format!("/nonexistent/{n:0>100}")).collect();
+    let allow = format!("[allow]\npaths = {paths:?}\n");
+    let mut bus = Served::start(&allow);
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+    std::fs::set_permissions(&bus.dir, open).unwrap();
+    let groups: Vec<_> = (100_000..120_000).map(|group| group.to_string()).collect();
+    configure(&bus, &format!("{allow}[control]\nread-access = {groups:?}\n"));
+    let report = bus.json(&["reload"]);
+    assert_eq!(subjects(&report, "changed"), ["control"], "{report}");
+    bus.signal(Signal::TERM);
+    assert!(bus.child.wait().unwrap().success());
 }
 
 #[test]

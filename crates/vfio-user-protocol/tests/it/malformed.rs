@@ -659,7 +659,9 @@ fn every_misdeed() {
         let deadline = bench.server.deadline().unwrap();
         bench.server.ready(deadline);
         assert_eq!(raw.see(&mut bench), Seen::Closed, "{name}");
-        assert_eq!(bench.server.stats().violations, violations + 1, "{name}");
+        // Whoever says nothing does nothing wrong.
+        let accused = u64::from(!bytes.is_empty());
+        assert_eq!(bench.server.stats().violations, violations + accused, "{name}");
         drop(raw);
         bench.with(good_client);
         bench.until_gone();

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Sessions of correct clients.
 
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::support::{Bench, Device, NO_REPLY, Raw, Seen, TIMEOUT, framed, version};
+use crate::support::{
+    Bench, Device, NO_REPLY, Raw, Seen, TIMEOUT, alone, framed, open_fds, version,
+};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vfio_user_protocol::message::{IrqVerb, MultiWrite};
-use vfio_user_protocol::{Client, ClientError, Errno, Patience, Server};
+use vfio_user_protocol::{Client, ClientError, Errno, Patience, Server, Timeouts};
 
 fn memory(bytes: u64) -> std::os::fd::OwnedFd {
     let memory = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
@@ -238,22 +241,117 @@ fn a_second_client_is_refused_and_comes_later() {
         assert_eq!(second.see(&mut bench), Seen::Reply(id, 1, Some(busy), vec![]));
         assert_eq!(second.see(&mut bench), Seen::Closed);
     }
-    // A silent client gets no answer, and the server soon ends its connection.
+    assert_eq!(bench.server.stats().refused, 2);
+    // One that is silent gets no answer, and does not count.
     let mut silent = Raw::connect(&bench);
-    bench.until(None, |server| server.stats().refused == 3);
+    bench.until(None, |server| server.deadline().is_some());
     let deadline = bench.server.deadline().unwrap();
     bench.server.ready(deadline);
     assert_eq!(silent.see(&mut bench), Seen::Closed);
-    // The server closes many clients at once.
-    let crowd: Vec<_> = (0..6).map(|_| Raw::connect(&bench)).collect();
-    bench.until(None, |server| server.stats().refused == 9);
-    drop(crowd);
+    drop(Raw::connect(&bench));
+    bench.until(None, |server| server.deadline().is_none());
+    let stats = bench.server.stats();
+    assert_eq!((stats.refused, stats.violations), (2, 0));
     assert!(bench.server.is_connected());
     let refused = bench.with(|path| Client::connect(path).map(drop).unwrap_err());
     assert!(matches!(refused, ClientError::Refused { errno: Errno::BUSY, .. }), "{refused}");
     drop(first);
     bench.until_gone();
     bench.with(|path| drop(Client::connect(path).unwrap()));
+}
+
+#[test]
+fn connections_that_are_silent_or_stop_keep_nobody_out() {
+    let mut bench = Bench::new();
+    // No time limit passes here.
+    let mut timeouts = Timeouts::default();
+    timeouts.handshake = TIMEOUT;
+    bench.server.set_timeouts(timeouts);
+    let now = Instant::now();
+    let hello = framed(1, 1, 0, &version());
+    // Nothing, a part of the header, the header, and all but the last byte.
+    let mut silent: Vec<_> = [0, 1, 16, hello.len() - 1]
+        .map(|bytes| {
+            let mut raw = Raw::connect(&bench);
+            raw.send(&hello[..bytes]);
+            raw
+        })
+        .into();
+    for _ in 0..3 {
+        bench.server.ready(now);
+        assert!(bench.server.has_client() && !bench.server.is_connected());
+    }
+    let mut first = Raw::connect(&bench);
+    first.send(&hello);
+    bench.server.ready(now);
+    assert!(bench.server.is_connected());
+    assert!(matches!(first.see(&mut bench), Seen::Reply(1, 1, None, _)));
+    // The next one that speaks comes when this one goes, without a refusal.
+    silent[3].send(&hello[hello.len() - 1..]);
+    bench.server.ready(now);
+    drop(first);
+    bench.server.ready(now);
+    bench.server.ready(now);
+    assert!(bench.server.is_connected());
+    assert!(matches!(silent[3].see(&mut bench), Seen::Reply(1, 1, None, _)));
+    let stats = bench.server.stats();
+    assert_eq!((stats.clients, stats.refused, stats.violations), (2, 0, 0));
+    drop(silent);
+    bench.until_gone();
+}
+
+#[test]
+fn a_flood_of_silent_connections_is_bounded_and_drives_out_its_own() {
+    alone(
+        "session::a_flood_of_silent_connections_is_bounded_and_drives_out_its_own",
+        a_flood_of_silent_connections,
+    );
+}
+
+fn a_flood_of_silent_connections() {
+    let mut bench = Bench::new();
+    let mut timeouts = Timeouts::default();
+    timeouts.handshake = TIMEOUT;
+    bench.server.set_timeouts(timeouts);
+    let now = Instant::now();
+    // Another process, which connects before the flood, and speaks after it.
+    let script = "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); \
+                  print(flush=True); input(); s.sendall(bytes.fromhex(sys.argv[2])); \
+                  print(s.recv(16).hex(), flush=True); input()";
+    let hello: String = framed(1, 1, 0, &version()).iter().map(|b| format!("{b:02x}")).collect();
+    let other = std::process::Command::new("python3")
+        .args(["-c", script])
+        .arg(bench.path())
+        .arg(hello)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn();
+    let mut other = match other {
+        Ok(other) => other,
+        Err(error) => {
+            eprintln!("skipped: there is no python3: {error}");
+            return;
+        }
+    };
+    let mut said = BufReader::new(other.stdout.take().unwrap());
+    said.read_line(&mut String::new()).unwrap();
+    let before = open_fds();
+    let mut flood = Vec::new();
+    for _ in 0..100 {
+        flood.push(Raw::connect(&bench));
+        while bench.server.ready(now).more {}
+    }
+    assert!(open_fds() <= before + 100 + 16 + 1, "the server keeps 16 and no more");
+    let mut tell = other.stdin.take().unwrap();
+    tell.write_all(b"\n").unwrap();
+    bench.until(None, |server| server.is_connected());
+    let mut reply = String::new();
+    said.read_line(&mut reply).unwrap();
+    assert!(reply.starts_with("01000100"), "{reply}");
+    tell.write_all(b"\n").unwrap();
+    other.wait().unwrap();
+    drop(flood);
+    bench.until_gone();
 }
 
 #[test]

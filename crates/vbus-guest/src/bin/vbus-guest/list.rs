@@ -11,8 +11,14 @@ use vbus_guest::Source;
 
 /// Prints the functions. If there are none, prints `hint`, which says where there may be some.
 pub fn run<S: Source>(source: &S, as_json: bool, hint: &str) -> Result<()> {
-    let mut rows = Vec::new();
+    let (mut rows, in_use) = (Vec::new(), source.in_use());
     for found in source.scan()? {
+        // To ask a device that is in use costs its driver something.
+        if let Some(used) = in_use.iter().find(|used| used.id == found.id) {
+            rows.push(json!({ "id": used.id, "name": used.name, "class": used.class,
+                "state": used.state, "error": "in use by another driver" }));
+            continue;
+        }
         let probed = source.look(&found.id).and_then(|hal| Ok(Function::probe(hal)?));
         rows.push(match probed {
             Ok(mut function) => describe(&found.id, &mut function),
@@ -37,9 +43,14 @@ pub fn run<S: Source>(source: &S, as_json: bool, hint: &str) -> Result<()> {
 }
 
 fn describe<H: Hal>(id: &str, function: &mut Function<H>) -> Value {
-    let costs = function.choose_doorbell(doorbell::RINGS);
+    let state = function.state();
+    // A driver that has the function open would find the rings in its counters.
+    let costs: Vec<_> = match state {
+        Ok(ConnectionState::Closed) => function.choose_doorbell(doorbell::RINGS).iter().collect(),
+        _ => Vec::new(),
+    };
     let info = function.info();
-    let state = match function.state() {
+    let state = match state {
         Ok(ConnectionState::Closed) => "closed".into(),
         Ok(ConnectionState::Open) => "open".into(),
         Ok(ConnectionState::Broken(error_code)) => format!("broken: {error_code}"),

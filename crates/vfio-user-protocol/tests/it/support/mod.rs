@@ -254,7 +254,10 @@ impl Bench {
             assert!(start.elapsed() < TIMEOUT, "what was waited for does not happen");
             let mut fds = vec![PollFd::new(&self.server, PollFlags::IN)];
             fds.extend(also.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-            poll(&mut fds, Some(&Timespec { tv_sec: 20, tv_nsec: 0 })).unwrap();
+            let longest = Duration::from_secs(20);
+            let due = self.server.deadline().map(|at| at.saturating_duration_since(Instant::now()));
+            let wait = due.map_or(longest, |due| due.min(longest) + Duration::from_millis(1));
+            poll(&mut fds, Some(&Timespec::try_from(wait).unwrap())).unwrap();
             drop(fds);
             self.server.ready(Instant::now());
         }
