@@ -230,6 +230,8 @@ extern "C" fn vbus_shutdown(device: *mut c_void) {
     // First of all: this ends the connection, and no DMA comes after it.
     bound.device.pci().set_master(false);
     bound.class.shutdown();
+    // The class's watch may just have opened a connection that it had found lost. It has ended now.
+    bound.device.pci().set_master(false);
 }
 
 #[unsafe(no_mangle)]
