@@ -17,6 +17,9 @@ const SOURCES: [&str; 3] = ["linux", "crates/vbus-driver", "crates/vbus-shm"];
 /// The files of `packaging/dkms` beside the source.
 const BESIDE: [&str; 2] = ["dkms.conf", "README"];
 
+/// Those for dpkg. The ones that begin with p are scripts.
+const CONTROL: [&str; 3] = ["control", "postinst", "prerm"];
+
 /// Makes the package in the folder `out`. Returns its path. For `mirror` see
 /// [`Kit::get`](testkit::kit::Kit::get).
 pub fn make(out: &Path, mirror: Option<&str>) -> Result<PathBuf> {
@@ -49,7 +52,7 @@ pub fn make(out: &Path, mirror: Option<&str>) -> Result<PathBuf> {
     for name in BESIDE {
         filled(name, &here.join(name))?;
     }
-    for name in ["control", "postinst", "prerm"] {
+    for name in CONTROL {
         filled(name, &root.join("DEBIAN").join(name))?;
     }
     put_copyright(&root, "vbus-dkms")?;
@@ -64,4 +67,22 @@ fn put_folder(from: &Path, to: &Path) -> Result<()> {
         if from.is_dir() { put_folder(&from, &to)? } else { put(&from, &to, 0o644)? }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_package_has_every_file_of_its_folder() {
+        let folder = workspace::root().join("packaging/dkms");
+        let mut files: Vec<_> = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        files.sort();
+        let mut known = [&BESIDE[..], &CONTROL].concat();
+        known.sort_unstable();
+        assert_eq!(files, known);
+    }
 }
