@@ -153,16 +153,21 @@ impl Table {
     pub(super) fn with(&self, map: Map) -> Table {
         let mut table = Table { chunks: self.chunks.clone(), len: self.len + 1 };
         let at = self.chunk(map.start);
-        let Some((_, old)) = self.chunks.get(at) else {
-            table.chunks.push((map.start, Arc::new(vec![map])));
-            return table;
+        let behind_full = self.chunks.get(at).is_some_and(|(_, old)| {
+            old.len() == CHUNK && old.last().is_some_and(|last| last.start < map.start)
+        });
+        // Maps often come in order. Then the chunks are full, and a new one begins behind the last.
+        // Between a full chunk and one with room, the map belongs to the second. With a chunk of
+        // its own each, maps in falling order would make as many chunks as there are maps.
+        let at = at + usize::from(behind_full);
+        let old = match self.chunks.get(at) {
+            Some((_, old)) if !behind_full || old.len() < CHUNK => old,
+            _ => {
+                table.chunks.insert(at, (map.start, Arc::new(vec![map])));
+                return table;
+            }
         };
         let inside = old.partition_point(|other| other.start < map.start);
-        if old.len() == CHUNK && inside == CHUNK {
-            // Maps often come in order. Then the chunks are full.
-            table.chunks.insert(at + 1, (map.start, Arc::new(vec![map])));
-            return table;
-        }
         let mut maps = Vec::with_capacity(CHUNK + 1);
         maps.extend_from_slice(old);
         maps.insert(inside, map);
@@ -281,22 +286,90 @@ mod tests {
         assert!(table.chunks.len() <= 1024 / (CHUNK / 4) + 1, "{} chunks", table.chunks.len());
     }
 
+    #[test]
+    fn maps_in_falling_order_behind_a_full_chunk_fill_theirs() {
+        let mut table = Table::default();
+        for page in (0..64).chain((1000..11_000).rev()) {
+            table = table.with(map(page * 4096, 4096));
+        }
+        check(&table);
+        assert!(table.chunks.len() <= 2 * 10_064 / CHUNK, "{} chunks", table.chunks.len());
+    }
+
+    /// A change of a table.
+    #[derive(Clone, Debug)]
+    enum Step {
+        /// Adds a map of this length at this place, if it overlaps none.
+        Add(u64, u64),
+        /// As many, each before the last one.
+        AddFalling(u64, u64),
+        /// Takes as many maps away, from this part of all on.
+        Take(prop::sample::Index, usize),
+        /// Takes away what lies in a range, which may cut maps.
+        TakeRange(u64, u64),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let place = || 0_u64..6000;
+        let step = prop_oneof![
+            4 => (place(), 1_u64..6).prop_map(|(start, len)| Step::Add(start, len)),
+            1 => (place(), 1_u64..80).prop_map(|(start, n)| Step::AddFalling(start, n)),
+            3 => (any::<prop::sample::Index>(), 1_usize..150).prop_map(|(at, n)| Step::Take(at, n)),
+            1 => (place(), 1_u64..300).prop_map(|(start, len)| Step::TakeRange(start, len)),
+        ];
+        proptest::collection::vec(step, 1..60)
+    }
+
     proptest! {
-        /// The table does as a plain list would.
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        /// The table does as a plain list would. It begins with many chunks, full and less full.
         #[test]
         fn it_is_a_list_without_overlaps(
-            steps in proptest::collection::vec((0_u64..400, 1_u64..6, any::<bool>()), 1..300)
+            first in proptest::collection::vec((0_u64..4, 1_u64..6), 0..1000),
+            steps in steps(),
         ) {
             let (mut table, mut list) = (Table::default(), Vec::<(u64, u64)>::new());
-            for (start, len, add) in steps {
-                let end = start + len;
-                let hit = |(s, l): &(u64, u64)| *s < end && s + l > start;
-                prop_assert_eq!(table.overlaps(start, end), list.iter().any(hit));
-                if add && !list.iter().any(hit) {
-                    table = table.with(map(start, len));
-                    list.push((start, len));
-                    list.sort_unstable();
-                } else if !add {
+            let mut end = 0;
+            for (gap, len) in first {
+                list.push((end + gap, len));
+                table = table.with(map(end + gap, len));
+                end += gap + len;
+            }
+            check(&table);
+            let add = |table: &mut Table, list: &mut Vec<(u64, u64)>, start: u64, len: u64| {
+                let hit = list.iter().any(|(s, l)| *s < start + len && s + l > start);
+                assert_eq!(table.overlaps(start, start + len), hit);
+                if !hit {
+                    *table = table.with(map(start, len));
+                    let at = list.partition_point(|(s, _)| *s < start);
+                    list.insert(at, (start, len));
+                }
+            };
+            for step in steps {
+                let (start, end) = match step {
+                    Step::Add(start, len) => {
+                        add(&mut table, &mut list, start, len);
+                        (0, 0)
+                    }
+                    Step::AddFalling(start, count) => {
+                        for at in (start..start + count).rev() {
+                            add(&mut table, &mut list, at, 1);
+                        }
+                        (0, 0)
+                    }
+                    Step::Take(at, count) => {
+                        let chosen = match list.len() {
+                            0 => &[],
+                            len => &list[at.index(len)..],
+                        };
+                        let last = chosen.iter().take(count).next_back();
+                        chosen.first().zip(last).map_or((0, 0), |(a, b)| (a.0, b.0 + b.1))
+                    }
+                    Step::TakeRange(start, len) => (start, start + len),
+                };
+                if start < end {
+                    let hit = |(s, l): &(u64, u64)| *s < end && s + l > start;
                     let cut = list.iter().filter(|m| hit(m)).any(|(s, l)| *s < start || s + l > end);
                     let bytes: u64 = list.iter().filter(|m| hit(m)).map(|(_, l)| l).sum();
                     let without = table.without(start, end);

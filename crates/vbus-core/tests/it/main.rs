@@ -6,6 +6,7 @@
 
 mod alarm_model;
 mod endpoint;
+mod fuse;
 mod memory;
 mod peer_files;
 mod placement;

@@ -574,6 +574,57 @@ fn a_descriptor_whose_close_waits_keeps_nobody_waiting() {
     drop(peers);
 }
 
+/// A client sends as many such descriptors as the server takes, leaves, and comes again. The next
+/// client does not wait for them.
+#[test]
+fn closes_that_wait_keep_the_next_client_out_no_more() {
+    let mut bench = Bench::new();
+    let info = framed(1, 4, 0, &bytes![16u32, 0u32, 0u32, 0u32]);
+    // Copies of one socket: only the last close of them waits. So there is one for each client, and
+    // those behind it wait too.
+    let mut peers = Vec::new();
+    for _ in 0..6 {
+        let mut raw = Raw::negotiated(&mut bench);
+        let (socket, peer) = lingering();
+        peers.push(peer);
+        raw.send_with(&info, &[socket.as_fd()]);
+        drop(socket);
+        assert!(matches!(raw.see(&mut bench), Seen::Reply(1, 4, Some(_), _)));
+        let (pipe, _end) = rustix::pipe::pipe().unwrap();
+        // As many as one message may have, and more messages than the server reads now.
+        for _ in 0..8 {
+            raw.send_with(&info, &[pipe.as_fd(); 16]);
+        }
+        for _ in 0..4 {
+            bench.server.ready(Instant::now());
+        }
+        drop(raw);
+        bench.until_gone();
+        bench.with(good_client);
+        bench.until_gone();
+    }
+    drop((bench, peers));
+}
+
+/// More descriptors than a message may have end the connection. The server's thread closes none of
+/// them: the kernel would, if the server had no room for them.
+#[test]
+fn too_many_descriptors_are_not_closed_while_they_are_received() {
+    let mut bench = Bench::new();
+    let mut raw = Raw::negotiated(&mut bench);
+    let (socket, peer) = lingering();
+    let (pipe, _end) = rustix::pipe::pipe().unwrap();
+    let mut many = vec![pipe.as_fd(); 40];
+    many.push(socket.as_fd());
+    let info = framed(1, 4, 0, &bytes![16u32, 0u32, 0u32, 0u32]);
+    raw.send_with(&info, &many);
+    drop(many);
+    drop(socket);
+    assert_eq!(raw.see(&mut bench), Seen::Closed);
+    bench.with(good_client);
+    drop((bench, peer));
+}
+
 /// The test counts the descriptors of the process, so it runs in a process of its own.
 #[test]
 fn every_misdeed_has_its_fate_and_the_server_goes_on() {
