@@ -29,7 +29,7 @@ const NET: &str = "Options of `bench net`";
 #[command(after_help = HELP)]
 pub struct Args {
     /// Measure something else than the shared memory
-    #[arg(value_enum, conflicts_with_all = ["realtime", "only"])]
+    #[arg(value_enum, conflicts_with = "only")]
     what: Option<What>,
     /// Print one JSON object as the last line; a ratio above 1 means that vbus is faster
     #[arg(long)]
@@ -37,7 +37,8 @@ pub struct Args {
     /// Use fewer processes and rounds, or shorter measurements, for a first look
     #[arg(long)]
     quick: bool,
-    /// Measure with real-time priority, for a machine that has other work: needs root, and chrt
+    /// Measure with real-time priority, for a machine that has other work (the shared memory and
+    /// `tap`): needs root, and chrt
     #[arg(long)]
     realtime: bool,
     /// Measure this group only: rings, pages, signals, lines, sizes, readers or devices
@@ -77,6 +78,9 @@ enum What {
     Bystanders,
     /// NICs of a guest: vbus's, and QEMU's virtio-net
     Net,
+    /// What a small frame costs on a TAP interface each way: in the back end, and in bare loops of
+    /// system calls and of io_uring
+    Tap,
 }
 
 /// Builds and runs the benchmark. Charts go to `target/bench`.
@@ -94,17 +98,23 @@ pub fn run(args: &Args) -> Result<bool> {
         !args.quick || matches!(args.what, None | Some(What::Net)),
         "--quick goes with `bench` and with `bench net`"
     );
+    ensure!(
+        !args.realtime || matches!(args.what, None | Some(What::Tap)),
+        "--realtime goes with `bench` and with `bench tap`"
+    );
     if let Some(what) = args.what {
         let (package, example) = match what {
             What::Net => return net(args),
             What::Fairness => ("vbus-vfio-user", "fairness"),
             What::Bystanders => ("vbus-devices", "bystanders"),
+            What::Tap => ("vbus-devices", "tap"),
         };
         let mut command = workspace::cargo();
         command.current_dir(workspace::root());
         command.args(["run", "--quiet", "--release", "--locked", "--package", package]);
         command.args(["--example", example, "--"]);
         command.args(args.json.then_some("--json"));
+        command.args(args.realtime.then_some("--realtime"));
         return Ok(command.status().context("cannot run cargo")?.success());
     }
     let mut command = workspace::cargo();
