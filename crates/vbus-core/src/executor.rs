@@ -11,7 +11,7 @@
 #![allow(unsafe_code)] // Epoll takes raw event buffers.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::collections::{BinaryHeap, HashMap};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -27,6 +27,7 @@ use vbus_shm::{ErrorCode, Pace, Rest};
 use crate::alarm::Alarm;
 use crate::aside::{Aside, AtWork};
 use crate::counter::ConnectionCounters;
+use crate::hand_over::{HandOver, Next};
 use crate::lock::lock;
 use crate::wake::WakeFlag;
 
@@ -224,13 +225,6 @@ impl std::fmt::Debug for TaskHandle {
     }
 }
 
-#[derive(Default)]
-struct Queue {
-    ready: VecDeque<Arc<Cell>>,
-    sleeping: bool,
-    stop: bool,
-}
-
 type Workers = Vec<Arc<Worker>>;
 
 struct Worker {
@@ -240,7 +234,7 @@ struct Worker {
     epoll: OwnedFd,
     /// A write to it wakes the worker from `epoll_wait`.
     kick: OwnedFd,
-    queue: Mutex<Queue>,
+    queue: HandOver<Arc<Cell>>,
     tasks: Mutex<HashMap<u64, Arc<Cell>>>,
     timers: Mutex<BinaryHeap<Reverse<(Instant, u64)>>>,
     tuning: Tuning,
@@ -259,10 +253,7 @@ const KICK: u64 = 0;
 
 impl Worker {
     fn push(&self, cell: Arc<Cell>) {
-        let mut queue = lock(&self.queue);
-        queue.ready.push_back(cell);
-        if std::mem::take(&mut queue.sleeping) {
-            drop(queue);
+        if self.queue.push(cell) {
             self.kick();
         }
     }
@@ -279,18 +270,11 @@ impl Worker {
         loop {
             // Read by `at_work` alone, which draws no conclusion from the order of these stores.
             self.rounds.fetch_add(1, Ordering::Relaxed);
-            let mut sleep = false;
-            {
-                let mut queue = lock(&self.queue);
-                if queue.stop {
-                    return;
-                }
-                round.extend(queue.ready.drain(..));
-                if round.is_empty() {
-                    queue.sleeping = true;
-                    sleep = true;
-                }
-            }
+            let sleep = match self.queue.take(&mut round) {
+                Next::Work => false,
+                Next::Sleep => true,
+                Next::End => return,
+            };
             let (mut busy, mut surplus): (Option<Arc<Cell>>, Option<Arc<Cell>>) = (None, None);
             for cell in round.drain(..) {
                 if cell.home() != self.index {
@@ -343,7 +327,7 @@ impl Worker {
         if sleep {
             self.awake.store(true, Ordering::Relaxed);
             self.alarm.ring();
-            lock(&self.queue).sleeping = false;
+            self.queue.wakes();
         }
         for event in &*events {
             match event.data.u64() {
@@ -574,7 +558,7 @@ impl Executor {
                     workers: workers.clone(),
                     epoll,
                     kick,
-                    queue: Mutex::default(),
+                    queue: HandOver::new(),
                     tasks: Mutex::default(),
                     timers: Mutex::default(),
                     tuning,
@@ -707,7 +691,7 @@ impl Executor {
 impl Drop for Executor {
     fn drop(&mut self) {
         for worker in self.workers.iter() {
-            lock(&worker.queue).stop = true;
+            worker.queue.stop();
             worker.kick();
         }
         self.aside.stop();

@@ -115,6 +115,7 @@ mod doorbell;
 mod endpoint;
 mod events;
 mod executor;
+mod hand_over;
 mod host;
 mod interrupt;
 mod lock;

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The atomics of [`wake`](super::wake) and of [`alarm_flag`](super::alarm_flag). A model checker
-//! replaces this file with its own.
+//! The atomics of [`wake`](super::wake) and of [`alarm_flag`](super::alarm_flag), and the mutex of
+//! [`hand_over`](super::hand_over). A model checker replaces this file with its own.
 
+pub use std::sync::Mutex;
 pub use std::sync::atomic::{AtomicBool, Ordering};
+
+pub use crate::lock::lock;
 
 /// The fence of `AlarmFlag`.
 #[inline(always)]

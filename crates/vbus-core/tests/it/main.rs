@@ -7,6 +7,7 @@
 mod alarm_model;
 mod endpoint;
 mod fuse;
+mod hand_over_model;
 mod memory;
 mod peer_files;
 mod placement;
