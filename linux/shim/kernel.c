@@ -4,6 +4,7 @@
  * size differs from kernel to kernel. vbus.h says what each function does.
  */
 #include <linux/bug.h>
+#include <linux/cc_platform.h>
 #include <linux/cpumask.h>
 #include <linux/delay.h>
 #include <linux/dma-mapping.h>
@@ -19,6 +20,7 @@
 #include <linux/slab.h>
 #include <linux/spinlock.h>
 #include <linux/version.h>
+#include <linux/vmalloc.h>
 #include <linux/workqueue.h>
 
 #ifdef CONFIG_X86
@@ -89,6 +91,11 @@ void shim_pci_get(void *pci)
 void shim_pci_put(void *pci)
 {
 	pci_dev_put(pci);
+}
+
+const char *shim_pci_name(void *pci)
+{
+	return pci_name(pci);
 }
 
 u32 shim_pci_config_read32(void *pci, u16 offset)
@@ -272,6 +279,34 @@ void *shim_dma_alloc(void *pci, u64 bytes, u64 *address)
 void shim_dma_free(void *pci, u64 bytes, void *memory, u64 address)
 {
 	dma_free_coherent(&((struct pci_dev *)pci)->dev, bytes, memory, address);
+}
+
+void *shim_dma_join(void *const *parts, u64 count, u64 bytes)
+{
+	const u64 each = bytes >> PAGE_SHIFT;
+	pgprot_t prot = PAGE_KERNEL;
+	struct page **pages;
+	void *joined;
+	u64 page;
+
+	pages = kvmalloc_array(count * each, sizeof(*pages), GFP_KERNEL);
+	if (!pages)
+		return NULL;
+	for (page = 0; page < count * each; page++) {
+		void *place = parts[page / each] + (page % each << PAGE_SHIFT);
+
+		pages[page] = is_vmalloc_addr(place) ? vmalloc_to_page(place) : virt_to_page(place);
+	}
+	if (cc_platform_has(CC_ATTR_MEM_ENCRYPT))
+		prot = pgprot_decrypted(prot);
+	joined = vmap(pages, count * each, VM_MAP, prot);
+	kvfree(pages);
+	return joined;
+}
+
+void shim_dma_part(void *joined)
+{
+	vunmap(joined);
 }
 
 u32 shim_read32(const void *place)

@@ -7,6 +7,7 @@
 #include <linux/sysfs.h>
 #include <linux/workqueue.h>
 
+#include "state.h"
 #include "vbus.h"
 
 struct workqueue_struct *shim_queue;
@@ -117,15 +118,25 @@ static int __init start(void)
 	shim_queue = alloc_workqueue("vbus", WQ_UNBOUND | WQ_FREEZABLE, 0);
 	if (!shim_queue)
 		return -ENOMEM;
+	error = shim_state_start();
+	if (error)
+		goto no_state;
 	error = pci_register_driver(&driver);
 	if (error)
-		destroy_workqueue(shim_queue);
+		goto no_driver;
+	return 0;
+
+no_driver:
+	shim_state_end();
+no_state:
+	destroy_workqueue(shim_queue);
 	return error;
 }
 
 static void __exit end(void)
 {
 	pci_unregister_driver(&driver);
+	shim_state_end();
 	destroy_workqueue(shim_queue);
 }
 

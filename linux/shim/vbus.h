@@ -68,6 +68,8 @@ void shim_panic(const char *text, u64 bytes) __attribute__((noreturn));
 
 void shim_pci_get(void *pci);
 void shim_pci_put(void *pci);
+/* Its address, as /sys/bus/pci/devices has it. */
+const char *shim_pci_name(void *pci);
 /* All ones if the function has gone. */
 u32 shim_pci_config_read32(void *pci, u16 offset);
 int shim_pci_enable(void *pci);
@@ -119,6 +121,12 @@ int shim_dma_mask(void *pci, u32 bits);
 /* Coherent zeroed memory, whole pages, contiguous for the device. NULL: there is none. Sleeps. */
 void *shim_dma_alloc(void *pci, u64 bytes, u64 *address);
 void shim_dma_free(void *pci, u64 bytes, void *memory, u64 address);
+/*
+ * The same memory as one piece for the driver: `count` parts of shim_dma_alloc of `bytes` each, whole
+ * pages, in their order. NULL: there is no room. Sleeps.
+ */
+void *shim_dma_join(void *const *parts, u64 count, u64 bytes);
+void shim_dma_part(void *joined);
 
 /* ---- kernel.c: registers. The device sees a write after all earlier writes to memory. ---- */
 

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kernel as the environment of a driver ([`vbus_driver::Hal`]).
 
-use vbus_driver::{COMMAND_BOUND, Doorbell, Function, Hal, Memory, NoMemory, RegionTable};
+use vbus_driver::{COMMAND_BOUND, Dma as _, Doorbell, Function, Hal, Memory, RegionTable};
 use vbus_shm::abi::{bar0, capability};
 use vbus_shm::sync::Word;
 
 use crate::dev_info;
 use crate::hypercall;
-use crate::kernel::dma::Coherent;
+use crate::kernel::alloc::NoMemory;
+use crate::kernel::dma::{Coherent, Joined};
 use crate::kernel::pci::{Bar, Pci};
 use crate::kernel::port::Ports;
 use crate::kernel::{Errno, KVec, Ref, time};
@@ -15,6 +16,9 @@ use crate::kernel::{Errno, KVec, Ref, time};
 /// How long the driver spins for a command before it sleeps, in nanoseconds: most commands end
 /// within the write.
 const SPIN: u64 = 20_000;
+
+/// The binary logarithm of the bytes of a part of memory that is too large for one piece.
+const PART_SHIFT: u8 = 16;
 
 /// The environment of one function. Clones are handles to the same.
 #[derive(Clone, Debug)]
@@ -89,8 +93,15 @@ impl Hal for KernelHal {
         self.0.bar.write64(offset, value);
     }
 
-    fn alloc(&self, bytes: usize) -> Result<Dma, NoMemory> {
-        let memory = Coherent::new(&self.0.pci, bytes)?;
+    fn alloc(&self, bytes: usize) -> Result<Dma, vbus_driver::NoMemory> {
+        let memory = match Coherent::new(&self.0.pci, bytes) {
+            Ok(memory) => Piece::Whole(memory),
+            // The kernel has no so large piece, or never has one so large.
+            Err(NoMemory) if bytes > Dma::CONTIGUOUS_MIN => {
+                Piece::Parts(Joined::new(&self.0.pci, bytes, PART_SHIFT)?)
+            }
+            Err(error) => return Err(error.into()),
+        };
         Ok(Dma(Ref::new(memory)?))
     }
 
@@ -130,23 +141,37 @@ impl Hal for KernelHal {
 
 /// Memory that the function can reach.
 #[derive(Clone, Debug)]
-pub struct Dma(Ref<Coherent>);
+pub struct Dma(Ref<Piece>);
+
+#[derive(Debug)]
+enum Piece {
+    Whole(Coherent),
+    Parts(Joined),
+}
 
 impl Memory for Dma {
     #[inline]
     fn words(&self) -> &[Word] {
-        self.0.words()
+        match &*self.0 {
+            Piece::Whole(memory) => memory.words(),
+            Piece::Parts(memory) => memory.words(),
+        }
     }
 }
 
 impl vbus_driver::Dma for Dma {
-    /// All of it.
     fn page_shift(&self) -> u8 {
-        0
+        match &*self.0 {
+            Piece::Whole(_) => 0,
+            Piece::Parts(memory) => memory.shift(),
+        }
     }
 
     fn address(&self, offset: usize) -> u64 {
-        self.0.address() + offset as u64
+        match &*self.0 {
+            Piece::Whole(memory) => memory.address() + offset as u64,
+            Piece::Parts(memory) => memory.address(offset),
+        }
     }
 }
 
@@ -158,7 +183,7 @@ pub struct Table {
 }
 
 impl RegionTable<Dma> for Table {
-    fn new(regions: usize) -> Result<Self, NoMemory> {
+    fn new(regions: usize) -> Result<Self, vbus_driver::NoMemory> {
         // A region may keep one more memory.
         Ok(Self { slots: KVec::new(), most: 2 * regions })
     }

@@ -19,4 +19,5 @@ pub mod interrupt;
 pub mod kernel;
 pub mod net;
 mod panic;
+pub mod state;
 pub mod watch;

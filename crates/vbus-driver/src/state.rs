@@ -3,7 +3,7 @@
 
 use vbus_shm::abi::{class, state as abi};
 use vbus_shm::signal::{Armed, end};
-use vbus_shm::state::{self, MAX_VALUE, Overrun};
+use vbus_shm::state::{self, DEFAULT_SLOTS, Layout, MAX_VALUE, Overrun, SIGNAL_OFFSET};
 
 use crate::{Bell, Error, Function, Hal, Name, Region, state_page};
 
@@ -27,6 +27,17 @@ pub struct Description {
     pub value_bytes: u32,
     /// Who writes it.
     pub owner: Owner,
+}
+
+impl Description {
+    /// The shape of the page's memory.
+    ///
+    /// # Errors
+    /// A description that [`Pages::describe`] returned has a shape.
+    pub fn layout(&self) -> Result<Layout, Error> {
+        Layout::new(self.value_bytes, DEFAULT_SLOTS)
+            .map_err(|_| Error::Corrupt("a state page with an impossible size"))
+    }
 }
 
 /// A state device with an open connection.
@@ -116,6 +127,27 @@ impl<H: Hal> Pages<H> {
     /// Ends a writer. The device has seen its last value when this returns.
     pub fn finish(&mut self, writer: Writer<H>) -> Result<(), Error> {
         self.function.region_drop(writer.region)
+    }
+
+    /// Registers `memory`, which holds the page already: the driver has formatted it with the
+    /// page's [layout](Description::layout), or has registered it in an earlier connection. So a
+    /// driver keeps a page's memory when it opens the device again: version and value go on, and
+    /// whoever reads the memory notices nothing. Attach the driver's end before: it reads the
+    /// header.
+    ///
+    /// Returns the region, and the bell that a writer rings.
+    pub fn register(
+        &mut self,
+        page: &Description,
+        vector: u16,
+        memory: &H::Dma,
+    ) -> Result<(Region, Bell<H>), Error> {
+        let range = (0, page.layout()?.bytes());
+        let number = page.number;
+        let signal = Some(SIGNAL_OFFSET);
+        let region = self.function.region_add(number, vector, memory, range, signal)?;
+        let bell = self.function.bell(region.handle());
+        Ok((region, bell))
     }
 
     fn check_owner(page: &Description, owner: Owner) -> Result<(), Error> {

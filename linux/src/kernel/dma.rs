@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Coherent memory that a function can reach.
+//! Coherent memory that a function can reach: [`Coherent`], and [`Joined`] of several parts.
 #![allow(unsafe_code, reason = "shares memory with a device")]
 
 use core::ffi::c_void;
@@ -10,7 +10,7 @@ use core::slice;
 use vbus_shm::memory::WORD;
 use vbus_shm::sync::Word;
 
-use super::alloc::NoMemory;
+use super::alloc::{KVec, NoMemory};
 use super::ffi;
 use super::pci::Pci;
 
@@ -67,5 +67,70 @@ impl Drop for Coherent {
 impl fmt::Debug for Coherent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Coherent({} bytes)", self.bytes)
+    }
+}
+
+/// Coherent memory in parts of the same size, each contiguous for the function, one behind the
+/// other for the driver. For memory that is too large to be contiguous.
+pub struct Joined {
+    parts: KVec<Coherent>,
+    joined: NonNull<c_void>,
+    shift: u8,
+}
+
+// SAFETY: the memory consists of atomics.
+unsafe impl Send for Joined {}
+// SAFETY: as above.
+unsafe impl Sync for Joined {}
+
+impl Joined {
+    /// At least `bytes` bytes, in parts of `1 << shift`, whole pages. The caller may sleep.
+    pub fn new(pci: &Pci, bytes: usize, shift: u8) -> Result<Self, NoMemory> {
+        let part = 1_usize.checked_shl(shift.into()).ok_or(NoMemory)?.max(PAGE);
+        let parts = KVec::from_fn(bytes.max(1).div_ceil(part), |_| {
+            let memory = Coherent::new(pci, part)?;
+            // The kernel aligns memory of this kind to its size, for both sides.
+            if memory.address % part as u64 == 0 { Ok(memory) } else { Err(NoMemory) }
+        })?;
+        let places = KVec::from_fn(parts.len(), |at| {
+            parts.get(at).map(|p| p.memory.as_ptr()).ok_or(NoMemory)
+        })?;
+        // SAFETY: the parts have as many bytes, and stay as long as what is made of them.
+        let joined =
+            unsafe { ffi::shim_dma_join(places.as_ptr(), places.len() as u64, part as u64) };
+        let joined = NonNull::new(joined).ok_or(NoMemory)?;
+        Ok(Self { parts, joined, shift })
+    }
+
+    /// The memory.
+    pub fn words(&self) -> &[Word] {
+        let words = (self.parts.len() << self.shift) / WORD;
+        // SAFETY: the parts are there as long as this, one behind the other, aligned to a page, and
+        // were zeroed.
+        unsafe { slice::from_raw_parts(self.joined.cast().as_ptr(), words) }
+    }
+
+    /// The binary logarithm of a part's bytes.
+    pub fn shift(&self) -> u8 {
+        self.shift
+    }
+
+    /// The function's address of the byte at `offset`. 0 beyond the end.
+    pub fn address(&self, offset: usize) -> u64 {
+        let within = (offset & ((1 << self.shift) - 1)) as u64;
+        self.parts.get(offset >> self.shift).map_or(0, |part| part.address + within)
+    }
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        // SAFETY: it came from `shim_dma_join`, and nobody uses it any more. The parts go after it.
+        unsafe { ffi::shim_dma_part(self.joined.as_ptr()) };
+    }
+}
+
+impl fmt::Debug for Joined {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Joined({} parts)", self.parts.len())
     }
 }

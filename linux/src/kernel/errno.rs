@@ -17,8 +17,12 @@ impl Errno {
     pub const AGAIN: Self = Self(11);
     /// There is no memory.
     pub const NO_MEMORY: Self = Self(12);
+    /// Permission denied.
+    pub const ACCESS: Self = Self(13);
     /// In use.
     pub const BUSY: Self = Self(16);
+    /// It is there already.
+    pub const EXISTS: Self = Self(17);
     /// There is no such device.
     pub const NO_DEVICE: Self = Self(19);
     /// An invalid argument.
@@ -27,6 +31,8 @@ impl Errno {
     pub const NO_SPACE: Self = Self(28);
     /// Out of range.
     pub const RANGE: Self = Self(34);
+    /// There are no data.
+    pub const NO_DATA: Self = Self(61);
     /// The device broke the protocol.
     pub const PROTOCOL: Self = Self(71);
     /// Not supported.

@@ -2,7 +2,7 @@
 //! The shim's functions, as `shim/vbus.h` declares and describes them.
 #![allow(unsafe_code, reason = "declarations of C")]
 
-use core::ffi::{c_int, c_ulong, c_void};
+use core::ffi::{c_char, c_int, c_ulong, c_void};
 
 /// A log level of the shim.
 pub const ERROR: c_int = 3;
@@ -29,6 +29,7 @@ unsafe extern "C" {
 
     pub fn shim_pci_get(pci: *mut c_void);
     pub fn shim_pci_put(pci: *mut c_void);
+    pub fn shim_pci_name(pci: *mut c_void) -> *const c_char;
     pub fn shim_pci_config_read32(pci: *mut c_void, offset: u16) -> u32;
     pub fn shim_pci_enable(pci: *mut c_void) -> c_int;
     pub fn shim_pci_disable(pci: *mut c_void);
@@ -64,6 +65,8 @@ unsafe extern "C" {
     pub fn shim_dma_mask(pci: *mut c_void, bits: u32) -> c_int;
     pub fn shim_dma_alloc(pci: *mut c_void, bytes: u64, address: *mut u64) -> *mut c_void;
     pub fn shim_dma_free(pci: *mut c_void, bytes: u64, memory: *mut c_void, address: u64);
+    pub fn shim_dma_join(parts: *const *mut c_void, count: u64, bytes: u64) -> *mut c_void;
+    pub fn shim_dma_part(joined: *mut c_void);
 
     pub fn shim_read32(place: *const c_void) -> u32;
     pub fn shim_read64(place: *const c_void) -> u64;

@@ -2,7 +2,7 @@
 //! A PCI function as the kernel gives it to its driver: configuration space, BAR 0, Bus Master.
 #![allow(unsafe_code, reason = "calls the shim, with handles of the kernel")]
 
-use core::ffi::c_void;
+use core::ffi::{CStr, c_void};
 use core::fmt;
 use core::ptr::NonNull;
 
@@ -35,6 +35,12 @@ impl Pci {
     /// The kernel's handle.
     pub fn handle(&self) -> *mut c_void {
         self.0.as_ptr()
+    }
+
+    /// Its address, as /sys/bus/pci/devices has it.
+    pub fn address(&self) -> &str {
+        // SAFETY: the handle is valid, and so is its name, which does not change.
+        unsafe { CStr::from_ptr(ffi::shim_pci_name(self.handle())) }.to_str().unwrap_or("?")
     }
 
     /// Reads 4 bytes of configuration space at a multiple of 4. All ones: the function has gone.

@@ -13,6 +13,7 @@
 //! - `guest-agent scribble` writes random values over the memory that a driver shares with its
 //!   device;
 //! - `guest-agent nonsense` makes random accesses to configuration spaces;
+//! - `guest-agent map-read|map-write` reads and writes a state page by a mapping of its file;
 //! - `guest-agent lie` serves the device of another vfio-user server, with a lie about it.
 
 mod hold;
@@ -20,6 +21,7 @@ mod join;
 mod latency;
 mod lie;
 mod nonsense;
+mod page;
 mod scribble;
 mod serve;
 mod stream;
@@ -38,6 +40,8 @@ fn main() -> ExitCode {
         ["hold-kvm"] => hold::hold(),
         ["spin"] => latency::spin(),
         ["fifo", priority, ref command @ ..] => latency::fifo(priority, command),
+        ["map-read", path, count] => page::read(path, count),
+        ["map-write", path, ref values @ ..] => page::write(path, values),
         ["lie", socket, server, name] => lie::lie(socket, server, name),
         ["nonsense", seed, count, how, ref functions @ ..] if !functions.is_empty() => {
             nonsense::nonsense(seed, count, how == "wild", functions)
@@ -48,6 +52,7 @@ fn main() -> ExitCode {
                 "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | \
                  receive ADDRESS:PORT | latency MICROSECONDS COUNT | hold-kvm | spin | \
                  fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory | \
+                 map-read PATH COUNT | map-write PATH VALUE... | \
                  nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME"
             );
             return ExitCode::from(2);

@@ -133,6 +133,11 @@ pub const SCENARIOS: &[Scenario] = &[
         "the same with the kernels for machines of all kinds; only with --times",
         linux::load::generic,
     ),
+    in_guests(
+        "linux::state",
+        "an ordinary user reads, writes, maps and awaits state pages; unplug while they are open",
+        linux::state::pages,
+    ),
     beside_kvm(
         "kvm::harness",
         "QEMU boots a guest on the KVM of L1: this tests the test kit",

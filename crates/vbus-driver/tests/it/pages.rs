@@ -4,8 +4,9 @@
 use serde_json::{Value, json};
 use vbus_core::Bus;
 use vbus_driver::state::{Owner, Pages};
-use vbus_driver::{Error, ErrorCode, venet};
-use vbus_shm::signal::Armed;
+use vbus_driver::{Error, ErrorCode, Hal, venet};
+use vbus_shm::signal::{Armed, end::Driver};
+use vbus_shm::state::{Reader, Writer};
 
 use crate::local::{Local, bus};
 
@@ -105,4 +106,41 @@ fn the_largest_pages_lie_in_scattered_memory() {
     let mut writer = pages.writer(&page, 0).unwrap();
     writer.write(value.as_bytes());
     assert!(ask(&bus, &json!({ "op": "get", "page": "mine" }))["text"] == value);
+}
+
+#[test]
+fn a_driver_keeps_the_memory_of_pages_from_one_connection_to_the_next() {
+    let bus = bus();
+    let local = device(&bus, 12);
+    let mut pages = Pages::open(local.probe()).unwrap();
+    let [setpoint, load] = ["setpoint", "load"].map(|name| pages.find(name).unwrap().unwrap());
+    let [memory, own] = [&setpoint, &load].map(|page| {
+        let layout = page.layout().unwrap();
+        let memory = pages.function().hal().alloc(layout.bytes()).unwrap();
+        layout.format(&memory, 0).unwrap();
+        memory
+    });
+    let reader = Reader::attach(memory.clone(), Driver).unwrap();
+    let mut writer = Writer::attach(own.clone(), Driver).unwrap();
+    pages.register(&setpoint, 0, &memory).unwrap();
+    let (_, bell) = pages.register(&load, 1, &own).unwrap();
+    bell.kick(writer.write(b"one"));
+    let mut value = [0; 16];
+    let before = reader.read(&mut value).unwrap();
+    assert_eq!(text(&value), "20");
+
+    drop(pages);
+    ask(&bus, &json!({ "op": "set", "page": "setpoint", "text": "21" }));
+    assert_eq!(reader.read(&mut value), Ok(before), "the device has let go of the page");
+    let _ = writer.write(b"two");
+    let mut pages = Pages::open(local.probe()).unwrap();
+    pages.register(&setpoint, 0, &memory).unwrap();
+    let (_, bell) = pages.register(&load, 1, &own).unwrap();
+    assert!(reader.read(&mut value).unwrap() > before);
+    assert_eq!(text(&value), "21");
+    let get = json!({ "op": "get", "page": "load" });
+    assert_eq!(ask(&bus, &get)["text"], "two");
+    bell.kick(writer.write(b"three"));
+    assert_eq!(ask(&bus, &get)["text"], "three");
+    assert_eq!((writer.version(), writer.layout()), (3, load.layout().unwrap()));
 }

@@ -2,3 +2,4 @@
 //! Scenarios with the Linux driver, the kernel module `vbus`.
 
 pub(super) mod load;
+pub(super) mod state;

@@ -20,7 +20,8 @@ use vbus_guest::{PciSource, SocketSource, Source};
 
 /// Drive the devices of a vbus: those on this machine's PCI bus, or those behind sockets.
 ///
-/// In a virtual machine it drives the functions of the PCI bus, and needs root. With --dir or
+/// In a virtual machine it drives the functions of the PCI bus, and needs root. Where the Linux
+/// driver (the kernel module vbus) has a device, it uses the driver's files instead. With --dir or
 /// --socket it drives devices from a plain process, without a virtual machine and without root.
 #[derive(Parser, Debug)]
 #[command(version, max_term_width = 100)]
@@ -80,7 +81,11 @@ fn run(args: &Args) -> Result<()> {
             run_on(SocketSource::One(path.clone()), &args.command, "")
         }
         (None, Some(dir)) => run_on(SocketSource::Dir(dir.clone()), &args.command, ""),
-        (None, None) => run_on(PciSource::new()?, &args.command, &elsewhere()),
+        (None, None) => match &args.command {
+            // The Linux driver has its devices for all programs.
+            Command::State(state) if state.run_on_nodes()? => Ok(()),
+            command => run_on(PciSource::new()?, command, &elsewhere()),
+        },
     }
 }
 

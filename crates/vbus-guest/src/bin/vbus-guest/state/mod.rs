@@ -1,18 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus-guest state`: reads, writes and watches the pages of a state device at the driver's end.
+//!
+//! Where the Linux driver has the device, its files are used ([`nodes`]). Otherwise this program is
+//! the driver ([`session`]).
+
+mod nodes;
+mod session;
 
 use std::io::Read;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use vbus_driver::state::{Description, Owner, Pages};
-use vbus_driver::{Acknowledger, Function, Hal};
+use vbus_driver::state::Owner;
 use vbus_shm::abi::class;
-use vbus_shm::signal::Armed;
 
+use nodes::Nodes;
+use session::Session;
 use vbus_cli::output::{columns, emit, emit_bytes, emit_json, plain};
-use vbus_guest::{Claimed, Interrupt, Source, claim, keep_open, wait};
+use vbus_guest::{Source, claim, keep_open};
 
 /// The arguments of `vbus-guest state`.
 #[derive(clap::Args, Debug)]
@@ -74,12 +79,33 @@ struct Form {
     raw: bool,
 }
 
-/// Runs the command.
+impl Args {
+    /// Whether the Linux driver of this machine has the device. The command runs if it has.
+    pub fn run_on_nodes(&self) -> Result<bool> {
+        let Some(nodes) = Nodes::find(self.device.as_deref())? else { return Ok(false) };
+        match &self.command {
+            Command::List { json } => list(&nodes.list(), *json),
+            Command::Get { page, form } => print(&nodes.page(page)?.get()?, *form),
+            Command::Set { page, value, hex } => {
+                let (node, value) = (nodes.page(page)?, parse(value, *hex)?);
+                check_length(page, &value, node.value_bytes())?;
+                node.set(value)?;
+            }
+            Command::Watch { page, count, form } => {
+                let mut printer = Printer { form: *form, left: *count, last: None };
+                nodes.page(page)?.watch(&mut printer)?;
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Runs the command as the driver of a device of `source`.
 pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
     let (found, claimed) = claim(source, class::STATE, "state", args.device.as_deref())?;
     let open = |claimed| Session::open(claimed).with_context(|| found.id.clone());
     match &args.command {
-        Command::List { json } => open(claimed)?.list(*json),
+        Command::List { json } => open(claimed)?.list().map(|pages| list(&pages, *json)),
         Command::Get { page, form } => open(claimed)?.get(page, *form),
         Command::Set { page, value, hex } => open(claimed)?.set(page, &parse(value, *hex)?),
         Command::Watch { page, count, form } => {
@@ -88,6 +114,39 @@ pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
             keep_open(source, &found.id, claimed, None, watch).map(drop)
         }
     }
+}
+
+/// A page, for a list.
+struct Listed {
+    name: String,
+    owner: Owner,
+    bytes: u32,
+}
+
+fn list(pages: &[Listed], as_json: bool) {
+    let row = |page: &Listed| {
+        let owner = if page.owner == Owner::Device { "device" } else { "driver" };
+        json!({ "name": page.name, "owner": owner, "bytes": page.bytes })
+    };
+    let rows: Vec<Value> = pages.iter().map(row).collect();
+    if as_json {
+        emit_json(&Value::Array(rows));
+        return;
+    }
+    let keys = ["name", "owner", "bytes"];
+    let mut table = vec![keys.map(str::to_uppercase).to_vec()];
+    table.extend(rows.iter().map(|row| keys.map(|key| plain(&row[key])).to_vec()));
+    emit(&columns(&table));
+}
+
+fn check_length(page: &str, value: &[u8], bytes: usize) -> Result<()> {
+    let length = value.len();
+    ensure!(length <= bytes, "a value of {page} has {bytes} bytes, this one has {length}");
+    Ok(())
+}
+
+fn no_page(name: &str) -> String {
+    format!("there is no page {name:?}; `vbus-guest state list` shows what there is")
 }
 
 /// Prints the values of a watch, across all connections that the watch makes.
@@ -108,107 +167,6 @@ impl Printer {
         print(value, self.form);
         self.left = self.left.map(|left| left.saturating_sub(1));
         self.last = Some(value.to_vec());
-    }
-}
-
-/// An open state device.
-struct Session<H: Hal> {
-    pages: Pages<H>,
-    acknowledger: Acknowledger<H>,
-    interrupt: Box<dyn Interrupt>,
-}
-
-impl<H: Hal> Session<H> {
-    fn open((hal, interrupt): Claimed<H>) -> Result<Self> {
-        let function = Function::probe(hal)?;
-        let acknowledger = function.acknowledger();
-        Ok(Session { pages: Pages::open(function)?, acknowledger, interrupt })
-    }
-
-    fn find(&mut self, name: &str) -> Result<Description> {
-        self.pages.find(name)?.with_context(|| {
-            format!("there is no page {name:?}; `vbus-guest state list` shows what there is")
-        })
-    }
-
-    fn list(&mut self, as_json: bool) -> Result<()> {
-        let mut rows = Vec::new();
-        for number in 0..self.pages.count() {
-            let page = self.pages.describe(number)?;
-            let owner = if page.owner == Owner::Device { "device" } else { "driver" };
-            rows.push(
-                json!({ "name": page.name.to_string(), "owner": owner, "bytes": page.value_bytes }),
-            );
-        }
-        if as_json {
-            emit_json(&Value::Array(rows));
-            return Ok(());
-        }
-        let keys = ["name", "owner", "bytes"];
-        let mut table = vec![keys.map(str::to_uppercase).to_vec()];
-        table.extend(rows.iter().map(|row| keys.map(|key| plain(&row[key])).to_vec()));
-        emit(&columns(&table));
-        Ok(())
-    }
-
-    fn get(&mut self, name: &str, form: Form) -> Result<()> {
-        let page = self.find(name)?;
-        let reader = self.pages.reader(&page, 0)?;
-        let mut value = vec![0; reader.value_bytes()];
-        // The device has written the current value before it answered that the page is registered.
-        reader.read(&mut value)?;
-        print(&value, form);
-        Ok(())
-    }
-
-    fn set(&mut self, name: &str, value: &[u8]) -> Result<()> {
-        let page = self.find(name)?;
-        ensure!(
-            value.len() <= page.value_bytes as usize,
-            "a value of {name} has {} bytes, this one has {}",
-            page.value_bytes,
-            value.len()
-        );
-        let mut writer = self.pages.writer(&page, 0)?;
-        writer.write(value);
-        Ok(self.pages.finish(writer)?)
-    }
-
-    fn watch(&mut self, name: &str, printer: &mut Printer) -> Result<()> {
-        let page = self.find(name)?;
-        let mut reader = self.pages.reader(&page, 0)?;
-        let mut value = vec![0; reader.value_bytes()];
-        let mut version = reader.read(&mut value)?;
-        // A watch that lost its connection has printed the value already if nobody has changed it.
-        if !printer.is_done() && printer.last.as_ref() != Some(&value) {
-            printer.print(&value);
-        }
-        while !printer.is_done() {
-            while reader.arm_newer(version) == Armed::Waiting {
-                let interrupted = self.sleep()?;
-                if reader.version() != version {
-                    break;
-                }
-                // The page did not change: the interrupt may have told of an event of the function.
-                // A device that is silent may have lost the connection.
-                if !interrupted || !self.pages.function().events()?.is_empty() {
-                    self.pages.function().check()?;
-                }
-            }
-            reader.disarm();
-            version = reader.read(&mut value)?;
-            printer.print(&value);
-        }
-        Ok(())
-    }
-
-    /// Waits for an interrupt, at most for a second. Returns whether one came.
-    fn sleep(&mut self) -> Result<bool> {
-        let interrupted = wait(&mut *self.interrupt, Duration::from_secs(1))?;
-        if interrupted {
-            self.acknowledger.acknowledge();
-        }
-        Ok(interrupted)
     }
 }
 
