@@ -30,6 +30,11 @@
 #include "net.h"
 #include "vbus.h"
 
+/* What Rust takes for given. */
+static_assert(PAGE_SIZE == 4096);
+static_assert(MAX_SKB_FRAGS >= 17 && MAX_SKB_FRAGS <= VBUS_NET_PIECES_MAX - 2);
+static_assert(SKB_DATA_ALIGN(sizeof(struct skb_shared_info)) <= 320);
+
 struct shim_queue;
 
 struct shim_net {

@@ -15,7 +15,7 @@ use vbus_driver::shm::signal::Armed;
 use vbus_driver::venet::{
     self, Config, F_COALESCE, F_HASH, F_MAC, F_RSS, F_RX, F_RX_CSUM, F_TX_CSUM, F_TX_ECN,
     F_TX_TSO4, F_TX_TSO6, F_TX_USO, F_VLAN, FILTER_ALL_MULTICAST, FILTER_PROMISCUOUS,
-    HASH_HEADER_BYTES, HEADER_BYTES, Nic, NicStatus, hash_kind,
+    HASH_HEADER_BYTES, HEADER_BYTES, Nic, NicStatus, VLAN_MAP_BYTES, hash_kind,
 };
 use vbus_driver::{Doorbell, Error, Events, Function};
 
@@ -110,6 +110,8 @@ pub struct Interface {
     watch: KBox<Watch<Net>>,
     interrupts: KVec<Interrupt<Group>>,
     events: Option<Interrupt<Net>>,
+    /// The kernel knows the interface.
+    is_registered: bool,
 }
 
 /// Makes the interface of a device of class `venet`.
@@ -125,7 +127,8 @@ pub fn probe(device: &Device) -> Result<KBox<Interface>, Errno> {
     let target = NonNull::from(&*net);
     // SAFETY: the net is at its place until the watch is dropped, by the drop of the interface.
     let watch = KBox::new(unsafe { Watch::new(target) }?)?;
-    let this = Interface { net, watch, interrupts: KVec::new(), events: None };
+    let (interrupts, events) = (KVec::new(), None);
+    let this = Interface { net, watch, interrupts, events, is_registered: false };
     let mut this = KBox::new(this)?;
     this.net.watch.store((&raw const *this.watch).cast_mut(), Ordering::Release);
     let name = device.info().name;
@@ -148,6 +151,7 @@ pub fn probe(device: &Device) -> Result<KBox<Interface>, Errno> {
         *events = Some(interrupt?);
     }
     this.net.register(&config, offered)?;
+    this.is_registered = true;
     Ok(this)
 }
 
@@ -372,9 +376,6 @@ impl Net {
         if features & F_RX != 0 {
             nic.set_offloads(settings.offloads(features))?;
         }
-        if features & F_VLAN != 0 {
-            nic.set_vlans(Some(&settings.vlans))?;
-        }
         if let (Some(rss), true) = (&settings.rss, features & F_RSS != 0) {
             nic.set_rss(Some(&rss_of(rss, &control.config)))?;
         }
@@ -501,14 +502,18 @@ impl Net {
         }
         self.set_carrier(control.status.link);
         if self.filter_changed.swap(false, Ordering::Relaxed) {
-            self.set_filter(nic).inspect_err(|_| {
+            self.set_filter(nic, &control.settings.vlans).inspect_err(|_| {
                 self.filter_changed.store(true, Ordering::Relaxed);
             })?;
         }
         Ok(was_there && control.status.announces != before)
     }
 
-    fn set_filter(&self, nic: &mut Nic<KernelHal>) -> Result<(), Error> {
+    fn set_filter(
+        &self,
+        nic: &mut Nic<KernelHal>,
+        vlans: &[u8; VLAN_MAP_BYTES],
+    ) -> Result<(), Error> {
         let mut addresses = [[0u8; 6]; ffi::ADDRESSES_MAX];
         let (mut promiscuous, mut all) = (false, false);
         // SAFETY: there is room for as many addresses as the shim copies.
@@ -529,7 +534,12 @@ impl Net {
             flags |= FILTER_PROMISCUOUS;
             &[]
         });
-        nic.filter(flags, listed)
+        nic.filter(flags, listed)?;
+        if nic.function().features() & F_VLAN != 0 {
+            // Whoever wants every frame wants those of every VLAN.
+            nic.set_vlans((!promiscuous).then_some(vlans))?;
+        }
+        Ok(())
     }
 
     /// Ends the connection for a while, in which the stack does not use the interface.
@@ -645,8 +655,10 @@ impl Class for Interface {
 impl Drop for Interface {
     fn drop(&mut self) {
         self.watch.pause();
-        // SAFETY: this is the interface's end: it leaves the kernel, which sets it down before.
-        unsafe { ffi::shim_net_unregister(self.net.dev) };
+        if self.is_registered {
+            // SAFETY: this is the interface's end: it leaves the kernel, which sets it down before.
+            unsafe { ffi::shim_net_unregister(self.net.dev) };
+        }
         self.interrupts = KVec::new();
         self.events = None;
         self.net.watch.store(ptr::null_mut(), Ordering::Release);
@@ -759,13 +771,9 @@ extern "C" fn vbus_net_vlan(net: *mut c_void, id: u16, on: bool) -> c_int {
     // SAFETY: as above.
     let net = unsafe { of(net) };
     let mut control = net.control();
-    let Control { nic, settings, .. } = &mut **control;
-    settings.set_vlan(id, on);
-    let Some(nic) = nic else { return 0 };
-    if nic.function().features() & F_VLAN == 0 {
-        return 0;
-    }
-    Errno::result(nic.set_vlans(Some(&settings.vlans)).map_err(Errno::from))
+    control.settings.set_vlan(id, on);
+    let Control { nic: Some(nic), settings, .. } = &mut **control else { return 0 };
+    Errno::result(net.set_filter(nic, &settings.vlans).map_err(Errno::from))
 }
 
 /// The largest MTU with XDP: frames are in one piece.

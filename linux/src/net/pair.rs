@@ -225,6 +225,8 @@ pub struct Group {
 struct Own {
     pace: Pace,
     carried: u64,
+    /// The sum of the counters of bytes at the last poll.
+    bytes: u64,
 }
 
 // SAFETY: what is not shared belongs to NAPI, which runs in one thread at a time.
@@ -247,7 +249,7 @@ impl Group {
             shares_vector,
             interrupted: AtomicBool::new(false),
             interrupts: Counter::default(),
-            own: UnsafeCell::new(Own { pace: Pace::new(NAP, NAP), carried: 0 }),
+            own: UnsafeCell::new(Own { pace: Pace::new(NAP, NAP), carried: 0, bytes: 0 }),
         })?;
         let this: *mut Group = &raw mut *group;
         // SAFETY: the group stays at its place as long as the interface.
@@ -291,15 +293,16 @@ impl Group {
         self.pairs().for_each(|pair| pair.clean(budget));
         let Ok(budget @ 1..) = u32::try_from(budget) else { return 0 };
         let (mut done, mut redirected, mut again) = (0, false, false);
-        let mut bytes = 0;
+        let mut bytes = 0u64;
         for pair in self.pairs() {
             // SAFETY: the receive half belongs to NAPI.
             let Some(rx) = (unsafe { (*pair.rx.get()).as_mut() }) else { continue };
-            let before = pair.rx_stats.bytes.get();
             let polled = rx.poll(budget - done, pair);
             done += polled.frames;
             redirected |= polled.redirected;
-            bytes += pair.rx_stats.bytes.get().wrapping_sub(before);
+            // What goes out counts too: its acknowledgements come soon.
+            bytes = bytes.wrapping_add(pair.rx_stats.bytes.get());
+            bytes = bytes.wrapping_add(pair.tx_stats.bytes.get());
             if polled.sent {
                 pair.with_tx(|tx| {
                     tx.post(&pair.tx_stats);
@@ -342,11 +345,13 @@ impl Group {
         done as c_int
     }
 
-    /// How long to look away, rather than to ask for an interrupt.
+    /// How long to look away, rather than to ask for an interrupt. `bytes` is the sum of the
+    /// counters of bytes.
     fn nap(&self, frames: u32, bytes: u64) -> Option<u64> {
         // SAFETY: it belongs to the poll.
         let own = unsafe { &mut *self.own.get() };
-        own.carried += bytes + u64::from(frames) * FRAME_COUNTS;
+        let carried = bytes.wrapping_sub(core::mem::replace(&mut own.bytes, bytes));
+        own.carried = own.carried.wrapping_add(carried + u64::from(frames) * FRAME_COUNTS);
         if frames != 0 {
             own.pace.busy();
         }
