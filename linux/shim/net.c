@@ -1164,6 +1164,11 @@ void shim_net_mac(void *dev, u8 *mac)
 	ether_addr_copy(mac, ((struct net_device *)dev)->dev_addr);
 }
 
+void shim_net_key(u8 *key, u32 bytes)
+{
+	netdev_rss_key_fill(key, bytes);
+}
+
 int shim_net_use_queues(void *dev, u32 queues)
 {
 	int error = netif_set_real_num_tx_queues(dev, queues);

@@ -177,6 +177,8 @@ int shim_net_register(void *dev, const struct vbus_net_traits *traits);
 void shim_net_unregister(void *dev);
 u32 shim_net_mtu(void *dev);
 void shim_net_mac(void *dev, u8 *mac);
+/* The system's key for hashes of frames. */
+void shim_net_key(u8 *key, u32 bytes);
 /* With rtnl. */
 int shim_net_use_queues(void *dev, u32 queues);
 

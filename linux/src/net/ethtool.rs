@@ -287,7 +287,12 @@ fn entries(control: &Control) -> u16 {
 fn rss(control: &Control) -> Rss {
     match &control.settings.rss {
         Some(rss) => rss.clone(),
-        None => Rss::spread([0; RSS_KEY_BYTES], entries(control), control.settings.pairs),
+        None => {
+            let mut key = [0; RSS_KEY_BYTES];
+            // SAFETY: there is room for so many bytes.
+            unsafe { ffi::shim_net_key(key.as_mut_ptr(), KEY) };
+            Rss::spread(key, entries(control), control.settings.pairs)
+        }
     }
 }
 
