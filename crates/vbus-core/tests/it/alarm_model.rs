@@ -27,6 +27,8 @@ use loom::sync::Arc;
 use loom::sync::atomic::AtomicBool;
 use loom::thread;
 
+use crate::alone::alone;
+
 /// A thread wakes while the waiter decides whether to wait.
 fn model() {
     loom::model(|| {
@@ -52,6 +54,10 @@ fn model() {
 /// One test for both cases, because the setting belongs to the process.
 #[test]
 fn holds_and_fails_without_its_fences() {
+    alone("alarm_model::holds_and_fails_without_its_fences", all_cases);
+}
+
+fn all_cases() {
     model();
     sync::TAKEN_OUT.store(true, Relaxed);
     let result = catch_unwind(AssertUnwindSafe(model));

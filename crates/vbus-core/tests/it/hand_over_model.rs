@@ -69,6 +69,8 @@ use hand_over::{HandOver, Next};
 use loom::sync::Arc;
 use loom::thread;
 
+use crate::alone::alone;
+
 /// Two threads give a worker one task each. When all have ended, the worker has done both, or was
 /// kicked after it had gone to sleep and finds the rest.
 fn model() {
@@ -106,6 +108,10 @@ fn model() {
 /// One test for both cases, because the setting belongs to the process.
 #[test]
 fn holds_and_fails_without_its_mutex() {
+    alone("hand_over_model::holds_and_fails_without_its_mutex", all_cases);
+}
+
+fn all_cases() {
     model();
     sync::TAKEN_OUT.store(true, Relaxed);
     let result = catch_unwind(AssertUnwindSafe(model));

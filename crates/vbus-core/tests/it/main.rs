@@ -5,6 +5,7 @@
 #![allow(clippy::cast_possible_truncation, reason = "numbers of a test are small")]
 
 mod alarm_model;
+mod alone;
 mod endpoint;
 mod fuse;
 mod hand_over_model;

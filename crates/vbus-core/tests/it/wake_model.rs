@@ -36,6 +36,8 @@ use loom::sync::Arc;
 use loom::sync::atomic::AtomicU32;
 use loom::thread;
 
+use crate::alone::alone;
+
 /// A worker with one queued task, and a waker. After both have ended, either the last poll has seen
 /// the work, or the task is queued for another poll.
 fn model() {
@@ -60,6 +62,10 @@ fn model() {
 /// One test for all three cases, because the setting belongs to the process.
 #[test]
 fn holds_and_fails_without_its_orderings() {
+    alone("wake_model::holds_and_fails_without_its_orderings", all_cases);
+}
+
+fn all_cases() {
     model();
     for taken_out in [1, 2] {
         sync::TAKEN_OUT.store(taken_out, Relaxed);
