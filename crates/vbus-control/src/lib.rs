@@ -54,7 +54,7 @@ mod peer;
 mod server;
 
 pub use client::{Connection, Progress};
-pub use peer::Peer;
+pub use peer::{Peer, SO_PASSRIGHTS, refuse_descriptors};
 pub use server::{Client, Handler, Limits, Server, Share};
 
 /// The examples of the README compile.

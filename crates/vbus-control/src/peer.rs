@@ -80,6 +80,22 @@ impl Peer {
     }
 }
 
+/// `SO_PASSRIGHTS`, on all of Linux's machines but PA-RISC, SPARC and the like.
+pub const SO_PASSRIGHTS: i32 = 83;
+
+/// Lets a UNIX socket take no descriptors from its peer, nor a listening socket those of its
+/// clients. Otherwise whoever reads from it closes what comes, and a close can wait for the peer
+/// (`SO_LINGER`). Returns whether the kernel can do that: Linux 6.16 can.
+pub fn refuse_descriptors(socket: impl AsFd) -> bool {
+    let (no, raw) = (0_i32, socket.as_fd().as_raw_fd());
+    let size = libc::socklen_t::try_from(size_of_val(&no)).unwrap_or(0);
+    // SAFETY: the kernel reads the bytes of an `i32`.
+    let done = unsafe {
+        libc::setsockopt(raw, libc::SOL_SOCKET, SO_PASSRIGHTS, (&raw const no).cast(), size)
+    };
+    done == 0
+}
+
 /// The supplementary groups of the peer of `socket`. Kernels before 4.13 do not tell them.
 fn supplementary(socket: i32) -> io::Result<Vec<u32>> {
     /// More than most accounts have. If it is not enough, the kernel says how many bytes are.

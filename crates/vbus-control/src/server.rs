@@ -14,7 +14,7 @@ use rustix::io::retry_on_intr;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::peer::Peer;
+use crate::peer::{Peer, refuse_descriptors};
 
 /// How long a client may take to send a request, and to take an answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -266,6 +266,7 @@ impl<H: Handler> Server<H> {
     /// The operating system refuses.
     pub fn new(listener: UnixListener, limits: Limits, handler: H) -> io::Result<Server<H>> {
         listener.set_nonblocking(true)?;
+        refuse_descriptors(&listener);
         Ok(Server { listener, limits, handler: Arc::new(handler), places: Arc::default() })
     }
 
@@ -449,6 +450,28 @@ mod tests {
         // its last byte.
         let _ = socket.read_to_end(&mut bytes);
         String::from_utf8(bytes).unwrap()
+    }
+
+    /// The client's thread would close what comes, and a close can wait.
+    #[test]
+    fn descriptors_of_clients_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, limits) = (dir.path().join("socket"), Limits { clients: 4, line: 100 });
+        let server = Server::new(UnixListener::bind(&path).unwrap(), limits, Echo).unwrap();
+        let client = UnixStream::connect(&path).unwrap();
+        if !refuse_descriptors(&client) {
+            eprintln!("skipped: this kernel cannot refuse descriptors (Linux 6.16 can)");
+            return;
+        }
+        server.accept().unwrap();
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = rustix::net::SendAncillaryBuffer::new(&mut space);
+        let rights = [client.as_fd()];
+        ancillary.push(rustix::net::SendAncillaryMessage::ScmRights(&rights));
+        let flags = rustix::net::SendFlags::NOSIGNAL;
+        let bytes = [io::IoSlice::new(b"\"hello\"\n")];
+        let sent = rustix::net::sendmsg(&client, &bytes, &mut ancillary, flags);
+        assert_eq!(sent, Err(rustix::io::Errno::PERM));
     }
 
     #[test]

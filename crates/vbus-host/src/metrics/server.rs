@@ -46,6 +46,10 @@ impl MetricsServer {
     /// # Errors
     /// The system gives no descriptor or no thread.
     pub fn start(doors: Vec<Door>, exporter: Exporter, limit: Duration) -> Result<MetricsServer> {
+        // One thread reads from all of them. A port takes none anyway.
+        for door in &doors {
+            vbus_control::refuse_descriptors(&door.socket);
+        }
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let stop = Arc::new(stop.context("making an eventfd")?);
         let mut room = Room { doors, exporter, limit, clients: Vec::new(), pause: None };

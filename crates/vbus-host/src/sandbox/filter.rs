@@ -188,7 +188,13 @@ const FCNTLS: [i32; 9] = [
 ];
 
 /// The options of sockets, of level SOL_SOCKET.
-const OPTIONS: [i32; 4] = [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO, libc::SO_RCVBUF, libc::SO_SNDBUF];
+const OPTIONS: [i32; 5] = [
+    libc::SO_RCVTIMEO,
+    libc::SO_SNDTIMEO,
+    libc::SO_RCVBUF,
+    libc::SO_SNDBUF,
+    vbus_control::SO_PASSRIGHTS,
+];
 
 /// Filters the calls of the calling thread and of the threads that it starts. Returns whether the
 /// kernel has filters.

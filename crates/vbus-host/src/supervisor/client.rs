@@ -226,6 +226,12 @@ impl Supervisor {
     }
 }
 
+/// The socket of a stream's peer. A worker reads from it, and must not close what the peer sends.
+fn plain(socket: OwnedFd) -> OwnedFd {
+    vbus_control::refuse_descriptors(&socket);
+    socket
+}
+
 fn text(path: &Path) -> io::Result<String> {
     let text = path.to_str().map(str::to_owned);
     text.ok_or_else(|| io::Error::other("the path is not UTF-8"))
@@ -238,7 +244,7 @@ impl vbus_net::Opener for Supervisor {
 
     fn listen(&self, path: &Path) -> io::Result<OwnedFd> {
         let verb = Verb::Listen { path: text(path)?, backlog: 1, access: Access::default() };
-        self.descriptor(&verb)
+        Ok(plain(self.descriptor(&verb)?))
     }
 
     fn remove(&self, path: &Path) {
@@ -249,7 +255,7 @@ impl vbus_net::Opener for Supervisor {
     }
 
     fn connect(&self, path: &Path) -> io::Result<OwnedFd> {
-        self.descriptor(&Verb::Connect { path: text(path)? })
+        Ok(plain(self.descriptor(&Verb::Connect { path: text(path)? })?))
     }
 
     fn tap(&self, name: &str, queues: u16, mtu: u16) -> io::Result<(String, Vec<vbus_tap::Queue>)> {
