@@ -11,15 +11,21 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::ptr::{null_mut, read_unaligned, write_unaligned};
 
+use crate::rings::{Random, Rings, Write as RegisterWrite};
+
 /// The numbers of commands.
 const DMA_MAP: u16 = 2;
+const DMA_UNMAP: u16 = 3;
 const GET_INFO: u16 = 4;
 const GET_REGION_INFO: u16 = 5;
 const GET_IO_FDS: u16 = 6;
 const GET_IRQ_INFO: u16 = 7;
 const REGION_READ: u16 = 9;
+const REGION_WRITE: u16 = 10;
 const DMA_READ: u16 = 11;
 const DMA_WRITE: u16 = 12;
+const DEVICE_RESET: u16 = 13;
+const REGION_WRITE_MULTI: u16 = 15;
 
 const HEADER: usize = 16;
 /// The flags in a header.
@@ -170,6 +176,11 @@ impl Message {
         bytes.map_or(0, u32::from_le_bytes)
     }
 
+    /// A number of 64 bits.
+    fn long(&self, at: usize) -> u64 {
+        u64::from(self.word(at)) | u64::from(self.word(at + 4)) << 32
+    }
+
     fn put(&mut self, at: usize, bytes: &[u8]) {
         if let Some(place) = self.bytes.get_mut(at..at + bytes.len()) {
             place.copy_from_slice(bytes);
@@ -317,6 +328,45 @@ fn question(command: u16, flags: u32, address: u64, length: u32) -> Message {
     message
 }
 
+/// Lets the lie `rings` see a command before the server does.
+fn follow(rings: &mut Rings, message: &Message) -> io::Result<()> {
+    rings.settle();
+    let body = HEADER;
+    match message.command() {
+        DMA_MAP => {
+            if let Some(fd) = message.fds.first() {
+                let (offset, address) = (message.long(body + 8), message.long(body + 16));
+                rings.map(address, message.long(body + 24), fd, offset)?;
+            }
+        }
+        DMA_UNMAP => rings.unmap(message.long(body + 8), message.long(body + 16)),
+        DEVICE_RESET => rings.forget(),
+        REGION_WRITE => {
+            let count = message.word(body + 12) as usize;
+            if let Some(data) = message.bytes.get(body + 16..).and_then(|data| data.get(..count)) {
+                let (region, offset) = (message.word(body + 8), message.long(body));
+                rings.write(&RegisterWrite { region, offset, data });
+            }
+        }
+        REGION_WRITE_MULTI => {
+            // Each write has its place and room for 8 bytes.
+            for one in message.bytes.get(body + 8..).unwrap_or_default().chunks_exact(24) {
+                let word = |at: usize| {
+                    one[at..at + 4]
+                        .iter()
+                        .rev()
+                        .fold(0u32, |word, byte| word << 8 | u32::from(*byte))
+                };
+                let offset = u64::from(word(0)) | u64::from(word(4)) << 32;
+                let count = (word(12) as usize).min(8);
+                rings.write(&RegisterWrite { region: word(8), offset, data: &one[16..16 + count] });
+            }
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
 /// Serves the first client of `socket` like the server at `server`, but with the lie `name`. Runs
 /// until it is killed. Prints a line when it listens and a line when it has lied.
 pub fn lie(socket: &str, server: &str, name: &str) -> io::Result<()> {
@@ -326,13 +376,32 @@ pub fn lie(socket: &str, server: &str, name: &str) -> io::Result<()> {
     let (client, _) = listener.accept()?;
     let server = UnixStream::connect(server)?;
     let mut late = false;
+    let mut rings = if name == "rings" { Some(Rings::start()?) } else { None };
+    let mut random = Random::new()?;
     while let Some(command) = Message::receive(&client)? {
+        if let Some(rings) = &mut rings {
+            follow(rings, &command)?;
+        }
         command.send(&server)?;
         if command.word(8) & NO_REPLY != 0 {
             continue;
         }
         let Some(mut reply) = Message::receive(&server)? else { break };
-        let act = falsify(name, &command, &mut reply, late)?;
+        let act = if rings.is_some() {
+            None
+        } else if name == "words" && command.command() == REGION_READ {
+            // One of eight registers reads as anything.
+            let of_bar = command.word(HEADER + 8) == 0;
+            (of_bar && random.next() % 8 == 0).then(|| {
+                let noise = random.next().to_le_bytes();
+                let end = reply.bytes.len().min(HEADER + 16 + noise.len());
+                let length = end.saturating_sub(HEADER + 16);
+                reply.put(HEADER + 16, &noise[..length]);
+                Act::Send
+            })
+        } else {
+            falsify(name, &command, &mut reply, late)?
+        };
         // The client asks twice: the first time for the length.
         late |= command.command() == GET_IO_FDS && reply.bytes.len() > HEADER + 16;
         if act.is_some() {

@@ -14,6 +14,7 @@
 //!   device;
 //! - `guest-agent nonsense` makes random accesses to configuration spaces;
 //! - `guest-agent map-read|map-write` reads and writes a state page by a mapping of its file;
+//! - `guest-agent watch` fills memory and checks later that nobody has written it;
 //! - `guest-agent lie` serves the device of another vfio-user server, with a lie about it.
 
 mod hold;
@@ -22,9 +23,11 @@ mod latency;
 mod lie;
 mod nonsense;
 mod page;
+mod rings;
 mod scribble;
 mod serve;
 mod stream;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         ["fifo", priority, ref command @ ..] => latency::fifo(priority, command),
         ["map-read", path, count] => page::read(path, count),
         ["map-write", path, ref values @ ..] => page::write(path, values),
+        ["watch", mib, seconds] => watch::watch(mib, seconds),
         ["lie", socket, server, name] => lie::lie(socket, server, name),
         ["nonsense", seed, count, how, ref functions @ ..] if !functions.is_empty() => {
             nonsense::nonsense(seed, count, how == "wild", functions)
@@ -53,7 +57,8 @@ fn main() -> ExitCode {
                  receive ADDRESS:PORT | latency MICROSECONDS COUNT | hold-kvm | spin | \
                  fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory | \
                  map-read PATH COUNT | map-write PATH VALUE... | \
-                 nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME"
+                 nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME | \
+                 watch MIB SECONDS"
             );
             return ExitCode::from(2);
         }
