@@ -197,11 +197,21 @@ impl Bus {
 
     /// The bytes that this NIC has sent since its driver opened it.
     pub fn sent_bytes(&self, nic: &str) -> Result<u64> {
+        self.sum_of_pairs(nic, |pair| pair["tx"]["bytes"].as_u64())
+    }
+
+    /// The frames that this NIC has received since its driver opened it.
+    pub fn received_frames(&self, nic: &str) -> Result<u64> {
+        self.sum_of_pairs(nic, |pair| pair["rx"]["frames"].as_u64())
+    }
+
+    /// The sum of a counter of a NIC's queue pairs.
+    fn sum_of_pairs(&self, nic: &str, counter: fn(&Value) -> Option<u64>) -> Result<u64> {
         let stats = self.stats()?;
         let device = stats.as_array().into_iter().flatten().find(|device| device["name"] == nic);
         let pairs = device.and_then(|device| device["device"]["pairs"].as_array());
         let pairs = pairs.with_context(|| format!("vbus stats --json tells nothing of {nic}"))?;
-        Ok(pairs.iter().filter_map(|pair| pair["tx"]["bytes"].as_u64()).sum())
+        Ok(pairs.iter().filter_map(counter).sum())
     }
 
     /// The counters of these NICs, together.

@@ -139,16 +139,17 @@ pub fn add_program(archive: &mut Archive, root: &Path, bin: &str, program: &str)
     Ok(())
 }
 
-/// Adds iproute2's `ip` and `tc`, and `bpftool`. They come before busybox's on the PATH.
+/// Adds iproute2's `ip` and `tc`, `bpftool`, and `kexec`. They come before busybox's on the PATH.
 ///
 /// # Errors
 /// The kit cannot fetch them.
 pub fn add_tools(archive: &mut Archive, kit: &Kit) -> Result<()> {
     let root = kit.tools()?;
-    for program in ["ip", "tc", "bpftool"] {
+    for program in ["ip", "tc", "bpftool", "kexec"] {
         add_program(archive, &root, "usr/local/bin", program)?;
     }
-    Ok(())
+    // The shell of busybox takes busybox's own programs first.
+    archive.file("etc/profile", 0o644, b"alias ip=/usr/local/bin/ip\n")
 }
 
 /// Adds the modules `names` and those that they depend on as `/modules/NN-NAME.ko`. The numbers NN

@@ -17,17 +17,22 @@ use crate::system::System;
 /// Where the module is in a guest.
 pub const MODULE: &str = "/lib/vbus.ko";
 
+/// iproute2's `ip` in a guest. The shell of busybox takes its own `ip` for the name alone, and that
+/// one knows no namespaces.
+pub const IP: &str = "/usr/local/bin/ip";
+
 /// What Linux writes to its log when something is wrong with it.
-const FAULTS: [&str; 10] = [
+const FAULTS: [&str; 11] = [
     "WARNING:",
     "BUG:",
     "Oops",
     "Call Trace",
     "general protection fault",
     "blocked for more than",
-    "NETDEV WATCHDOG",
     "corruption",
+    " violation",
     "DMA-API",
+    "DMAR: [",
     "Unknown symbol",
 ];
 
@@ -39,7 +44,7 @@ const TAINT: u64 = 4096 | 8192;
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// One of Debian's kernels with the module, and with the tools that a user of it has: ip, tc,
-/// bpftool. The module is built if its sources have changed.
+/// bpftool, kexec. The module is built if its sources have changed.
 ///
 /// # Errors
 /// The module does not build, or the kit cannot fetch what it needs. It is a [`Skip`] if the mirror

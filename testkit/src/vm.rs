@@ -42,6 +42,28 @@ pub struct VmSpec {
     pub processor: Processor,
     /// A kernel and root file system in place of the lab's.
     pub system: Option<System>,
+    /// The unit that translates the addresses of devices, if there is one.
+    pub iommu: Option<Iommu>,
+}
+
+/// A unit that translates the addresses of devices. The guest decides what they reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Iommu {
+    /// Intel's, VT-d.
+    Intel,
+    /// virtio's. The guest's root file system needs the module `virtio_iommu`.
+    Virtio,
+}
+
+impl Iommu {
+    /// QEMU's device.
+    fn device(self) -> &'static str {
+        match self {
+            // The server of a device learns each mapping when the guest makes it.
+            Self::Intel => "intel-iommu,intremap=off,caching-mode=on",
+            Self::Virtio => "virtio-iommu-pci",
+        }
+    }
 }
 
 /// What executes a virtual machine's instructions.
@@ -73,6 +95,7 @@ impl VmSpec {
             append: String::new(),
             processor: Processor::Lab,
             system: None,
+            iommu: None,
         }
     }
 
@@ -150,7 +173,12 @@ impl VmSpec {
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", qmp.display()));
         let system = self.system.as_ref().unwrap_or(lab.system());
         command.arg("-kernel").arg(system.kernel()).arg("-initrd").arg(system.initramfs());
-        command.arg("-append").arg(format!("{KERNEL_WORDS} {}", self.append));
+        let iommu = if self.iommu == Some(Iommu::Intel) { "intel_iommu=on" } else { "" };
+        command.arg("-append").arg(format!("{KERNEL_WORDS} {iommu} {}", self.append));
+        // It must be there before the devices that it is for.
+        if let Some(iommu) = self.iommu {
+            command.arg("-device").arg(iommu.device());
+        }
         for slot in 0..self.slots {
             command.arg("-device").arg(format!(
                 "pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0"

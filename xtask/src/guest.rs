@@ -12,7 +12,7 @@ use testkit::initramfs::Archive;
 use testkit::lab::Options;
 use testkit::put::Put;
 use testkit::vm::{Vm, VmSpec};
-use testkit::{nic, trial};
+use testkit::{linux, nic, trial};
 
 use crate::{console, shell};
 
@@ -45,6 +45,7 @@ Examples:
   /tmp/bus`
   cargo xtask guest --dir /tmp/bus --device net0      one of its devices
   cargo xtask guest --run 'vbus-guest list'           one command, then the guest ends
+  cargo xtask guest --driver --run 'ip link'          with the Linux driver; --kernel 6.1: another Linux
   cargo xtask guest --put target/x86_64-unknown-linux-gnu/release/mine --run 'mine --help'
 
 In the guest you are root, and `vbus-guest` is on the PATH: vbus-guest list, vbus-guest net net0 \
@@ -87,6 +88,10 @@ pub struct Args {
     /// The guest's name, for `cargo xtask console NAME`
     #[arg(long, default_value = "guest", value_parser = name)]
     name: String,
+    /// Load the Linux driver, the kernel module vbus: devices are then interfaces and files of the
+    /// guest; ip, tc, bpftool and kexec are there too
+    #[arg(long)]
+    driver: bool,
     #[command(flatten)]
     guests: Options,
     /// More options for QEMU's command line
@@ -148,11 +153,21 @@ pub fn run(args: &Args) -> Result<bool> {
     );
     machine.slots = machine.devices.len() + SPARE_PORTS;
     machine.args.clone_from(&args.qemu_args);
-    machine.system = Some(scene.extend(archive)?);
+    machine.system = Some(if args.driver {
+        let folder = scene.dir().join("system");
+        fs::create_dir_all(&folder)?;
+        linux::chosen_system(&scene)?.extend(archive, &folder)?
+    } else {
+        scene.extend(archive)?
+    });
     let vm = machine.start(&scene)?;
     eprintln!("guest: QEMU's command line is\n{}\n", vm.command_line);
     let result = vm.wait_boot(1).and_then(|()| {
-        nic::prepare(&vm.guest)?;
+        if args.driver {
+            linux::insert(&vm.guest, "")?;
+        } else {
+            nic::prepare(&vm.guest)?;
+        }
         tell(&vm, lab.vbus(), &dir);
         used(args, vm)
     });

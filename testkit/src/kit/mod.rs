@@ -28,7 +28,7 @@ use kernels::{DebianKernel, KernelFiles};
 const EDITION: u32 = 1;
 
 /// The edition of the tools' part.
-const TOOLS_EDITION: u32 = 1;
+const TOOLS_EDITION: u32 = 2;
 
 /// The Debian packages of the kit, apart from the kernel.
 const PACKAGES: [&str; 5] = ["qemu-system-x86", "busybox-static", "iperf3", "passt", "ethtool"];
@@ -37,7 +37,7 @@ const PACKAGES: [&str; 5] = ["qemu-system-x86", "busybox-static", "iperf3", "pas
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 
 /// The packages of the tools that users of a Linux driver have, and only some guests need.
-const TOOLS: [&str; 2] = ["iproute2", "bpftool"];
+const TOOLS: [&str; 3] = ["iproute2", "bpftool", "kexec-tools"];
 
 /// The dynamic loader of unpacked packages, below the folder that they are unpacked in.
 pub const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
@@ -114,21 +114,25 @@ impl Kit {
         kernels::get(&self.dir.join("kernels"), kernel, self.mirror.as_deref())
     }
 
-    /// The folder that the packages of iproute2 and bpftool are unpacked in, with the libraries
-    /// that they need. They are fetched if they are not here yet.
+    /// The folder that the packages of iproute2, bpftool and kexec are unpacked in, with the
+    /// libraries that they need. They are fetched if they are not here yet.
     ///
     /// # Errors
     /// apt cannot fetch them.
     pub fn tools(&self) -> Result<PathBuf> {
         let (root, ..) = part::open(&self.dir.join("tools"), TOOLS_EDITION, |fresh| {
             let source = Source::with_qemu(self.mirror.as_deref())?;
-            let packages =
-                apt::fetch(fresh, &source, "ip, tc and bpftool for the guests come", |_| {
+            let packages = apt::fetch(
+                fresh,
+                &source,
+                "ip, tc, bpftool and kexec for the guests come",
+                |_| {
                     Ok(Packages {
                         complete: TOOLS.map(str::to_owned).into(),
                         ..Packages::default()
                     })
-                })?;
+                },
+            )?;
             Ok(Unpacked { packages })
         })?;
         Ok(root)

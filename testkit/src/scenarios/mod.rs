@@ -138,6 +138,33 @@ pub const SCENARIOS: &[Scenario] = &[
         "an ordinary user reads, writes, maps and awaits state pages; unplug while they are open",
         linux::state::pages,
     ),
+    in_guests(
+        "linux::driver",
+        "under load: rmmod and insmod, unbind and bind, a CPU off and on; no leak",
+        linux::lives::driver,
+    ),
+    in_guests(
+        "linux::machine",
+        "under load: unplug and plug, loss of the connection, stop and cont; no leak",
+        linux::lives::machine,
+    ),
+    in_guests(
+        "linux::restart",
+        "kexec and reboot under a flood of frames: none comes into the new kernel's memory",
+        linux::restart::kernel,
+    ),
+    in_guests(
+        "linux::sleep",
+        "suspended to RAM and woken under a flood of frames",
+        linux::restart::sleep,
+    ),
+    in_guests(
+        "linux::intel_iommu",
+        "data both ways behind an IOMMU, with its hash; the module is loaded anew",
+        linux::memory::intel,
+    ),
+    in_guests("linux::virtio_iommu", "the same behind virtio's IOMMU", linux::memory::virtio),
+    in_guests("linux::swiotlb", "the same if every mapping is a copy", linux::memory::copies),
     beside_kvm(
         "kvm::harness",
         "QEMU boots a guest on the KVM of L1: this tests the test kit",

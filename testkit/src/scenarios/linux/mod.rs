@@ -1,5 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Scenarios with the Linux driver, the kernel module `vbus`.
 
+mod flood;
+pub(super) mod lives;
 pub(super) mod load;
+pub(super) mod memory;
+pub(super) mod restart;
 pub(super) mod state;
+mod wire;

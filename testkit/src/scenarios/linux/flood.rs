@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Frames without an end to a NIC, whatever its guest does: the test holds the other end of the
+//! NIC's stream.
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::bus::Bus;
+
+/// The bytes of a frame.
+const FRAME: usize = 1514;
+
+/// How long the NIC may take to receive what a test waits for.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// How long the flood waits before it connects again.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// A flood of broadcasts. A NIC that closes also closes its stream; the flood connects again as
+/// soon as it can. Dropping it ends it.
+pub struct Flood {
+    ended: Arc<AtomicBool>,
+    /// The connection that the thread writes to.
+    peer: Arc<Mutex<Option<UnixStream>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Flood {
+    /// Floods the stream at `path`.
+    ///
+    /// # Errors
+    /// Nothing listens there.
+    pub fn start(path: &Path) -> Result<Self> {
+        let first = UnixStream::connect(path)
+            .with_context(|| format!("cannot connect to the stream {}", path.display()))?;
+        // Each frame has its length before it. No byte of a frame is zero, and no protocol takes
+        // it.
+        let mut frame = vec![0xa5; 4 + FRAME];
+        frame[..4].copy_from_slice(&u32::try_from(FRAME)?.to_be_bytes());
+        frame[4..10].fill(0xff);
+        frame[10..16].copy_from_slice(&[2, 0xa5, 0xa5, 0xa5, 0xa5, 0xa5]);
+        frame[16..18].copy_from_slice(&[0x88, 0xb5]);
+        let frames = frame.repeat(16);
+        let (ended, peer) =
+            (Arc::<AtomicBool>::default(), Arc::<Mutex<Option<UnixStream>>>::default());
+        let (told, shared, path) = (Arc::clone(&ended), Arc::clone(&peer), path.to_owned());
+        let thread = std::thread::spawn(move || {
+            let mut next = Some(first);
+            while !told.load(Ordering::Acquire) {
+                let connected = next.take().or_else(|| UnixStream::connect(&path).ok());
+                if let Some(peer) = &connected {
+                    *lock(&shared) = peer.try_clone().ok();
+                }
+                // Whoever ends the flood sees this connection, or has said so before.
+                match connected {
+                    _ if told.load(Ordering::Acquire) => {}
+                    Some(mut writer) => while writer.write_all(&frames).is_ok() {},
+                    None => std::thread::sleep(PAUSE),
+                }
+            }
+        });
+        Ok(Self { ended, peer, thread: Some(thread) })
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Release);
+        // This ends a write that waits. It fails only if the other end has closed the connection.
+        if let Some(peer) = &*lock(&self.peer) {
+            let _ = peer.shutdown(Shutdown::Both);
+        }
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits until the NIC has received `frames` more frames.
+///
+/// # Errors
+/// It does not.
+pub fn wait(bus: &Bus, nic: &str, frames: u64) -> Result<()> {
+    let (before, began) = (bus.received_frames(nic)?, Instant::now());
+    loop {
+        let now = bus.received_frames(nic)?;
+        if now >= before + frames || (now < before && now >= frames) {
+            return Ok(());
+        }
+        ensure!(
+            began.elapsed() < LIMIT,
+            "{nic} has received {} frames of {frames} within {} s",
+            now.saturating_sub(before),
+            LIMIT.as_secs()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! How the driver's memory reaches the device: behind an IOMMU, and by copies (swiotlb).
+
+use anyhow::{Context, Result, ensure};
+
+use super::wire::Wire;
+use crate::initramfs::Archive;
+use crate::lab::Scene;
+use crate::linux;
+use crate::system::System;
+use crate::vm::{Iommu, VmSpec};
+
+/// Bytes of each exchange.
+const EXCHANGE: u64 = 8 << 20;
+
+/// Behind Intel's IOMMU.
+pub fn intel(scene: &Scene) -> Result<()> {
+    behind(scene, Iommu::Intel)
+}
+
+/// Behind virtio's IOMMU.
+pub fn virtio(scene: &Scene) -> Result<()> {
+    behind(scene, Iommu::Virtio)
+}
+
+fn behind(scene: &Scene, iommu: Iommu) -> Result<()> {
+    let mut system = linux::chosen_system(scene)?;
+    if iommu == Iommu::Virtio {
+        let mut archive = Archive::default();
+        system.add_modules(&mut archive, &["virtio_iommu"])?;
+        let folder = scene.dir().join("system");
+        std::fs::create_dir_all(&folder)?;
+        system = system.extend(archive, &folder)?;
+    }
+    exchange(
+        scene,
+        &system,
+        |machine| VmSpec { iommu: Some(iommu), ..machine },
+        |wire| {
+            for slot in 0..2 {
+                let group = format!("test -e {}/iommu_group", linux::function(slot));
+                wire.guest().ok(&group).context("the NIC is not behind the IOMMU")?;
+            }
+            Ok(())
+        },
+    )
+}
+
+/// Every mapping is a copy.
+pub fn copies(scene: &Scene) -> Result<()> {
+    let system = linux::chosen_system(scene)?;
+    let force = |machine| VmSpec { append: "swiotlb=force".into(), ..machine };
+    exchange(scene, &system, force, |wire| {
+        let used =
+            "mount -t debugfs debugfs /sys/kernel/debug; cat /sys/kernel/debug/swiotlb/io_tlb_used";
+        let used = wire.guest().ok(used)?;
+        ensure!(used.trim() != "0", "nothing is copied: {used}");
+        Ok(())
+    })
+}
+
+/// Bytes go both ways, the module is loaded anew, and they go again.
+fn exchange(
+    scene: &Scene,
+    system: &System,
+    change: impl FnOnce(VmSpec) -> VmSpec,
+    check: impl FnOnce(&Wire) -> Result<()>,
+) -> Result<()> {
+    let wire = Wire::start(scene, system, "", change)?;
+    linux::insert(wire.guest(), "")?;
+    wire.up()?;
+    wire.exchange(EXCHANGE)?;
+    check(&wire)?;
+    linux::remove(wire.guest())?;
+    linux::insert(wire.guest(), "")?;
+    wire.up()?;
+    wire.exchange(EXCHANGE)?;
+    linux::check_kernel(wire.guest())?;
+    wire.vm.power_off()
+}

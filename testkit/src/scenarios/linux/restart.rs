@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Another kernel starts, or the system sleeps, while frames flood the NIC. No frame comes into
+//! memory that the driver has given up.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use super::flood::{self, Flood};
+use crate::bus::{Bus, device};
+use crate::guest::Guest;
+use crate::initramfs::Archive;
+use crate::lab::Scene;
+use crate::linux;
+use crate::vm::{Vm, VmSpec};
+
+/// How often each of them happens if nobody says how often.
+const TIMES: u32 = 1;
+
+/// Frames that come before something happens.
+const FRAMES: u64 = 2_000;
+
+/// The MiB of memory that the new kernel watches. The machine has [`MEMORY`].
+const WATCHED: u32 = 480;
+
+/// The seconds that it watches it.
+const SECONDS: u32 = 2;
+
+/// The machine's memory in MiB.
+const MEMORY: u32 = 1024;
+
+/// How long a kernel may take to sleep or to wake.
+const SLEEP: Duration = Duration::from_secs(120);
+
+/// The name of the NIC.
+const NIC: &str = "net";
+
+/// A guest whose NIC is flooded.
+struct Flooded {
+    // Rust drops these in order.
+    _flood: Flood,
+    vm: Vm,
+    bus: Bus,
+}
+
+impl Flooded {
+    fn start(scene: &Scene) -> Result<Self> {
+        let stream = scene.dir().join("stream");
+        let settings = format!("backend = \"stream\"\nlisten = \"{}\"", stream.display());
+        let bus = Bus::start(scene, &device(NIC, "venet", &settings))?;
+        let system = linux::chosen_system(scene)?;
+        // What a kernel starts with kexec.
+        let mut archive = Archive::default();
+        for (name, path) in [("kernel", system.kernel()), ("initramfs", system.initramfs())] {
+            let bytes =
+                fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+            archive.file(&format!("boot/{name}"), 0o644, &bytes)?;
+        }
+        let folder = scene.dir().join("system");
+        fs::create_dir_all(&folder)?;
+        let mut machine = VmSpec::new("a").device(bus.socket(NIC));
+        machine.memory_mib = MEMORY;
+        machine.system = Some(system.extend(archive, &folder)?);
+        let vm = machine.boot(scene)?;
+        let flooded = Self { _flood: Flood::start(&stream)?, vm, bus };
+        flooded.receive()?;
+        Ok(flooded)
+    }
+
+    fn guest(&self) -> &Guest {
+        &self.vm.guest
+    }
+
+    /// Loads the module, and receives frames.
+    fn receive(&self) -> Result<()> {
+        linux::insert(self.guest(), "")?;
+        let interface = linux::interface(self.guest(), 0)?;
+        self.guest().ok(&format!("ip link set {interface} up"))?;
+        flood::wait(&self.bus, NIC, FRAMES)
+    }
+
+    /// Checks in a fresh kernel, in which no driver has the NIC, that no frame comes into memory.
+    fn check_silence(&self) -> Result<()> {
+        let before = self.bus.received_frames(NIC)?;
+        let watch = format!("guest-agent watch {WATCHED} {SECONDS}");
+        self.guest().ok(&watch).context("memory of the new kernel")?;
+        let now = self.bus.received_frames(NIC)?;
+        ensure!(now == before, "{} frames came while no driver had the NIC", now - before);
+        Ok(())
+    }
+}
+
+/// kexec and reboot under a flood of frames.
+pub fn kernel(scene: &Scene) -> Result<()> {
+    let flooded = Flooded::start(scene)?;
+    let mut boots = 1;
+    for time in 1..=scene.lab.times().unwrap_or(TIMES) {
+        for (what, command) in [
+            (
+                "kexec",
+                "kexec -s -l /boot/kernel --initrd=/boot/initramfs --reuse-cmdline && \
+                 exec kexec -e",
+            ),
+            ("reboot", "exec reboot -f"),
+        ] {
+            let mut once = || -> Result<()> {
+                linux::check_kernel(flooded.guest())?;
+                let starts = flooded.guest().start(command)?;
+                boots += 1;
+                flooded.vm.wait_boot(boots).with_context(|| format!("{:?}", starts.said()))?;
+                flooded.check_silence()?;
+                flooded.receive()
+            };
+            once().with_context(|| format!("{what}, time {time}"))?;
+        }
+    }
+    linux::check_kernel(flooded.guest())?;
+    flooded.vm.power_off()
+}
+
+/// The system is suspended to RAM and wakes, under a flood of frames. The interface comes back by
+/// itself.
+pub fn sleep(scene: &Scene) -> Result<()> {
+    let mut flooded = Flooded::start(scene)?;
+    for time in 1..=scene.lab.times().unwrap_or(TIMES) {
+        let mut once = || -> Result<()> {
+            flooded.vm.control.forget_events()?;
+            let sleeps = flooded.vm.guest.start("echo mem > /sys/power/state")?;
+            flooded.vm.control.wait_event("SUSPEND", SLEEP, |_| true)?;
+            flooded.vm.control.execute("system_wakeup", json!({}))?;
+            sleeps.ok(SLEEP)?;
+            flood::wait(&flooded.bus, NIC, FRAMES)
+        };
+        once().with_context(|| format!("time {time}"))?;
+    }
+    // QEMU does not end if a machine that has slept powers off, so it is ended.
+    linux::check_kernel(flooded.guest())
+}

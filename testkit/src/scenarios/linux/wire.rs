@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! One guest with two NICs on one switch. The second one is in a network namespace of its own, so
+//! what the guest sends to itself goes over the wire, and both NICs send and receive. This needs no
+//! root on the host.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::bus::{Bus, device};
+use crate::guest::{Guest, Running};
+use crate::lab::Scene;
+use crate::linux::{self, IP};
+use crate::nic;
+use crate::pair::{ADDRESS, TRANSFER};
+use crate::system::System;
+use crate::vm::{Vm, VmSpec};
+
+/// The names of the two NICs. They are behind root ports 0 and 1.
+pub const NICS: [&str; 2] = ["net-a", "net-b"];
+
+/// The namespace of the second NIC.
+const FAR: &str = "/usr/local/bin/ip netns exec far ";
+
+/// The port of the load, one way and the other.
+const LOAD: [u16; 2] = [5000, 5001];
+
+/// A guest with two NICs on one wire.
+pub struct Wire {
+    // Rust drops these in order: the guest, then the bus.
+    /// The guest.
+    pub vm: Vm,
+    /// The bus that serves the NICs.
+    pub bus: Bus,
+}
+
+/// Streams without an end, both ways.
+pub struct Load {
+    running: Vec<Running>,
+}
+
+impl Wire {
+    /// Boots the guest. The module is not loaded yet. `device` has more lines for both NICs in the
+    /// bus's configuration; `change` changes the machine.
+    ///
+    /// # Errors
+    /// The bus or the guest does not start.
+    pub fn start(
+        scene: &Scene,
+        system: &System,
+        settings: &str,
+        change: impl FnOnce(VmSpec) -> VmSpec,
+    ) -> Result<Self> {
+        let settings = format!("backend = \"switch\"\n{settings}");
+        let bus = Bus::start(scene, &NICS.map(|name| device(name, "venet", &settings)).concat())?;
+        let mut machine = VmSpec::new("a");
+        for name in NICS {
+            machine = machine.device(bus.socket(name));
+        }
+        machine.system = Some(system.clone());
+        let vm = change(machine).boot(scene)?;
+        vm.guest.ok(&format!("{IP} netns add far && {IP} -n far link set lo up"))?;
+        Ok(Self { vm, bus })
+    }
+
+    /// The guest.
+    pub fn guest(&self) -> &Guest {
+        &self.vm.guest
+    }
+
+    /// Waits for the interfaces of both NICs, moves the second one into its namespace, and gives
+    /// both their addresses.
+    ///
+    /// # Errors
+    /// The driver makes no interface.
+    pub fn up(&self) -> Result<()> {
+        let guest = self.guest();
+        let [near, far] = [linux::interface(guest, 0)?, linux::interface(guest, 1)?];
+        self.up_near(&near)?;
+        guest
+            .ok(&format!(
+                "{IP} link set {far} netns far && {IP} -n far addr add {}/24 dev {far} && \
+                 {IP} -n far link set {far} up",
+                ADDRESS[1]
+            ))
+            .map(drop)
+    }
+
+    /// Gives the first NIC its address.
+    ///
+    /// # Errors
+    /// There is no such interface.
+    pub fn up_near(&self, interface: &str) -> Result<()> {
+        let command =
+            format!("ip addr add {}/24 dev {interface} && ip link set {interface} up", ADDRESS[0]);
+        self.guest().ok(&command).map(drop)
+    }
+
+    /// Sends bytes from the first NIC to the second, and as many back. Both ends compare the hash.
+    ///
+    /// # Errors
+    /// Bytes are lost or changed.
+    pub fn exchange(&self, bytes: u64) -> Result<()> {
+        for (port, receiver, sender, address) in
+            [(6000, FAR, "", ADDRESS[1]), (6001, "", FAR, ADDRESS[0])]
+        {
+            let guest = self.guest();
+            let receives = guest.start(&format!("{receiver}guest-agent receive 0.0.0.0:{port}"))?;
+            nic::wait_port_in(guest, receiver, port)?;
+            let send = format!("{sender}guest-agent send {address}:{port} {bytes} {port}");
+            let sent = guest.start(&send)?.ok(TRANSFER)?;
+            let received = receives.ok(TRANSFER)?;
+            ensure!(
+                sent == received && sent.starts_with(&format!("{bytes} ")),
+                "{bytes} bytes were to be sent: sent {}, received {}",
+                sent.trim(),
+                received.trim()
+            );
+        }
+        Ok(())
+    }
+
+    /// Pings the second NIC until an answer comes.
+    ///
+    /// # Errors
+    /// None comes.
+    pub fn ping(&self) -> Result<()> {
+        let ping = format!(
+            "for i in $(seq 60); do ping -c 1 -W 2 {} > /dev/null && exit 0; done; exit 1",
+            ADDRESS[1]
+        );
+        self.guest().start(&ping)?.ok(TRANSFER).context("no ping is answered").map(drop)
+    }
+
+    /// Starts a stream each way, without an end.
+    ///
+    /// # Errors
+    /// The guest does not take the commands.
+    pub fn load(&self) -> Result<Load> {
+        let guest = self.guest();
+        let mut running = Vec::new();
+        for (receiver, sender, address, port) in
+            [(FAR, "", ADDRESS[1], LOAD[0]), ("", FAR, ADDRESS[0], LOAD[1])]
+        {
+            running.push(guest.start(&format!("{receiver}guest-agent receive 0.0.0.0:{port}"))?);
+            nic::wait_port_in(guest, receiver, port)?;
+            let send = format!("{sender}guest-agent send {address}:{port} 1000000000000 3");
+            running.push(guest.start(&send)?);
+        }
+        Ok(Load { running })
+    }
+
+    /// Waits until this many more bytes have gone from each NIC to the other, as the bus counts
+    /// them.
+    ///
+    /// # Errors
+    /// They do not go.
+    pub fn flow(&self, bytes: u64) -> Result<()> {
+        let sent =
+            || -> Result<Vec<u64>> { NICS.iter().map(|name| self.bus.sent_bytes(name)).collect() };
+        let (before, began) = (sent()?, std::time::Instant::now());
+        loop {
+            let now = sent()?;
+            // A device that was opened anew counts from the beginning.
+            let more = now
+                .iter()
+                .zip(&before)
+                .all(|(now, before)| *now >= before + bytes || (*now < *before && *now >= bytes));
+            if more {
+                return Ok(());
+            }
+            ensure!(
+                began.elapsed() < TRANSFER,
+                "{bytes} bytes do not go each way within {} s: {before:?} before, {now:?} now",
+                TRANSFER.as_secs()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Load {
+    /// Ends the streams.
+    ///
+    /// # Errors
+    /// They do not end.
+    pub fn end(self) -> Result<()> {
+        for running in &self.running {
+            running.kill()?;
+        }
+        for running in &self.running {
+            running.wait(TRANSFER)?;
+        }
+        Ok(())
+    }
+}
