@@ -33,6 +33,8 @@ const COPY_MAX: usize = 256;
 /// So many bytes of a frame's page are copied before they are looked at: the header, and the
 /// longest headers of a frame.
 const LOOK: usize = 160;
+/// So many bytes of them are enough for the header before a frame: whole words.
+const HEADER: usize = HASH_HEADER_BYTES.next_multiple_of(8);
 /// Where the device begins in a page when programs of XDP run: the kernel lets them grow a frame to
 /// its front.
 const XDP_HEADROOM: u32 = 256;
@@ -170,14 +172,8 @@ impl RxQueue {
         stats.polls.add(1);
         let mut bytes = 0;
         while polled.frames < budget && self.fault.is_none() {
-            let mut lengths = [0; CHAIN_MAX];
-            let count = match self.ring.receive() {
-                Ok(Some(pieces)) => {
-                    for (to, from) in lengths.iter_mut().zip(pieces) {
-                        *to = *from;
-                    }
-                    pieces.len()
-                }
+            let pieces = match self.ring.receive() {
+                Ok(Some(pieces)) => pieces,
                 Ok(None) => break,
                 Err(error) => {
                     self.fault = Some(error);
@@ -185,9 +181,18 @@ impl RxQueue {
                 }
             };
             polled.frames += 1;
-            let lengths = lengths.get(..count).unwrap_or_default();
-            bytes += lengths.iter().map(|bytes| u64::from(*bytes)).sum::<u64>();
-            self.frame(lengths, pair, &mut polled);
+            bytes += pieces.iter().map(|bytes| u64::from(*bytes)).sum::<u64>();
+            // Most frames have one piece, and then there is not much to fill with zeros.
+            if let [one] = *pieces {
+                self.frame::<1>(&[one], pair, &mut polled);
+            } else {
+                let mut lengths = [0; CHAIN_MAX];
+                let count = pieces.len();
+                for (to, from) in lengths.iter_mut().zip(pieces) {
+                    *to = *from;
+                }
+                self.frame::<CHAIN_MAX>(&lengths[..count], pair, &mut polled);
+            }
         }
         if polled.frames != 0 {
             self.vain = 0;
@@ -234,12 +239,12 @@ impl RxQueue {
         }
     }
 
-    /// Receives the frame in the oldest pages.
-    fn frame(&mut self, lengths: &[u32], pair: &Pair, polled: &mut Polled) {
+    /// Receives the frame in the oldest pages, `N` at most.
+    fn frame<const N: usize>(&mut self, lengths: &[u32], pair: &Pair, polled: &mut Polled) {
         let stats = &pair.rx_stats;
         let begin = if self.xdp { XDP_HEADROOM } else { 0 };
-        let mut pieces = [NO_PIECE; CHAIN_MAX];
-        let mut pages = [NO_PAGE; CHAIN_MAX];
+        let mut pieces = [NO_PIECE; N];
+        let mut pages = [NO_PAGE; N];
         for ((piece, page), bytes) in pieces.iter_mut().zip(&mut pages).zip(lengths) {
             *page = self.take_page();
             *piece = ffi::RxPiece { memory: page.memory, offset: begin, bytes: *bytes };
@@ -255,7 +260,7 @@ impl RxQueue {
         // What is looked at is copied before, since the device may write the page again.
         let mut look = [0u8; LOOK];
         let seen = LOOK.min(first.bytes as usize);
-        load(first, look.get_mut(..seen.next_multiple_of(8)).unwrap_or_default());
+        load(first, &mut look[..HEADER]);
         let header = look.first_chunk::<HASH_HEADER_BYTES>().ok_or(());
         let header = header.and_then(|header| {
             Header::parse(header, self.with_hash, total, self.offloads).map_err(|_| ())
@@ -265,7 +270,6 @@ impl RxQueue {
             self.give_again(pages);
             return;
         };
-        let seen = look.get(header_bytes..seen).unwrap_or_default();
         first.offset += header_bytes as u32;
         first.bytes -= header_bytes as u32;
 
@@ -279,6 +283,9 @@ impl RxQueue {
             self.give_again(pages);
             return;
         }
+        let rest = ffi::RxPiece { offset: begin + HEADER as u32, ..*first };
+        load(&rest, &mut look[HEADER..seen.next_multiple_of(8).max(HEADER)]);
+        let seen = look.get(header_bytes..seen).unwrap_or_default();
         let headers = header_length(seen, &header).map(|length| match header.csum {
             // The place of the checksum has to be in the copy.
             Some((start, offset)) => length.max(usize::from(start) + usize::from(offset) + 2),

@@ -144,6 +144,9 @@ impl TxQueue {
             }
         }
         let header = header_of(frame).bytes();
+        if frame.frags == 0 && frame.linear as usize <= COPY_MAX {
+            return self.xmit_copy(frame, &header, stats);
+        }
         let mut pieces = [Piece::default(); CHAIN_MAX];
         let mut maps = [ffi::Piece::default(); ffi::PIECES_MAX];
         let linear = frame.linear as usize;
@@ -165,26 +168,18 @@ impl TxQueue {
             let behind = if copied { frame.linear } else { 0 };
             pieces[0] = Piece { addr: self.slot_address(), len: HEADER_BYTES as u32 + behind };
         }
-        let mut count = 0;
-        if !copied || frame.frags != 0 {
-            let headroom = if in_front { HEADER_BYTES as u32 } else { 0 };
-            // SAFETY: the frame is as above, and there is room for all of its pieces.
-            let mapped = unsafe {
-                ffi::shim_tx_map(self.shim, frame.skb, !copied, headroom, maps.as_mut_ptr())
-            };
-            count = match usize::try_from(mapped) {
-                Ok(count) if first + count <= CHAIN_MAX => count,
-                Ok(count) => {
-                    self.unmap(&maps[..count]);
-                    self.drop_frame(frame, stats);
-                    return true;
-                }
-                Err(_) => {
-                    self.drop_frame(frame, stats);
-                    return true;
-                }
-            };
-        }
+        let headroom = if in_front { HEADER_BYTES as u32 } else { 0 };
+        // SAFETY: the frame is as above, and there is room for all of its pieces.
+        let mapped =
+            unsafe { ffi::shim_tx_map(self.shim, frame.skb, !copied, headroom, maps.as_mut_ptr()) };
+        let count = match usize::try_from(mapped) {
+            Ok(count) if first + count <= CHAIN_MAX => count,
+            mapped => {
+                self.unmap(&maps[..mapped.unwrap_or(0)]);
+                self.drop_frame(frame, stats);
+                return true;
+            }
+        };
         for (piece, map) in pieces[first..].iter_mut().zip(&maps[..count]) {
             *piece = Piece { addr: map.address, len: map.bytes };
         }
@@ -195,18 +190,41 @@ impl TxQueue {
             self.drop_frame(frame, stats);
             return true;
         }
-        let kind = if count == 0 { Kind::Copied } else { Kind::Skb };
-        let (skb, bytes, more) = (frame.skb, frame.bytes, frame.more);
-        self.note(skb, bytes, total, first, &maps[..count], kind);
-        stats.frames.add(1);
-        stats.bytes.add(u64::from(bytes));
-        // SAFETY: the handle is this queue's.
-        let flags = unsafe { ffi::shim_tx_sent(self.shim, bytes, more) };
-        if kind == Kind::Copied {
-            stats.copied.add(1);
-            // SAFETY: nothing refers to the frame any more.
-            unsafe { ffi::shim_tx_free(skb, 0) };
+        self.note(frame.skb, frame.bytes, total, first, &maps[..count], Kind::Skb);
+        self.sent(frame, stats);
+        true
+    }
+
+    /// Sends a short frame of the stack, which is free then.
+    fn xmit_copy(
+        &mut self,
+        frame: &ffi::TxFrame,
+        header: &[u8; HEADER_BYTES],
+        stats: &TxStats,
+    ) -> bool {
+        // SAFETY: the stack's linear part has that many bytes, and nobody else changes them now.
+        let data = unsafe { core::slice::from_raw_parts(frame.data, frame.linear as usize) };
+        self.write_slot(header, data);
+        let len = HEADER_BYTES as u32 + frame.linear;
+        let piece = Piece { addr: self.slot_address(), len };
+        if !matches!(self.ring.submit(&[piece]), Ok(true)) {
+            self.drop_frame(frame, stats);
+            return true;
         }
+        self.note(ptr::null_mut(), frame.bytes, 1, 1, &[], Kind::Copied);
+        self.sent(frame, stats);
+        stats.copied.add(1);
+        // SAFETY: nothing refers to the frame any more.
+        unsafe { ffi::shim_tx_free(frame.skb, 0) };
+        true
+    }
+
+    /// Counts a frame that was submitted, and wakes the device or stops the stack if need be.
+    fn sent(&mut self, frame: &ffi::TxFrame, stats: &TxStats) {
+        stats.frames.add(1);
+        stats.bytes.add(u64::from(frame.bytes));
+        // SAFETY: the handle is this queue's.
+        let flags = unsafe { ffi::shim_tx_sent(self.shim, frame.bytes, frame.more) };
         let full = self.ring.space() < ROOM;
         if flags & ffi::TX_POST != 0 || full {
             self.post(stats);
@@ -217,7 +235,6 @@ impl TxQueue {
         } else if flags & ffi::TX_STOPPED != 0 || much {
             self.arm_half(stats);
         }
-        true
     }
 
     /// Sends a frame of XDP in one piece, without making it visible. False: there is no room, or
