@@ -100,19 +100,23 @@ fn through_passt(scene: &Scene, socket: &Path, port: u16) -> Result<()> {
     )?;
     let (a, _nic) = guest_with_nic(scene, &bus, &[])?;
     a.guest.ok("ip route add default via 10.0.0.254")?;
-    let receiver = a.guest.start(&format!("guest-agent receive 0.0.0.0:{port}"))?;
-    a.guest
-        .ok(&format!("until grep -q ':{port:04X} [0:]* 0A' /proc/net/tcp; do sleep 0.05; done"))?;
+    from_host(scene, &a, "127.0.0.1", port)
+}
+
+/// Transfers data from this host to port `port` of a guest, which the host reaches at `address`.
+fn from_host(scene: &Scene, vm: &Vm, address: &str, port: u16) -> Result<()> {
+    let receiver = vm.guest.start(&format!("guest-agent receive 0.0.0.0:{port}"))?;
+    nic::wait_port(&vm.guest, port)?;
     let bytes = 16 * MIB;
     let sender = Command::new(scene.lab.agent())
-        .args(["send", &format!("127.0.0.1:{port}"), &bytes.to_string(), "5"])
+        .args(["send", &format!("{address}:{port}"), &bytes.to_string(), "5"])
         .stdin(Stdio::null())
         .output()
         .context("cannot run the agent on the host")?;
     let sent = String::from_utf8_lossy(&sender.stdout).into_owned();
     ensure!(
         sender.status.success(),
-        "sending through passt failed: {}",
+        "sending to {address}:{port} failed: {}",
         String::from_utf8_lossy(&sender.stderr)
     );
     let received = receiver.ok(TRANSFER)?;
@@ -121,22 +125,35 @@ fn through_passt(scene: &Scene, socket: &Path, port: u16) -> Result<()> {
 }
 
 /// TCP between host and guest through `vbus-guest net` on TAP, beside QEMU's own virtio-net on TAP.
-/// Both are measured in one guest and one run.
+/// Both are measured in one guest and one run. The guest reaches this host through a switch and its
+/// uplink too.
 pub fn tap(scene: &Scene) -> Result<()> {
     const ROUNDS: usize = 3;
     // The two share the machine, and take turns, so other work slows both. A fault such as a lost
     // wake-up, which a timer makes up for, costs far more than a factor of ten. On a quiet machine
     // the way in had 0.56 to 0.73.
     const LEAST: f64 = 0.1;
-    let (ours, theirs) = (Tap::new(0), Tap::new(9));
-    let config = device("net", "venet", &format!("backend = \"tap\"\ntap = \"{}\"", ours.name));
-    let bus = tap::bus(scene, &config)?;
+    let (ours, theirs, uplink) = (Tap::new(0), Tap::new(9), Tap::new(8));
+    let on = |tap: &Tap| format!("backend = \"tap\"\ntap = \"{}\"", tap.name);
+    let config = [
+        device("net", "venet", &on(&ours)),
+        device("lan", "venet", "switch = \"lan\""),
+        device("up", "uplink", &format!("{}\nswitch = \"lan\"", on(&uplink))),
+    ];
+    let bus = tap::bus(scene, &config.concat())?;
     let virtio = theirs.virtio_net(1, "");
-    let (vm, _nic) = guest_with_nic(scene, &bus, &virtio.each_ref().map(String::as_str))?;
+    let vm = VmSpec::new("a")
+        .device(bus.socket("net"))
+        .device(bus.socket("lan"))
+        .args(&virtio.each_ref().map(String::as_str))
+        .boot(scene)?;
+    nic::prepare(&vm.guest)?;
+    let _nic = Nic::up(&vm.guest, "net", "vbus0", &format!("{}/24", ADDRESS[0]), "")?;
     theirs.up_in(&vm.guest, "eth0")?;
-    for tap in [&ours, &theirs] {
+    for tap in [&ours, &theirs, &uplink] {
         tap.up(scene)?;
     }
+    through_uplink(scene, &bus, &vm, &uplink)?;
     let server = Server::start(scene)?;
     let figure =
         |tap: &Tap, way: &str| -> Result<f64> { Ok(server.measure(&vm.guest, tap, 2, way)?.mbps) };
@@ -158,5 +175,21 @@ pub fn tap(scene: &Scene) -> Result<()> {
              {rounds:.0?}"
         );
     }
+    Ok(())
+}
+
+/// A guest on a switch reaches this host through the uplink, and the host reaches the guest.
+fn through_uplink(scene: &Scene, bus: &Bus, vm: &Vm, uplink: &Tap) -> Result<()> {
+    let address = format!("{}/24", uplink.guest());
+    let nic = Nic::up(&vm.guest, "lan", "vbus1", &address, "")?;
+    nic::ping(&vm.guest, &uplink.host(), 3)?;
+    from_host(scene, vm, &uplink.guest(), 15_202)?;
+    let stats = bus.stats()?;
+    let up = stats.as_array().into_iter().flatten().find(|device| device["name"] == "up");
+    let up = up.context("vbus stats --json does not know the uplink")?;
+    let frames = |way: &str| up["device"][way]["frames"].as_u64().unwrap_or(0);
+    let carried = ["to-outside", "from-outside"].map(frames);
+    ensure!(carried.iter().all(|frames| *frames > 0), "the uplink has carried {carried:?}: {up}");
+    drop(nic);
     Ok(())
 }
