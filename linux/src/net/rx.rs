@@ -151,10 +151,11 @@ impl RxQueue {
             }
             // SAFETY: the handle is this queue's, and there is room for so many.
             let count = unsafe { ffi::shim_rx_pages(self.shim, room, pages.as_mut_ptr()) };
+            let mut given = true;
             for page in pages.iter().take(count as usize) {
-                self.give(*page);
+                given &= self.give(*page);
             }
-            if count < room {
+            if count < room || !given {
                 break;
             }
         }
@@ -200,8 +201,9 @@ impl RxQueue {
             stats.frames.add(u64::from(polled.frames));
             stats.bytes.add(bytes.saturating_sub(headers));
         }
+        // After a fault the ring may count buffers as free whose pages are still in `pages`.
         let wanted = self.ring.space() >= BATCH || polled.frames < budget && self.ring.space() != 0;
-        if wanted && !self.fill(stats) && self.fault.is_none() {
+        if self.fault.is_none() && wanted && !self.fill(stats) {
             // Without pages no interrupt comes.
             // SAFETY: the handle is this group's.
             unsafe { ffi::shim_group_later(self.group, 20) };
@@ -440,19 +442,22 @@ impl RxQueue {
         Verdict::Gone
     }
 
-    fn give(&mut self, page: ffi::Page) {
+    /// Gives a page to the device. False: there is no room, and the page is free.
+    fn give(&mut self, page: ffi::Page) -> bool {
         let begin = if self.xdp { XDP_HEADROOM } else { 0 };
+        let is_full = self.newest.wrapping_sub(self.oldest) as usize >= self.pages.len();
         // SAFETY: the page is this queue's, stays mapped, and is in `pages` until the device has
         // returned it or the connection is closed.
-        if unsafe { self.ring.give(page.address + u64::from(begin)) }.is_err() {
+        if is_full || unsafe { self.ring.give(page.address + u64::from(begin)) }.is_err() {
             self.put(page, true);
-            return;
+            return false;
         }
         let index = self.index_of(self.newest);
         if let Some(place) = self.pages.get_mut(index) {
             *place = page;
         }
         self.newest = self.newest.wrapping_add(1);
+        true
     }
 
     /// Gives pages to the device again whose bytes nobody needs.

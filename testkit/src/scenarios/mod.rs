@@ -165,6 +165,11 @@ pub const SCENARIOS: &[Scenario] = &[
     ),
     in_guests("linux::virtio_iommu", "the same behind virtio's IOMMU", linux::memory::virtio),
     in_guests("linux::swiotlb", "the same if every mapping is a copy", linux::memory::copies),
+    in_guests(
+        "linux::liars",
+        "devices that lie in registers and shared memory: the kernel has nothing to complain of",
+        linux::liars::lie,
+    ),
     beside_kvm(
         "kvm::harness",
         "QEMU boots a guest on the KVM of L1: this tests the test kit",

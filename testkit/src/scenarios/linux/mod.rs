@@ -2,6 +2,7 @@
 //! Scenarios with the Linux driver, the kernel module `vbus`.
 
 mod flood;
+pub(super) mod liars;
 pub(super) mod lives;
 pub(super) mod load;
 pub(super) mod memory;
