@@ -134,6 +134,56 @@ mod tests {
         space.write(usize::MAX - 1, &[1, 2]);
     }
 
+    /// All bytes that the driver may write over all bytes that are there, with all masks of two
+    /// neighbouring bits.
+    #[test]
+    fn a_bit_changes_only_as_its_masks_say() {
+        let masks = (0..=0xff_u8).filter(|mask| mask & !0b11 == 0);
+        for (writable, clearable) in masks.clone().flat_map(|w| masks.clone().map(move |c| (w, c)))
+        {
+            for (have, byte) in (0..=0xff).flat_map(|have| (0..=0xff).map(move |b| (have, b))) {
+                let mut space = Space::from_bytes(vec![have, 0]);
+                space.allow(0, &[writable]);
+                space.allow_clearing(0, clearable.into());
+                space.write(0, &[byte]);
+                let now = space.get8(0);
+                for bit in (0..8).map(|bit| 1 << bit) {
+                    let cleared = clearable & byte & bit != 0;
+                    let source = if writable & bit != 0 { byte } else { have };
+                    let expected = if cleared { 0 } else { source & bit };
+                    assert_eq!(now & bit, expected, "{have:#x} {byte:#x} {writable:#x} {bit:#x}");
+                }
+            }
+        }
+    }
+
+    /// All accesses of up to 9 bytes in and around a space of 6, and at the end of all offsets: an
+    /// access is as many accesses of one byte, and nothing beyond the end is there.
+    #[test]
+    fn an_access_is_as_many_accesses_of_a_byte() {
+        let mut space = Space::from_bytes((0x21..0x27).collect());
+        space.allow(1, &[0x0f, 0xff, 0xf0, 0xff]);
+        space.allow_clearing(4, 0x2424);
+        let offsets = (0..=9).chain(usize::MAX - 9..=usize::MAX);
+        for (offset, len) in offsets.flat_map(|offset| (0..=9).map(move |len| (offset, len))) {
+            let data: Vec<u8> = (0..len).map(|i| 0x5a_u8.rotate_left(i)).collect();
+            let (mut whole, mut single) = (space.clone(), space.clone());
+            whole.write(offset, &data);
+            for (i, byte) in data.iter().enumerate() {
+                if let Some(at) = offset.checked_add(i) {
+                    single.write(at, &[*byte]);
+                }
+            }
+            assert_eq!(whole.bytes(), single.bytes(), "{offset:#x} {len}");
+            let mut read = vec![0xee; data.len()];
+            space.read(offset, &mut read);
+            for (i, byte) in read.into_iter().enumerate() {
+                let have = offset.checked_add(i).and_then(|at| space.bytes().get(at));
+                assert_eq!(byte, have.copied().unwrap_or(0), "{offset:#x} {len}");
+            }
+        }
+    }
+
     #[test]
     fn touching() {
         assert!(touches(4, 4, 7, 2) && touches(4, 4, 4, 1) && touches(0, 8, 3, 1));

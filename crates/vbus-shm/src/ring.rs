@@ -1254,6 +1254,71 @@ mod tests {
         Return { id: if returns == Returns::Runs { 0 } else { 6 }, ..back(len) }
     }
 
+    /// All layouts up to 32 entries, with all places in them, and the largest ones; and all
+    /// stretches that fit. What they name lies within the ring, and no two of them share a byte.
+    #[test]
+    fn positions_of_all_small_rings_lie_within_them_and_apart() {
+        let large = [1 << 10, MAX_ENTRIES];
+        for (entries, returns) in
+            (0..=33).chain(large).flat_map(|entries| FORMS.map(|returns| (entries, returns)))
+        {
+            let Ok(layout) = Layout::new(entries, returns) else {
+                assert!(entries < 2 || !entries.is_power_of_two(), "{entries}");
+                continue;
+            };
+            let words = memory(layout);
+            // The longest stretch that is tried.
+            let longest = if entries <= 32 { entries } else { 0 };
+            let place = |of: &[Word]| {
+                (of.as_ptr() as usize - words.as_ptr() as usize) / WORD
+                    ..(of.as_ptr() as usize - words.as_ptr() as usize) / WORD + of.len()
+            };
+            let mut users = vec![0; words.len()];
+            users[..ENTRIES_OFFSET / WORD].fill(1);
+            for start in STARTS {
+                // Each place once, whatever the position begins with.
+                for pos in (0..u64::from(entries)).map(|i| start.wrapping_add(i)) {
+                    let slot = place(layout.slot(&words, pos));
+                    assert_eq!(slot.len(), ENTRY_WORDS);
+                    if start == 0 {
+                        users[slot.clone()].iter_mut().for_each(|user| *user += 1);
+                    }
+                    // One lap on, it is the same place with another mark.
+                    let next = pos.wrapping_add(u64::from(entries));
+                    assert_eq!(place(layout.slot(&words, next)), slot);
+                    assert_ne!(layout.lap(next), layout.lap(pos));
+                    for n in 0..=longest {
+                        let (slots, lap) = layout.stretch(&words, pos, n);
+                        let slots = place(slots);
+                        assert_eq!(slots.start, slot.start);
+                        assert!(slots.len() <= n as usize * ENTRY_WORDS);
+                        for i in 0..slots.len() / ENTRY_WORDS {
+                            let pos = pos.wrapping_add(i as u64);
+                            let one = place(layout.slot(&words, pos));
+                            assert_eq!(one.start, slots.start + i * ENTRY_WORDS);
+                            assert_eq!(layout.lap(pos), lap);
+                        }
+                    }
+                    if returns != Returns::Runs {
+                        continue;
+                    }
+                    let (word, shift) = layout.length(&words, pos);
+                    let at = place(core::slice::from_ref(word)).start;
+                    assert_eq!(shift, if pos % 2 == 0 { 0 } else { 32 });
+                    if start == 0 && pos % 2 == 0 {
+                        users[at] += 1;
+                    }
+                    for n in (0..=longest).filter(|_| pos % 2 == 0) {
+                        let lengths = place(layout.lengths(&words, pos, n));
+                        assert!(lengths.start == at && lengths.len() <= n as usize / 2);
+                    }
+                }
+            }
+            assert!(users.iter().all(|users| *users <= 1), "{layout:?}");
+            assert!(layout.bytes() % 64 == 0 && words.len() * WORD == layout.bytes());
+        }
+    }
+
     #[test]
     fn layouts_are_whole_lines() {
         let bytes = |entries, returns| Layout::new(entries, returns).unwrap().bytes();
