@@ -19,6 +19,7 @@
 #include <linux/ratelimit.h>
 #include <linux/slab.h>
 #include <linux/spinlock.h>
+#include <linux/string.h>
 #include <linux/version.h>
 #include <linux/vmalloc.h>
 #include <linux/workqueue.h>
@@ -217,6 +218,8 @@ void *shim_irq_request(void *pci, u32 index, bool shared, const char *name, u64 
 	irq->data = data;
 	irq->pci = pci;
 	memcpy(irq->name, name, min_t(u64, name_bytes, sizeof(irq->name) - 1));
+	/* It becomes the name of a folder in /proc/irq, and a device may have any name. */
+	strreplace(irq->name, '/', '!');
 	irq->number = pci_irq_vector(pci, index);
 	*error = irq->number;
 	if (irq->number >= 0)

@@ -291,6 +291,14 @@ void shim_rx_sync(void *handle, const struct vbus_rx_piece *pieces, u32 count)
 					      page_pool_get_dma_dir(queue->pool));
 }
 
+void shim_rx_sync_device(void *handle, u8 *memory)
+{
+	struct shim_queue *queue = handle;
+
+	dma_sync_single_for_device(queue->dma, page_pool_get_dma_addr(virt_to_page(memory)),
+				   PAGE_SIZE, page_pool_get_dma_dir(queue->pool));
+}
+
 void *shim_rx_skb(void *handle, const u8 *data, u32 bytes, u8 **copy)
 {
 	struct shim_group *group = handle;
@@ -465,6 +473,10 @@ static int set_program(struct net_device *dev, struct netdev_bpf *bpf)
 
 	if (bpf->command != XDP_SETUP_PROG)
 		return -EINVAL;
+	if (bpf->prog && SKB_DATA_ALIGN(sizeof(struct skb_shared_info)) > VBUS_NET_XDP_TAILROOM) {
+		NL_SET_ERR_MSG_MOD(bpf->extack, "This kernel has too large MAX_SKB_FRAGS for XDP");
+		return -EOPNOTSUPP;
+	}
 	if (bpf->prog && !before)
 		error = vbus_net_xdp(net->rust, true);
 	if (error == -ERANGE)
@@ -539,7 +551,9 @@ void shim_group_free(void *handle)
 {
 	struct shim_group *group = handle;
 
+	/* After it no poll runs. One that was late may have started a timer after `disable`. */
 	netif_napi_del(&group->napi);
+	stop_timers(group);
 	kfree(group);
 }
 
@@ -1108,8 +1122,9 @@ int shim_net_register(void *handle, const struct vbus_net_traits *traits)
 	else
 		eth_hw_addr_random(dev);
 	dev->min_mtu = ETH_MIN_MTU;
-	dev->max_mtu = traits->mtu_max;
-	dev->mtu = min_t(u32, ETH_DATA_LEN, traits->mtu_max);
+	/* To the kernel 0 would be no limit. */
+	dev->max_mtu = max_t(u32, traits->mtu_max, ETH_MIN_MTU);
+	dev->mtu = min_t(u32, ETH_DATA_LEN, dev->max_mtu);
 	dev->watchdog_timeo = 5 * HZ;
 	dev->needed_headroom = 16;
 	dev->priv_flags |= IFF_UNICAST_FLT | IFF_LIVE_ADDR_CHANGE;

@@ -16,6 +16,8 @@
 #define VBUS_NET_QUEUES_MAX 16
 #define VBUS_NET_ADDRESSES_MAX 64
 #define VBUS_NET_PIECES_MAX 20
+/* What XDP leaves free at the end of a page, for the kernel's struct skb_shared_info. */
+#define VBUS_NET_XDP_TAILROOM 320
 
 /* What a frame leaves to the device, or may leave to the driver. */
 #define VBUS_NET_CSUM (1 << 0)
@@ -221,6 +223,8 @@ u32 shim_rx_pages(void *queue, u32 count, struct vbus_page *out);
 void shim_rx_page_put(void *queue, u8 *memory, bool napi);
 /* Makes what the device wrote visible. */
 void shim_rx_sync(void *queue, const struct vbus_rx_piece *pieces, u32 count);
+/* Gives a page to the device again that a program may have written. */
+void shim_rx_sync_device(void *queue, u8 *memory);
 /* A frame whose first `bytes` bytes are copied from `data`; NULL: no memory. */
 void *shim_rx_skb(void *group, const u8 *data, u32 bytes, u8 **copy);
 /* The same in place, in the page of the frame that XDP has passed. */

@@ -9,6 +9,7 @@ pub type Handle = *mut c_void;
 
 pub const ADDRESSES_MAX: usize = 64;
 pub const PIECES_MAX: usize = 20;
+pub const XDP_TAILROOM: u32 = 320;
 
 pub const CSUM: u32 = 1 << 0;
 pub const TSO4: u32 = 1 << 1;
@@ -200,6 +201,7 @@ unsafe extern "C" {
     pub fn shim_rx_pages(queue: Handle, count: u32, out: *mut Page) -> u32;
     pub fn shim_rx_page_put(queue: Handle, memory: *mut u8, napi: bool);
     pub fn shim_rx_sync(queue: Handle, pieces: *const RxPiece, count: u32);
+    pub fn shim_rx_sync_device(queue: Handle, memory: *mut u8);
     pub fn shim_rx_skb(group: Handle, data: *const u8, bytes: u32, copy: *mut *mut u8) -> Handle;
     pub fn shim_rx_skb_in_place(queue: Handle, data: *mut *mut u8, bytes: *mut u32) -> Handle;
     pub fn shim_rx_deliver(

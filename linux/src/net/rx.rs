@@ -38,8 +38,9 @@ const HEADER: usize = HASH_HEADER_BYTES.next_multiple_of(8);
 /// Where the device begins in a page when programs of XDP run: the kernel lets them grow a frame to
 /// its front.
 const XDP_HEADROOM: u32 = 256;
-/// What the kernel keeps at the end of a page in which it builds a frame.
-const XDP_TAILROOM: u32 = 320;
+/// What the kernel keeps at the end of a page in which it builds a frame. The shim lets no program
+/// run where it is more.
+const XDP_TAILROOM: u32 = ffi::XDP_TAILROOM;
 /// Bytes that the device writes into a page when programs of XDP run.
 pub const XDP_BUFFER: u32 = PAGE - XDP_HEADROOM - XDP_TAILROOM;
 /// Pages are given to the device by so many at a time.
@@ -404,6 +405,8 @@ impl RxQueue {
             if verdict != ffi::XDP_PASS {
                 stats.xdp_dropped.add(1);
             }
+            // SAFETY: the page is this queue's.
+            unsafe { ffi::shim_rx_sync_device(self.shim, page.memory) };
             self.give_again(&[*page]);
         }
     }

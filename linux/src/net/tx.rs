@@ -139,7 +139,7 @@ impl TxQueue {
         if usize::from(frame.frags) + 2 > CHAIN_MAX {
             // SAFETY: the frame is the stack's, which has given it to this queue.
             if unsafe { ffi::shim_tx_linearize(frame.skb, frame) } != 0 {
-                self.drop_frame(frame, stats);
+                self.drop_last(frame, stats);
                 return true;
             }
         }
@@ -176,7 +176,7 @@ impl TxQueue {
             Ok(count) if first + count <= CHAIN_MAX => count,
             mapped => {
                 self.unmap(&maps[..mapped.unwrap_or(0)]);
-                self.drop_frame(frame, stats);
+                self.drop_last(frame, stats);
                 return true;
             }
         };
@@ -187,7 +187,7 @@ impl TxQueue {
         if !matches!(self.ring.submit(&pieces[..total]), Ok(true)) {
             // A frame of a strange shape: the stack does not make such.
             self.unmap(&maps[..count]);
-            self.drop_frame(frame, stats);
+            self.drop_last(frame, stats);
             return true;
         }
         self.note(frame.skb, frame.bytes, total, first, &maps[..count], Kind::Skb);
@@ -208,7 +208,7 @@ impl TxQueue {
         let len = HEADER_BYTES as u32 + frame.linear;
         let piece = Piece { addr: self.slot_address(), len };
         if !matches!(self.ring.submit(&[piece]), Ok(true)) {
-            self.drop_frame(frame, stats);
+            self.drop_last(frame, stats);
             return true;
         }
         self.note(ptr::null_mut(), frame.bytes, 1, 1, &[], Kind::Copied);
@@ -299,7 +299,9 @@ impl TxQueue {
             let waits = ffi::shim_tx_completed(self.shim, frames, bytes);
             (waits, waits && ffi::shim_tx_is_stopped(self.shim))
         };
-        if is_stopped && self.ring.space() >= 2 * ROOM {
+        // A small ring never has so much room.
+        let has_room = self.ring.space() >= 2 * ROOM || !self.is_busy();
+        if is_stopped && has_room {
             stats.wakes.add(1);
             // SAFETY: as above.
             unsafe { ffi::shim_tx_wake(self.shim) };
@@ -385,8 +387,11 @@ impl TxQueue {
             Kind::Copied => {}
             // SAFETY: the frame was this queue's, and nothing refers to it any more.
             Kind::Skb => unsafe { ffi::shim_tx_free(sent.frame, budget) },
+            // Its page belongs to the pool of another queue, whose poll may run now.
             // SAFETY: as above.
-            Kind::Xdp | Kind::XdpPage => unsafe { ffi::shim_xdp_free(sent.frame, budget) },
+            Kind::Xdp => unsafe { ffi::shim_xdp_free(sent.frame, 0) },
+            // SAFETY: as above.
+            Kind::XdpPage => unsafe { ffi::shim_xdp_free(sent.frame, budget) },
         }
     }
 
@@ -394,6 +399,15 @@ impl TxQueue {
         if !maps.is_empty() {
             // SAFETY: they were mapped by this queue, and the device does not have them.
             unsafe { ffi::shim_tx_unmap(self.shim, maps.as_ptr(), maps.len() as u32) };
+        }
+    }
+
+    /// Drops a frame, which may be the last of a batch: those before it wait to be posted.
+    #[cold]
+    fn drop_last(&mut self, frame: &ffi::TxFrame, stats: &TxStats) {
+        self.drop_frame(frame, stats);
+        if !frame.more {
+            self.post(stats);
         }
     }
 

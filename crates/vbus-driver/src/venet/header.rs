@@ -110,7 +110,8 @@ impl Header {
     ///
     /// # Errors
     /// The header names an offload that was not accepted, or does not fit the frame. Whether the
-    /// frame's own headers are of the kind to be cut, [`header_length`] says.
+    /// frame's own headers are of the kind to be cut, [`header_length`] says. A frame whose payload
+    /// fits one segment is taken for one that is not to be cut.
     #[inline]
     pub fn parse(
         bytes: &[u8; HASH_HEADER_BYTES],
@@ -143,7 +144,13 @@ impl Header {
             if refused || !fits {
                 return Err(BadHeader);
             }
-            header.segments = Some(Segments { kind, size, cwr });
+            // What fits one segment needs no cut. And a size above all payloads may have a meaning
+            // of its own to a kernel, as 65535 has to Linux.
+            let (start, _) = header.csum.ok_or(BadHeader)?;
+            let least = if kind == Gso::Udp { UDP } else { TCP_LEAST };
+            if usize::from(start) + least + usize::from(size) < frame {
+                header.segments = Some(Segments { kind, size, cwr });
+            }
         }
         let kind = u32::from(at(16));
         if with_hash && (1..=32).contains(&kind) {
@@ -245,7 +252,7 @@ mod tests {
     use std::vec::Vec;
 
     use super::*;
-    use vbus_shm::abi::venet::{F_RX, hash_kind};
+    use vbus_shm::abi::venet::{F_RX, FRAME_MAX, hash_kind};
 
     fn tcp4(tags: usize, options: u8) -> Vec<u8> {
         let mut frame = vec![0; 12];
@@ -311,6 +318,23 @@ mod tests {
         cwr[1] |= CWR;
         assert!(Header::parse(&cwr, false, 9000, F_RX).is_ok());
         assert_eq!(Header::parse(&cwr, false, 9000, F_RX & !F_RX_ECN), Err(BadHeader));
+    }
+
+    #[test]
+    fn what_fits_one_segment_is_not_cut() {
+        let segments = |kind, size: u16, frame| {
+            let mut bytes = padded(&cut(kind, 34));
+            bytes[4..6].copy_from_slice(&size.to_le_bytes());
+            Header::parse(&bytes, false, frame, F_RX).map(|header| header.segments.is_some())
+        };
+        assert_eq!(segments(Gso::Tcp4, 1448, 34 + 20 + 1449), Ok(true));
+        assert_eq!(segments(Gso::Tcp4, 1448, 34 + 20 + 1448), Ok(false));
+        assert_eq!(segments(Gso::Udp, 1448, 34 + 8 + 1449), Ok(true));
+        assert_eq!(segments(Gso::Udp, 1448, 34 + 8 + 1448), Ok(false));
+        // No frame behind an IP header has so much payload.
+        for kind in [Gso::Tcp4, Gso::Tcp6, Gso::Udp] {
+            assert_eq!(segments(kind, u16::MAX, FRAME_MAX - HEADER_BYTES), Ok(false));
+        }
     }
 
     #[test]
