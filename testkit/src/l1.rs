@@ -18,6 +18,7 @@ use crate::lost;
 use crate::process::{Process, command_line};
 use crate::put::Put;
 use crate::report::Skip;
+use crate::system::System;
 use crate::vm::{BOOT, Listener, Processor, Vm, VmSpec};
 
 /// What L1's clock follows.
@@ -62,13 +63,19 @@ enum L1Kind {
 }
 
 impl<'a> L1<'a> {
-    /// Starts L1 and waits until its agent answers.
+    /// Starts L1 and waits until its agent answers. Its guests boot what all guests of the lab do.
     pub fn start(scene: Scene<'a>, clock: Clock, files: &[Put]) -> Result<Self> {
+        let l2 = scene.lab.system();
+        Self::start_with(scene, clock, files, l2)
+    }
+
+    /// The same with guests that boot `l2`.
+    pub fn start_with(scene: Scene<'a>, clock: Clock, files: &[Put], l2: &System) -> Result<Self> {
         let (guest, kind) = if clock == Clock::Time && scene.lab.accel() == Accel::Kvm {
-            let (guest, agent) = start_on_host(&scene, files)?;
+            let (guest, agent) = start_on_host(&scene, files, l2)?;
             (guest, L1Kind::Host(agent))
         } else {
-            let vm = machine(&scene, clock, files)?.start(&scene)?;
+            let vm = machine(&scene, clock, files, l2)?.start(&scene)?;
             (vm.guest.clone(), L1Kind::Vm(Box::new(vm)))
         };
         guest.wait_boot(1, BOOT)?;
@@ -251,7 +258,7 @@ fn kernel_fault(log: &str) -> Option<String> {
 }
 
 /// The virtual machine with emulated SVM.
-fn machine(scene: &Scene, clock: Clock, files: &[Put]) -> Result<VmSpec> {
+fn machine(scene: &Scene, clock: Clock, files: &[Put], l2: &System) -> Result<VmSpec> {
     let lab = scene.lab;
     let mut archive = Archive::default();
     lab.system().add_modules(&mut archive, &MODULES)?;
@@ -260,8 +267,8 @@ fn machine(scene: &Scene, clock: Clock, files: &[Put]) -> Result<VmSpec> {
     archive.file("bin/vbus", 0o755, &read(lab.vbus())?)?;
     archive.file("bin/vbus-vmm", 0o755, &read(&lab.vmm()?)?)?;
     archive.file("bin/vbus-kvm-tests", 0o755, &read(&lab.kvm_tests()?)?)?;
-    archive.file("l2/kernel", 0o644, &read(lab.system().kernel())?)?;
-    archive.file("l2/initramfs", 0o644, &read(lab.system().initramfs())?)?;
+    archive.file("l2/kernel", 0o644, &read(l2.kernel())?)?;
+    archive.file("l2/initramfs", 0o644, &read(l2.initramfs())?)?;
     archive.file("l2/flat", 0o644, &read(&lab.flat()?)?)?;
     for file in files {
         file.add_to(&mut archive)?;
@@ -308,7 +315,7 @@ fn qemu_archive(kit: &Kit) -> Result<Vec<u8>> {
 
 /// Starts an agent on the host. It is root in user, network, mount and process namespaces of its
 /// own.
-fn start_on_host(scene: &Scene, files: &[Put]) -> Result<(Guest, Process)> {
+fn start_on_host(scene: &Scene, files: &[Put], system: &System) -> Result<(Guest, Process)> {
     let lab = scene.lab;
     let (root, l2, bin) =
         (scene.dir().join("root"), scene.dir().join("l2"), scene.dir().join("bin"));
@@ -333,8 +340,8 @@ fn start_on_host(scene: &Scene, files: &[Put]) -> Result<(Guest, Process)> {
     link(lab.agent(), bin.join("guest-agent"))?;
     fs::write(bin.join("qemu-system-x86_64"), script(&lab.qemu()))?;
     fs::set_permissions(bin.join("qemu-system-x86_64"), fs::Permissions::from_mode(0o755))?;
-    link(lab.system().kernel(), l2.join("kernel"))?;
-    link(lab.system().initramfs(), l2.join("initramfs"))?;
+    link(system.kernel(), l2.join("kernel"))?;
+    link(system.initramfs(), l2.join("initramfs"))?;
     link(&lab.flat()?, l2.join("flat"))?;
     for file in files {
         let name = file

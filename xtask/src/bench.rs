@@ -2,6 +2,8 @@
 //! `cargo xtask bench` runs `bench/`, a workspace of its own with vbus's peers among its
 //! dependencies.
 
+use std::fs;
+
 use anyhow::{Context, Result, ensure};
 
 use testkit::lab::Options;
@@ -10,11 +12,12 @@ use testkit::{netbench, trial, workspace};
 
 /// The text at the end of `--help`.
 const HELP: &str = "\
-`bench net` compares NICs in one guest: vbus's by the program vbus-guest, and QEMU's virtio-net, each
-on a TAP interface of this host. TCP out, in and both; datagrams of 64 and 1,472 bytes; pings;
-interrupts, guest instructions and exits per packet. It needs root. Its last line is one JSON object. Keys
-that end in `_vs_virtio` are ratios to virtio-net: above 1 means that vbus is ahead, and for what a
-packet costs (irqs, insn, exits) below 1 does.
+`bench net` compares NICs in one guest: vbus's by the Linux driver and by the program vbus-guest, and
+QEMU's virtio-net, each on a TAP interface of this host. TCP out, in and both ways; datagrams of 64
+and 1,472 bytes; pings; interrupts, guest instructions and exits per packet. It needs root. Charts
+go to target/bench. The last line is one JSON object. Its keys that end in `_vs_virtio` are ratios
+to virtio-net: above 1 means that vbus is ahead; for what a packet costs (irqs, insn, exits) below 1
+does.
 
 Examples:
   cargo xtask bench net                       some 20 minutes
@@ -63,6 +66,9 @@ pub struct Args {
     /// Do not count exits, for which a Linux with a real KVM is started
     #[arg(long, help_heading = NET)]
     no_exits: bool,
+    /// Do not measure behind an IOMMU
+    #[arg(long, help_heading = NET)]
+    no_iommu: bool,
     #[command(flatten, next_help_heading = NET)]
     guests: Options,
 }
@@ -89,10 +95,11 @@ pub fn run(args: &Args) -> Result<bool> {
         || args.seconds.is_some()
         || !args.queues.is_empty()
         || args.no_instructions
-        || args.no_exits;
+        || args.no_exits
+        || args.no_iommu;
     ensure!(
         !options_of_net || matches!(args.what, Some(What::Net)),
-        "--rounds, --seconds, --queues, --no-instructions and --no-exits go with `bench net`"
+        "--rounds, --seconds, --queues and --no-... go with `bench net`"
     );
     ensure!(
         !args.quick || matches!(args.what, None | Some(What::Net)),
@@ -148,10 +155,19 @@ fn net(args: &Args) -> Result<bool> {
         queues,
         instructions: !args.no_instructions,
         exits: !args.no_exits,
+        iommu: !args.no_iommu,
     };
     let lab = trial::open(&args.guests)?;
     match netbench::run(&lab, &spec) {
         Ok(report) => {
+            let folder = workspace::target().join("bench");
+            fs::create_dir_all(&folder)
+                .with_context(|| format!("cannot make {}", folder.display()))?;
+            for (name, svg) in report.charts() {
+                let path = folder.join(name);
+                fs::write(&path, svg)
+                    .with_context(|| format!("cannot write {}", path.display()))?;
+            }
             if !args.json {
                 println!("{}", report.text());
             }

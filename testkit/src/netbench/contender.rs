@@ -6,13 +6,17 @@ use anyhow::{Context, Result};
 use crate::bus::{Bus, device};
 use crate::guest::{Guest, Running};
 use crate::lab::Scene;
+use crate::linux;
 use crate::nic;
+use crate::system::System;
 use crate::tap::{self, Tap};
-use crate::vm::{Processor, Vm, VmSpec};
+use crate::vm::{Iommu, Processor, Vm, VmSpec};
 
 /// A NIC with its driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Contender {
+    /// vbus's NIC, driven by the kernel module `vbus`.
+    Driver,
     /// vbus's NIC, driven by the program `vbus-guest net`.
     Program,
     /// QEMU's virtio-net.
@@ -21,11 +25,12 @@ pub enum Contender {
 
 impl Contender {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Program, Self::VirtioNet];
+    pub const ALL: [Self; 3] = [Self::Driver, Self::Program, Self::VirtioNet];
 
     /// Its name in JSON keys.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Driver => "driver",
             Self::Program => "program",
             Self::VirtioNet => "virtio",
         }
@@ -34,8 +39,18 @@ impl Contender {
     /// What it is, for a table.
     pub fn about(self) -> &'static str {
         match self {
+            Self::Driver => "vbus, driver",
             Self::Program => "vbus, guest program",
             Self::VirtioNet => "virtio-net",
+        }
+    }
+
+    /// Its colour in charts.
+    pub fn colour(self) -> &'static str {
+        match self {
+            Self::Driver => "#c02020",
+            Self::Program => "#2060c0",
+            Self::VirtioNet => "#606060",
         }
     }
 
@@ -45,12 +60,28 @@ impl Contender {
 }
 
 /// The guest that the contenders share.
-#[derive(Clone, Copy)]
-pub struct Spec {
+#[derive(Clone)]
+pub struct Spec<'a> {
     /// Queue pairs of each NIC, and CPUs of the guest.
     pub queues: u32,
     /// What executes its instructions.
     pub processor: Processor,
+    /// What it boots, with the module; without it the driver does not take part.
+    pub system: Option<&'a System>,
+    /// The unit that translates the devices' addresses. The guest program cannot work with one, so
+    /// it does not take part.
+    pub iommu: Option<Iommu>,
+}
+
+impl Spec<'_> {
+    fn contenders(&self) -> Vec<Contender> {
+        let takes_part = |contender: &Contender| match contender {
+            Contender::Driver => self.system.is_some(),
+            Contender::Program => self.iommu.is_none(),
+            Contender::VirtioNet => true,
+        };
+        Contender::ALL.into_iter().filter(takes_part).collect()
+    }
 }
 
 /// A contender in the guest, its interface up.
@@ -86,8 +117,8 @@ impl Rig {
     /// # Errors
     /// The bus, the guest or a driver does not start. It is a [`Skip`](crate::report::Skip) if this
     /// machine has no TAP.
-    pub fn start(scene: &Scene, spec: Spec) -> Result<Self> {
-        let contenders = Contender::ALL;
+    pub fn start(scene: &Scene, spec: &Spec) -> Result<Self> {
+        let contenders = spec.contenders();
         let taps: Vec<Tap> = (1..).map(Tap::new).take(contenders.len()).collect();
         let queues = spec.queues;
         let mut config = String::new();
@@ -102,6 +133,8 @@ impl Rig {
         let mut machine = VmSpec::new("bench");
         machine.cpus = queues;
         machine.processor = spec.processor;
+        machine.system = spec.system.cloned();
+        machine.iommu = spec.iommu;
         // The devices of vbus come first: they are in the first ports.
         let (ours, theirs): (Vec<_>, Vec<_>) =
             contenders.into_iter().zip(taps).partition(|(contender, _)| contender.is_vbus());
@@ -109,15 +142,17 @@ impl Rig {
             machine = machine.device(bus.socket(contender.name()));
         }
         for (slot, (_, tap)) in (ours.len()..).zip(&theirs) {
-            machine.args.extend(tap.virtio_net(queues, &format!(",bus=slot{slot}")));
+            let iommu = if spec.iommu.is_some() { ",iommu_platform=on" } else { "" };
+            machine.args.extend(tap.virtio_net(queues, &format!(",bus=slot{slot}{iommu}")));
         }
         let vm = machine.boot(scene)?;
         nic::prepare(&vm.guest)?;
+        if spec.system.is_some() {
+            linux::insert(&vm.guest, "")?;
+        }
         let mut nics = Vec::new();
         for (slot, (contender, tap)) in ours.into_iter().chain(theirs).enumerate() {
-            // The first root port leads to bus 1.
-            let function = format!("/sys/bus/pci/devices/0000:{:02x}:00.0", slot + 1);
-            nics.push(Nic::up(scene, &vm.guest, contender, tap, function, queues)?);
+            nics.push(Nic::up(scene, &vm.guest, contender, tap, slot, queues)?);
         }
         Ok(Self { nics, vm, bus })
     }
@@ -129,12 +164,25 @@ impl Nic {
         guest: &Guest,
         contender: Contender,
         tap: Tap,
-        function: String,
+        slot: usize,
         queues: u32,
     ) -> Result<Self> {
+        let function = linux::function(slot);
         let (interface, driver) = match contender {
+            Contender::Driver => {
+                let name = linux::interface(guest, slot)?;
+                if queues > 1 {
+                    guest.ok(&format!("ethtool -L {name} combined {queues}"))?;
+                }
+                (name, None)
+            }
             Contender::Program => {
                 let name = "program";
+                // The program does not take a device away from the kernel's driver.
+                guest.ok(&format!(
+                    "cd {function} && if [ -e driver ]; then echo uio_pci_generic > \
+                     driver_override && echo ${{PWD##*/}} > driver/unbind; fi"
+                ))?;
                 let options = format!("--queue-pairs {queues}");
                 let driver = nic::driver(guest, contender.name(), name, &options)?;
                 (name.to_owned(), Some(driver))

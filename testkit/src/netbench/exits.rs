@@ -5,9 +5,12 @@
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
+use super::contender::Contender;
+use crate::guest::Guest;
 use crate::l1::L1;
 use crate::l1_wire::{Cost, INNER, MIB, TAP, address_tap, bus, nic};
 use crate::l2::{L2Spec, Vmm};
+use crate::linux;
 
 /// Bytes of one measurement.
 const BYTES: u64 = 16 * MIB;
@@ -15,6 +18,10 @@ const BYTES: u64 = 16 * MIB;
 /// A NIC, its driver, and the program that runs the guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Setup {
+    /// vbus's NIC under `vbus-vmm`, driven by the kernel module.
+    Driver,
+    /// The same under QEMU, which passes doorbells on as messages.
+    DriverInQemu,
     /// vbus's NIC under `vbus-vmm`, driven by `vbus-guest net`.
     Program,
     /// QEMU's virtio-net.
@@ -24,11 +31,14 @@ enum Setup {
 }
 
 impl Setup {
-    const ALL: [Self; 3] = [Self::Program, Self::VirtioNet, Self::VhostNet];
+    const ALL: [Self; 5] =
+        [Self::Driver, Self::DriverInQemu, Self::Program, Self::VirtioNet, Self::VhostNet];
 
     /// Its name in JSON keys.
     fn name(self) -> &'static str {
         match self {
+            Self::Driver => "driver",
+            Self::DriverInQemu => "driver-in-qemu",
             Self::Program => "program",
             Self::VirtioNet => "virtio",
             Self::VhostNet => "vhost",
@@ -37,31 +47,46 @@ impl Setup {
 
     /// Measures TCP out of the guest and into it.
     fn measure(self, l1: &L1) -> Result<[Cost; 2]> {
-        let both = |guest: &crate::guest::Guest, interface: &str| -> Result<[Cost; 2]> {
+        let both = |guest: &Guest, interface: &str| -> Result<[Cost; 2]> {
             Ok([
                 Cost::of(l1, guest, interface, true, BYTES)?,
                 Cost::of(l1, guest, interface, false, BYTES)?,
             ])
         };
-        if self == Self::Program {
+        let vmm = if matches!(self, Self::Driver | Self::Program) { Vmm::Vbus } else { Vmm::Qemu };
+        let spec = L2Spec { vmm, ..L2Spec::new(self.name()) };
+        if !matches!(self, Self::VirtioNet | Self::VhostNet) {
             let bus = bus(l1, "")?;
-            let l2 = L2Spec::new(self.name()).device("net", &bus.socket("net")).boot(l1)?;
-            let _nic = nic(&l2.guest)?;
-            let costs = both(&l2.guest, "vbus0")?;
+            let l2 = spec.device("net", &bus.socket("net")).boot(l1)?;
+            let costs = if self == Self::Program {
+                let _nic = nic(&l2.guest)?;
+                both(&l2.guest, "vbus0")?
+            } else {
+                linux::insert(&l2.guest, "")?;
+                let interface = linux::only_interface(&l2.guest)?;
+                address(&l2.guest, &interface)?;
+                both(&l2.guest, &interface)?
+            };
             l2.power_off()?;
             return Ok(costs);
         }
         let vhost = if self == Self::VhostNet { "on" } else { "off" };
         let netdev = format!("tap,id=net,ifname={TAP},script=no,downscript=no,vhost={vhost}");
-        let spec = L2Spec { vmm: Vmm::Qemu, ..L2Spec::new(self.name()) };
         let device = "virtio-net-pci,netdev=net,romfile=";
         let l2 = spec.args(&format!("-netdev {netdev} -device {device}")).boot(l1)?;
         address_tap(l1)?;
-        l2.guest.ok(&format!("ip addr add {INNER}/24 dev eth0 && ip link set eth0 up"))?;
+        address(&l2.guest, "eth0")?;
         let costs = both(&l2.guest, "eth0")?;
         l2.power_off()?;
         Ok(costs)
     }
+}
+
+/// Gives the guest's interface its address.
+fn address(guest: &Guest, interface: &str) -> Result<()> {
+    guest
+        .ok(&format!("ip addr add {INNER}/24 dev {interface} && ip link set {interface} up"))
+        .map(drop)
 }
 
 /// The costs of all contenders.
@@ -73,14 +98,17 @@ pub struct Costs {
 }
 
 impl Costs {
-    /// Measures all contenders.
+    /// Measures all contenders. `driver`: whether L1's guests have the module.
     ///
     /// # Errors
     /// A guest does not start, or traffic does not flow. It is a [`Skip`](crate::report::Skip) if
     /// this user may not read the trace points of KVM.
-    pub fn measure(l1: &L1) -> Result<Self> {
+    pub fn measure(l1: &L1, driver: bool) -> Result<Self> {
         let mut costs = Self::default();
         for setup in Setup::ALL {
+            if !driver && matches!(setup, Setup::Driver | Setup::DriverInQemu) {
+                continue;
+            }
             if setup == Setup::VhostNet && l1.guest.run("test -c /dev/vhost-net")?.code != 0 {
                 let why = "L1 has no /dev/vhost-net".to_owned();
                 eprintln!("exits: {}: skipped: {why}", setup.name());
@@ -99,14 +127,19 @@ impl Costs {
         Ok(costs)
     }
 
-    /// The ratio of the exits of the same bytes, out and in, to virtio-net's; none if either is
-    /// missing. Below 1, the program has fewer.
-    pub fn program_against_virtio(&self) -> Option<f64> {
+    /// The ratios of the exits of the same bytes, out and in, to virtio-net's. Below 1, the
+    /// contender has fewer.
+    pub fn against_virtio(&self) -> Vec<(Contender, f64)> {
         let sum = |wanted: Setup| -> Option<f64> {
             let (_, both) = self.rows.iter().find(|(setup, _)| *setup == wanted)?;
             Some(both.iter().map(|cost| cost.exits_per_mib).sum())
         };
-        Some(sum(Setup::Program)? / sum(Setup::VirtioNet)?)
+        let ours = [(Contender::Driver, Setup::Driver), (Contender::Program, Setup::Program)];
+        ours.into_iter()
+            .filter_map(|(contender, setup)| {
+                Some((contender, sum(setup)? / sum(Setup::VirtioNet)?))
+            })
+            .collect()
     }
 
     /// All of it, by contender and direction.
@@ -130,7 +163,7 @@ impl Costs {
         for (setup, both) in &self.rows {
             for (way, cost) in ["out", "in"].iter().zip(both) {
                 text += &format!(
-                    "{:10} {way:4} {:>14} {:>14} {:>16}\n",
+                    "{:14} {way:4} {:>14} {:>14} {:>16}\n",
                     setup.name(),
                     cost.exits_per_mib,
                     cost.interrupts_per_mib,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
+use super::chart::{self, Bar};
 use super::contender::Contender;
 use super::traffic::{Measured, Traffic};
 
@@ -127,6 +128,19 @@ impl Rounds {
             }
         }
         all.into()
+    }
+
+    /// The chart of all ratios to virtio-net.
+    pub fn chart(&self, title: &str) -> String {
+        let mut bars = Vec::new();
+        for traffic in Traffic::ALL {
+            for contender in Contender::ALL.into_iter().filter(|one| *one != Contender::VirtioNet) {
+                let Some(ratio) = self.against_virtio(traffic, contender) else { continue };
+                let name = format!("{}, {}", traffic.about(), contender.about());
+                bars.push(Bar { name, ratio, colour: contender.colour() });
+            }
+        }
+        chart::svg(title, "against virtio-net in the same guest; above 1: vbus is ahead", &bars)
     }
 
     /// The lines of a table.

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Compares NICs in one guest and one run: those of vbus, and QEMU's virtio-net on TAP.
+//! Compares NICs in one guest and one run: vbus's by the kernel module and by the guest program,
+//! and QEMU's virtio-net on TAP.
 //!
 //! The contenders take turns, and each round begins with another one. A ratio is that of two
 //! figures of one round. So other work of the machine slows both.
 
+mod chart;
 mod contender;
 mod exits;
 mod figures;
@@ -17,12 +19,18 @@ use serde_json::{Map, Value, json};
 
 use crate::l1::{Clock, L1};
 use crate::lab::{Lab, Scene};
+use crate::linux;
+use crate::report::Skip;
 use crate::tap::Server;
-use crate::vm::Processor;
+use crate::vm::{Iommu, Processor};
+use chart::Bar;
 use contender::{Contender, Rig};
 use exits::Costs;
 use figures::{Rounds, Spread, round};
 use traffic::{Traffic, measure};
+
+/// The streams that an IOMMU may slow down.
+const TCP: [Traffic; 2] = [Traffic::TcpOut, Traffic::TcpIn];
 
 /// What to measure.
 #[derive(Clone)]
@@ -37,12 +45,15 @@ pub struct Spec {
     pub instructions: bool,
     /// Whether to count exits, on a real KVM.
     pub exits: bool,
+    /// Whether to measure also behind an IOMMU.
+    pub iommu: bool,
 }
 
 /// What was measured.
 pub struct Report {
     figures: Map<String, Value>,
     text: String,
+    charts: Vec<(String, String)>,
 }
 
 impl Report {
@@ -51,6 +62,11 @@ impl Report {
     /// below 1 does.
     pub fn json(self) -> Value {
         self.figures.into()
+    }
+
+    /// The charts: the name of each file, and its SVG.
+    pub fn charts(&self) -> &[(String, String)] {
+        &self.charts
     }
 
     /// Everything as tables.
@@ -65,38 +81,86 @@ impl Report {
 /// A guest or a bus does not start, or a measurement fails. It is a [`Skip`](crate::report::Skip)
 /// if this machine has no TAP.
 pub fn run(lab: &Lab, spec: &Spec) -> Result<Report> {
-    let mut report = Report { figures: Map::new(), text: String::new() };
+    let mut report = Report { figures: Map::new(), text: String::new(), charts: Vec::new() };
     let mut details = Map::new();
+    let home = lab.scene("net-system")?;
+    let system = match linux::chosen_system(&home) {
+        Ok(system) => Some(system),
+        Err(error) if error.is::<Skip>() => {
+            eprintln!("the driver does not take part: {error:#}");
+            details.insert("driver_skipped".into(), format!("{error:#}").into());
+            None
+        }
+        Err(error) => return Err(error.context("the driver")),
+    };
+    let rig = contender::Spec {
+        queues: 1,
+        processor: Processor::Lab,
+        system: system.as_ref(),
+        iommu: None,
+    };
+    let mut plain = None;
     for (at, &queues) in spec.queues.iter().enumerate() {
         let scene = lab.scene(&format!("net-{queues}"))?;
-        let rounds = keep_logs(&scene, |scene| compare(scene, spec, queues))?;
+        let rig = contender::Spec { queues, ..rig.clone() };
+        let rounds = keep_logs(&scene, |scene| compare(scene, spec, &rig, &Traffic::ALL))?;
         if at == 0 {
             headlines(&rounds, &mut report.figures);
         }
         report.text += &format!("{queues} queue pairs, {queues} CPUs\n{}\n", rounds.table());
         details.insert(format!("queues_{queues}"), rounds.json());
+        let title = format!("NICs of a guest with {queues} CPUs and queue pairs");
+        report.charts.push((format!("net-queues-{queues}.svg"), rounds.chart(&title)));
+        plain = plain.or_else(|| Some(rounds).filter(|_| queues == 1));
+    }
+    if spec.iommu {
+        let scene = lab.scene("net-iommu")?;
+        let rig = contender::Spec { iommu: Some(Iommu::Intel), ..rig.clone() };
+        let behind = keep_logs(&scene, |scene| compare(scene, spec, &rig, &TCP))?;
+        report.text += &format!("behind intel-iommu, 1 queue pair, 1 CPU\n{}\n", behind.table());
+        details.insert("iommu".into(), behind.json());
+        let chart = behind.chart("NICs of a guest behind intel-iommu");
+        report.charts.push(("net-iommu.svg".into(), chart));
+        let losses = plain.map(|plain| losses(&plain, &behind)).unwrap_or_default();
+        for (contender, loss) in losses {
+            let key = if contender == Contender::Driver {
+                "net_iommu_loss".to_owned()
+            } else {
+                format!("net_{}_iommu_loss", contender.name())
+            };
+            report.figures.insert(key, round(loss).into());
+        }
     }
     if spec.instructions {
         let scene = lab.scene("net-instructions")?;
-        let counts = keep_logs(&scene, |scene| count_instructions(scene, spec.rounds))?;
+        let counts = keep_logs(&scene, |scene| count_instructions(scene, &rig, spec.rounds))?;
         details.insert("instructions_per_packet".into(), counts.json());
         report.text += &counts.table();
-        let ours = Contender::Program;
-        if let Some(ratio) = counts.against_virtio(ours) {
-            report.figures.insert(key(ours, "insn_per_packet"), round(ratio).into());
+        for ours in [Contender::Driver, Contender::Program] {
+            if let Some(ratio) = counts.against_virtio(ours) {
+                report.figures.insert(key(ours, "insn_per_packet"), round(ratio).into());
+            }
         }
     }
     if spec.exits {
-        let l1 = L1::start(lab.scene("net-exits")?, Clock::Time, &[])?;
-        let costs = Costs::measure(&l1).map_err(|error| match l1.save_logs() {
-            Ok(logs) => error.context(format!("logs: {}", logs.display())),
-            Err(_) => error,
-        })?;
+        let l2 = system.as_ref().unwrap_or(lab.system());
+        let l1 = L1::start_with(lab.scene("net-exits")?, Clock::Time, &[], l2)?;
+        let costs =
+            Costs::measure(&l1, system.is_some()).map_err(|error| match l1.save_logs() {
+                Ok(logs) => error.context(format!("logs: {}", logs.display())),
+                Err(_) => error,
+            })?;
         details.insert("exits".into(), costs.json());
         report.text += &costs.table();
-        if let Some(ratio) = costs.program_against_virtio() {
-            report.figures.insert(key(Contender::Program, "exits_per_packet"), round(ratio).into());
+        for (contender, ratio) in costs.against_virtio() {
+            report.figures.insert(key(contender, "exits_per_packet"), round(ratio).into());
         }
+    }
+    let bars = costs(&report.figures);
+    if !bars.is_empty() {
+        let title = "What a packet costs, against virtio-net";
+        let svg = chart::svg(title, "below 1: vbus needs less", &bars);
+        report.charts.push(("net-costs.svg".into(), svg));
     }
     report.figures.insert("details".into(), details.into());
     Ok(report)
@@ -113,6 +177,7 @@ fn keep_logs<T>(scene: &Scene, run: impl FnOnce(&Scene) -> Result<T>) -> Result<
 /// The key of a ratio to virtio-net.
 fn key(contender: Contender, what: &str) -> String {
     match contender {
+        Contender::Driver => format!("net_{what}_vs_virtio"),
         Contender::Program => format!("net_program_{what}_vs_virtio"),
         Contender::VirtioNet => format!("net_virtio_{what}_vs_virtio"),
     }
@@ -145,14 +210,48 @@ fn headlines(rounds: &Rounds, figures: &mut Map<String, Value>) {
     }
 }
 
+/// The bars of what a packet costs.
+fn costs(figures: &Map<String, Value>) -> Vec<Bar> {
+    let mut bars = Vec::new();
+    for (what, name) in [("insn", "instructions"), ("irqs", "interrupts"), ("exits", "exits")] {
+        for contender in [Contender::Driver, Contender::Program] {
+            let ratio = figures.get(&key(contender, &format!("{what}_per_packet")));
+            if let Some(median) = ratio.and_then(Value::as_f64) {
+                bars.push(Bar {
+                    name: format!("{name}, {}", contender.about()),
+                    ratio: Spread { median, low: median, high: median },
+                    colour: contender.colour(),
+                });
+            }
+        }
+    }
+    bars
+}
+
+/// How much of the bytes a second each contender loses behind an IOMMU: 0.2 is a fifth. It is the
+/// greater loss of the ways out and in.
+fn losses(plain: &Rounds, behind: &Rounds) -> Vec<(Contender, f64)> {
+    let loss = |contender: Contender| -> Option<f64> {
+        let one = |traffic: &Traffic| -> Option<f64> {
+            let rate = |rounds: &Rounds| {
+                Some(rounds.spread(*traffic, contender, |measured| measured.figure)?.median)
+            };
+            Some(1.0 - rate(behind)? / rate(plain)?)
+        };
+        TCP.iter().map(one).collect::<Option<Vec<_>>>()?.into_iter().reduce(f64::max)
+    };
+    Contender::ALL.into_iter().filter_map(|contender| Some((contender, loss(contender)?))).collect()
+}
+
 /// Compares the contenders in one guest.
-fn compare(scene: &Scene, spec: &Spec, queues: u32) -> Result<Rounds> {
-    let rig = Rig::start(scene, contender::Spec { queues, processor: Processor::Lab })?;
+fn compare(scene: &Scene, spec: &Spec, rig: &contender::Spec, kinds: &[Traffic]) -> Result<Rounds> {
+    let (queues, behind) = (rig.queues, if rig.iommu.is_some() { "behind an IOMMU, " } else { "" });
+    let rig = Rig::start(scene, rig)?;
     let server = Server::start(scene)?;
     let mut rounds = Rounds::default();
     for number in 0..spec.rounds {
         rounds.begin();
-        for traffic in Traffic::ALL {
+        for &traffic in kinds {
             let mut said = Vec::new();
             for nic in in_turn(&rig.nics, number) {
                 let measured = measure(&server, &rig.vm.guest, nic, traffic, spec.seconds, queues)?;
@@ -160,7 +259,7 @@ fn compare(scene: &Scene, spec: &Spec, queues: u32) -> Result<Rounds> {
                 said.push(format!("{} {}", nic.contender.about(), round(measured.figure)));
             }
             eprintln!(
-                "{queues} queue pairs, round {} of {}: {} in {}: {}",
+                "{behind}{queues} queue pairs, round {} of {}: {} in {}: {}",
                 number + 1,
                 spec.rounds,
                 traffic.name(),
@@ -217,8 +316,9 @@ impl Counts {
 }
 
 /// Counts the guest's instructions for a packet of each contender.
-fn count_instructions(scene: &Scene, rounds: u32) -> Result<Counts> {
-    let mut rig = Rig::start(scene, contender::Spec { queues: 1, processor: Processor::Counted })?;
+fn count_instructions(scene: &Scene, rig: &contender::Spec, rounds: u32) -> Result<Counts> {
+    let counted = contender::Spec { processor: Processor::Counted, ..rig.clone() };
+    let mut rig = Rig::start(scene, &counted)?;
     let _server = Server::start(scene)?;
     let mut counts = Counts::default();
     for number in 0..rounds {

@@ -62,6 +62,20 @@ impl Traffic {
         }
     }
 
+    /// What it is, for a chart.
+    pub fn about(self) -> &'static str {
+        match self {
+            Self::TcpOut => "TCP out",
+            Self::TcpIn => "TCP in",
+            Self::TcpBoth => "TCP both ways",
+            Self::Udp64Out => "UDP 64 out",
+            Self::Udp64In => "UDP 64 in",
+            Self::Udp1472Out => "UDP 1472 out",
+            Self::Udp1472In => "UDP 1472 in",
+            Self::Ping => "ping",
+        }
+    }
+
     /// The unit of its figures.
     pub fn unit(self) -> &'static str {
         match self {
