@@ -63,6 +63,7 @@ fn driver_of(class: u32) -> Option<Probe> {
     // Class numbers have 16 bits.
     match u16::try_from(class).ok()? {
         abi::class::VENET => Some(|device| Ok(self::class(crate::net::probe(device)?))),
+        abi::class::SCHED => Some(|device| Ok(self::class(crate::sched::probe(device)?))),
         abi::class::STATE => Some(|device| Ok(self::class(crate::state::probe(device)?))),
         _ => None,
     }

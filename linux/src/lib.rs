@@ -19,5 +19,6 @@ pub mod interrupt;
 pub mod kernel;
 pub mod net;
 mod panic;
+pub mod sched;
 pub mod state;
 pub mod watch;

@@ -57,14 +57,20 @@ unsafe extern "C" {
     fn sched_setscheduler(pid: c_int, policy: c_int, parameter: *const c_int) -> c_int;
 }
 
+/// Gives the calling thread the real-time class FIFO with `priority`.
+pub fn become_fifo(priority: u64) -> io::Result<()> {
+    const FIFO: c_int = 1;
+    let priority = c_int::try_from(priority).unwrap_or(0);
+    // SAFETY: the parameter is a structure of one int, and the function only reads it.
+    match unsafe { sched_setscheduler(0, FIFO, &raw const priority) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Becomes `command`, in the real-time class FIFO with `priority`.
 pub fn fifo(priority: &str, command: &[&str]) -> io::Result<()> {
-    const FIFO: c_int = 1;
-    let priority = c_int::try_from(number(priority)?).unwrap_or(0);
-    // SAFETY: the parameter is a structure of one int, and the function only reads it.
-    if unsafe { sched_setscheduler(0, FIFO, &raw const priority) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    become_fifo(number(priority)?)?;
     let (program, args) = command.split_first().ok_or_else(|| io::Error::other("no command"))?;
     Err(Command::new(program).args(args).exec())
 }

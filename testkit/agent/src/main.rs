@@ -7,6 +7,7 @@
 //!   agent of an L2 through it;
 //! - `guest-agent send|receive` moves a stream over TCP, and each end prints the hash;
 //! - `guest-agent latency PERIOD COUNT` measures how late it wakes;
+//! - `guest-agent switches COUNT` measures what a switch between two tasks costs;
 //! - `guest-agent spin` uses processor time for ever;
 //! - `guest-agent hold-kvm` keeps an idle virtual machine;
 //! - `guest-agent fifo PRIORITY COMMAND` runs a command as a real-time task;
@@ -27,6 +28,7 @@ mod rings;
 mod scribble;
 mod serve;
 mod stream;
+mod switches;
 mod watch;
 
 use std::process::ExitCode;
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         ["receive", address] => stream::receive(address),
         ["latency", period, count] => latency::latency(period, count),
         ["hold-kvm"] => hold::hold(),
+        ["switches", count, priority] => switches::switches(count, priority),
         ["spin"] => latency::spin(),
         ["fifo", priority, ref command @ ..] => latency::fifo(priority, command),
         ["map-read", path, count] => page::read(path, count),
@@ -55,7 +58,7 @@ fn main() -> ExitCode {
             eprintln!(
                 "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | \
                  receive ADDRESS:PORT | latency MICROSECONDS COUNT | hold-kvm | spin | \
-                 fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory | \
+                 switches COUNT PRIORITY | fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory | \
                  map-read PATH COUNT | map-write PATH VALUE... | \
                  nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME | \
                  watch MIB SECONDS"

@@ -84,6 +84,10 @@ fn run(args: &Args) -> Result<()> {
         (None, None) => match &args.command {
             // The Linux driver has its devices for all programs.
             Command::State(state) if state.run_on_nodes()? => Ok(()),
+            Command::Sched(sched) => {
+                sched.check_driver()?;
+                run_on(PciSource::new()?, &args.command, &elsewhere())
+            }
             command => run_on(PciSource::new()?, command, &elsewhere()),
         },
     }

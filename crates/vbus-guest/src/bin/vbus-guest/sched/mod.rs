@@ -5,10 +5,11 @@ mod session;
 mod show;
 mod tasks;
 
+use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vbus_driver::sched::{Class, Limits, Outcome};
@@ -19,7 +20,7 @@ use session::Session;
 use show::Teller;
 use tasks::{Census, Watched, wanted};
 use vbus_cli::signals;
-use vbus_guest::{Source, claim, keep_open};
+use vbus_guest::{Found, Source, claim, is_meant, keep_open};
 
 /// Give the threads of this machine's virtual CPUs, on the host, the scheduling class and priority
 /// of the tasks that run on the CPUs.
@@ -65,6 +66,33 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+}
+
+impl Args {
+    /// Checks that no Linux driver has the device: it posts what the CPUs run by itself, and this
+    /// program would take the device away from it.
+    pub fn check_driver(&self) -> Result<()> {
+        let Ok(functions) = fs::read_dir("/sys/bus/pci/drivers/vbus") else { return Ok(()) };
+        for function in functions {
+            let function = function?;
+            let read = |file: &str| fs::read_to_string(function.path().join("vbus").join(file));
+            let (Ok(class), Ok(name)) = (read("class"), read("name")) else { continue };
+            let id = function.file_name().to_string_lossy().into_owned();
+            let found = Found { id, class: None };
+            let wanted = self.device.as_deref();
+            let is_it = wanted.is_none_or(|wanted| is_meant(&found, name.trim_end(), wanted));
+            ensure!(
+                class.trim_end() != "sched" || !is_it,
+                "the Linux driver has the device {}, and posts the class of what each CPU runs by \
+                 itself; its parameter /sys/module/vbus/parameters/sched_sleeping is --sleeping. \
+                 On the host `vbus device show` tells the classes. To use this program instead: \
+                 `echo {} > /sys/bus/pci/drivers/vbus/unbind`",
+                name.trim_end(),
+                found.id
+            );
+        }
+        Ok(())
+    }
 }
 
 /// Runs the command.
