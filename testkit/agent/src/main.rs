@@ -16,6 +16,7 @@
 //! - `guest-agent nonsense` makes random accesses to configuration spaces;
 //! - `guest-agent map-read|map-write` reads and writes a state page by a mapping of its file;
 //! - `guest-agent watch` fills memory and checks later that nobody has written it;
+//! - `guest-agent xdp` lets a program of XDP run on an interface;
 //! - `guest-agent lie` serves the device of another vfio-user server, with a lie about it.
 
 mod hold;
@@ -30,6 +31,7 @@ mod serve;
 mod stream;
 mod switches;
 mod watch;
+mod xdp;
 
 use std::process::ExitCode;
 
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
         ["map-read", path, count] => page::read(path, count),
         ["map-write", path, ref values @ ..] => page::write(path, values),
         ["watch", mib, seconds] => watch::watch(mib, seconds),
+        ["xdp", interface, what] => xdp::xdp(interface, what),
         ["lie", socket, server, name] => lie::lie(socket, server, name),
         ["nonsense", seed, count, how, ref functions @ ..] if !functions.is_empty() => {
             nonsense::nonsense(seed, count, how == "wild", functions)
@@ -61,7 +64,7 @@ fn main() -> ExitCode {
                  switches COUNT PRIORITY | fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory | \
                  map-read PATH COUNT | map-write PATH VALUE... | \
                  nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME | \
-                 watch MIB SECONDS"
+                 watch MIB SECONDS | xdp INTERFACE pass|drop|back|around"
             );
             return ExitCode::from(2);
         }

@@ -129,6 +129,16 @@ pub const SCENARIOS: &[Scenario] = &[
     in_guests("linux::load_6_12", "the same with Linux 6.12", linux::load::v6_12),
     in_guests("linux::load_7", "the same with Linux 7", linux::load::v7),
     in_guests(
+        "linux::net",
+        "two interfaces of the driver in one guest: traffic, and what ethtool and ip set",
+        linux::net::tools,
+    ),
+    in_guests(
+        "linux::net_long",
+        "link, groups, XDP, the driver leaves under load; each kernel; only with --times",
+        linux::net::long,
+    ),
+    in_guests(
         "linux::load_generic",
         "the same with the kernels for machines of all kinds; only with --times",
         linux::load::generic,

@@ -6,6 +6,7 @@ pub(super) mod liars;
 pub(super) mod lives;
 pub(super) mod load;
 pub(super) mod memory;
+pub(super) mod net;
 pub(super) mod restart;
 pub(super) mod state;
 mod wire;
