@@ -1184,6 +1184,11 @@ void shim_net_key(u8 *key, u32 bytes)
 	netdev_rss_key_fill(key, bytes);
 }
 
+bool shim_net_keeps_table(void *dev)
+{
+	return netif_is_rxfh_configured(dev);
+}
+
 int shim_net_use_queues(void *dev, u32 queues)
 {
 	int error = netif_set_real_num_tx_queues(dev, queues);

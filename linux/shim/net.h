@@ -181,6 +181,8 @@ u32 shim_net_mtu(void *dev);
 void shim_net_mac(void *dev, u8 *mac);
 /* The system's key for hashes of frames. */
 void shim_net_key(u8 *key, u32 bytes);
+/* Whether the administrator has set the indirection table. With rtnl. */
+bool shim_net_keeps_table(void *dev);
 /* With rtnl. */
 int shim_net_use_queues(void *dev, u32 queues);
 

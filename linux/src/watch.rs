@@ -18,7 +18,7 @@ use crate::hal::KernelHal;
 use crate::kernel::KBox;
 use crate::kernel::alloc::NoMemory;
 use crate::kernel::work::Work;
-use crate::{dev_info, dev_warn, dev_warn_limited};
+use crate::{dev_info_limited, dev_warn_limited};
 
 /// How often the watch looks by itself, in milliseconds.
 const PERIOD: u32 = 2000;
@@ -131,7 +131,7 @@ fn run<T: Watched>(state: &State<T>) -> Option<u32> {
     };
     if !is_back(target.hal()) || error == Error::Broken(ErrorCode::REMOVED) {
         if !state.gone.swap(true, Ordering::Relaxed) {
-            dev_warn!(pci, "the device has left the bus");
+            dev_warn_limited!(pci, "the device has left the bus");
             target.gone();
         }
         return Some(PERIOD);
@@ -143,7 +143,7 @@ fn run<T: Watched>(state: &State<T>) -> Option<u32> {
     }
     match target.reopen() {
         Ok(()) => {
-            dev_info!(pci, "the device is open again");
+            dev_info_limited!(pci, "the device is open again");
             state.failures.store(0, Ordering::Relaxed);
             Some(PERIOD)
         }

@@ -144,3 +144,13 @@ macro_rules! dev_warn_limited {
         }
     };
 }
+
+/// As [`dev_info!`], for what a device can cause again and again.
+#[macro_export]
+macro_rules! dev_info_limited {
+    ($pci:expr, $($arg:tt)*) => {
+        if $crate::kernel::log::may_log() {
+            $crate::dev_info!($pci, $($arg)*)
+        }
+    };
+}

@@ -194,15 +194,21 @@ extern "C" fn vbus_net_set_channels(net: *mut c_void, used: u32) -> c_int {
     let Some(pairs) = u16::try_from(used).ok().filter(|n| (1..=net.pairs_max()).contains(n)) else {
         return Errno::INVALID.negative();
     };
-    let before = control.settings.pairs;
-    if let Some(rss) = &control.settings.rss {
-        if rss.entries().iter().any(|pair| *pair >= pairs) {
+    let before = (control.settings.pairs, control.settings.rss.clone());
+    if let Some(rss) = &mut control.settings.rss {
+        // SAFETY: the handle is valid, and the caller holds rtnl.
+        if !unsafe { ffi::shim_net_keeps_table(net.dev()) } {
+            // Nobody has set the table since it was the default: it stays that.
+            *rss = Rss::spread(rss.key, rss.entries, pairs);
+        } else if rss.entries().iter().any(|pair| *pair >= pairs) {
             // The table is the administrator's: `ethtool -X ... default` takes it away.
             return Errno::BUSY.negative();
         }
     }
     control.settings.pairs = pairs;
-    let error = change(net, &mut control, |control| control.settings.pairs = before);
+    let error = change(net, &mut control, |control| {
+        (control.settings.pairs, control.settings.rss) = before;
+    });
     if error == 0 {
         // SAFETY: the caller holds rtnl.
         return unsafe { ffi::shim_net_use_queues(net.dev(), u32::from(pairs)) };

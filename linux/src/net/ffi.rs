@@ -169,6 +169,7 @@ unsafe extern "C" {
     pub fn shim_net_mtu(dev: Handle) -> u32;
     pub fn shim_net_mac(dev: Handle, mac: *mut u8);
     pub fn shim_net_key(key: *mut u8, bytes: u32);
+    pub fn shim_net_keeps_table(dev: Handle) -> bool;
     pub fn shim_net_use_queues(dev: Handle, queues: u32) -> c_int;
     pub fn shim_rtnl_lock();
     pub fn shim_rtnl_unlock();

@@ -8,7 +8,7 @@
 use core::ffi::{c_int, c_void};
 use core::fmt;
 use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use vbus_driver::shm::abi::venet::complete;
 use vbus_driver::shm::signal::Armed;
@@ -27,7 +27,7 @@ use super::tx::TxQueue;
 use crate::device::{Class, Device};
 use crate::hal::KernelHal;
 use crate::interrupt::Interrupt;
-use crate::kernel::lock::{Mutex, MutexGuard};
+use crate::kernel::lock::{Mutex, MutexGuard, SpinLock};
 use crate::kernel::{Errno, KBox, KVec, time};
 use crate::watch::{self, Watch, Watched};
 use crate::{dev_err_limited, dev_warn, dev_warn_limited};
@@ -35,6 +35,9 @@ use crate::{dev_err_limited, dev_warn, dev_warn_limited};
 /// A device that breaks each connection at once is opened again after this time at the earliest, in
 /// nanoseconds.
 const AGAIN: u64 = 1_000_000_000;
+/// So many connections may end without the device's word that it has let go of their memory, which
+/// is then lost. After that the device gets no more of it.
+const LOST_MAX: u32 = 4;
 /// How often a page that changes is read again for its interrupt.
 const STATUS_TRIES: u32 = 8;
 
@@ -77,6 +80,11 @@ pub struct Net {
     timed_out: AtomicBool,
     /// The device broke the protocol.
     fault: AtomicBool,
+    /// How it did. The watch tells of it: whoever finds it may hold a transmit lock, and a message
+    /// may go out by this interface.
+    broke: SpinLock<Option<Error>>,
+    /// Connections whose memory is lost.
+    lost: AtomicU32,
     /// Errors that have ended a connection.
     pub faults: AtomicU64,
 }
@@ -188,6 +196,8 @@ impl Net {
             filter_changed: AtomicBool::new(true),
             timed_out: AtomicBool::new(false),
             fault: AtomicBool::new(false),
+            broke: SpinLock::new(None)?,
+            lost: AtomicU32::new(0),
             faults: AtomicU64::new(0),
         })?;
         let this = NonNull::from(&mut *net);
@@ -273,14 +283,19 @@ impl Net {
     pub fn fault(&self, error: Error) {
         if !self.fault.swap(true, Ordering::Relaxed) {
             self.faults.fetch_add(1, Ordering::Relaxed);
-            dev_err_limited!(self.hal.pci(), "{error}");
+            *self.broke.lock() = Some(error);
             self.look_soon();
         }
     }
 
     /// Opens the connection with all settings, and starts the data path. With rtnl.
     fn connect(&self, control: &mut Control) -> Result<(), Error> {
+        if self.lost.load(Ordering::Relaxed) >= LOST_MAX {
+            return Err(Error::Corrupt("the device never lets go of memory; remove it"));
+        }
         self.fault.store(false, Ordering::Relaxed);
+        // Room for all: a half that found none would be lost with its pages.
+        let mut halves = KVec::with_capacity(self.pairs.len())?;
         let mut function = Function::probe(self.hal.clone())?;
         function.use_doorbell(self.doorbell.kind)?;
         control.offered = function.info().features;
@@ -288,7 +303,6 @@ impl Net {
         control.config = *nic.config();
         control.opened = time::now();
         let mut opened = 0;
-        let mut halves = KVec::new();
         let result = self.build(&mut nic, control, &mut opened, &mut halves);
         if let Err(error) = result {
             self.close(nic, &mut halves, opened);
@@ -419,6 +433,7 @@ impl Net {
         let function = nic.close();
         let let_go = function.has_let_go();
         if !let_go {
+            self.lost.fetch_add(1, Ordering::Relaxed);
             dev_warn!(
                 self.hal.pci(),
                 "the device does not confirm that it has let go of the driver's memory: that \
@@ -429,6 +444,9 @@ impl Net {
             if let_go {
                 tx.into_inner().release();
                 rx.into_inner().release();
+            } else {
+                // The device may still read the slots of the transmit half.
+                core::mem::forget((tx, rx));
             }
         }
         for pair in self.pairs.iter().take(opened) {
@@ -589,7 +607,7 @@ impl Watched for Net {
         };
         let events = watch::look(nic.function())?;
         if self.fault.load(Ordering::Relaxed) {
-            return Err(Error::Corrupt("a queue"));
+            return Err(self.broke.lock().unwrap_or(Error::Corrupt("a queue")));
         }
         if self.timed_out.swap(false, Ordering::Relaxed) {
             dev_warn_limited!(
