@@ -144,6 +144,11 @@ pub const SCENARIOS: &[Scenario] = &[
         linux::load::generic,
     ),
     in_guests(
+        "linux::sched",
+        "virtual CPUs' threads follow a guest's tasks at each switch, and are given back",
+        linux::sched::follows,
+    ),
+    in_guests(
         "linux::state",
         "an ordinary user reads, writes, maps and awaits state pages; unplug while they are open",
         linux::state::pages,

@@ -8,5 +8,6 @@ pub(super) mod load;
 pub(super) mod memory;
 pub(super) mod net;
 pub(super) mod restart;
+pub(super) mod sched;
 pub(super) mod state;
 mod wire;

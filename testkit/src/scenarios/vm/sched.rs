@@ -15,38 +15,47 @@ use crate::bus::Bus;
 use crate::bus::device;
 use crate::guest::Running;
 use crate::lab::Scene;
+use crate::linux;
 use crate::nic;
 use crate::process::Process;
 use crate::report::Skip;
+use crate::system::System;
 use crate::vm::{Vm, VmSpec};
 
 const LIMIT: Duration = Duration::from_secs(120);
 /// The highest priority that the bus gives.
-const HIGHEST: u32 = 30;
+pub const HIGHEST: u32 = 30;
 /// How long a real-time class lasts if the driver does not renew it. A driver that a loaded machine
 /// keeps from its processor for longer loses the class for a while, and then gets it again.
-const BOOST: Duration = Duration::from_secs(2);
+pub const BOOST: Duration = Duration::from_secs(2);
 
 /// A thread's class, as Linux numbers it, its real-time priority and its nice value.
-type Class = (u32, u32, i32);
-const OWN: Class = (0, 0, 0);
-const fn fifo(priority: u32) -> Class {
+pub type Class = (u32, u32, i32);
+pub const OWN: Class = (0, 0, 0);
+pub const fn fifo(priority: u32) -> Class {
     (1, priority, 0)
 }
 
 /// A guest with two virtual CPUs. The bus asks QEMU for their threads.
-struct Stage {
-    bus: Bus,
-    vm: Vm,
+pub struct Stage {
+    /// The bus of the device `cpus`.
+    pub bus: Bus,
+    /// The guest.
+    pub vm: Vm,
     threads: Vec<u64>,
 }
 
 impl Stage {
     fn set(scene: &Scene) -> Result<Stage> {
-        Stage::set_with(scene, BOOST)
+        Stage::set_with(scene, BOOST, None)
     }
 
-    fn set_with(scene: &Scene, boost: Duration) -> Result<Stage> {
+    /// With the Linux driver in the guest, not loaded yet.
+    pub fn set_with_module(scene: &Scene) -> Result<Stage> {
+        Stage::set_with(scene, BOOST, Some(linux::chosen_system(scene)?))
+    }
+
+    fn set_with(scene: &Scene, boost: Duration, system: Option<System>) -> Result<Stage> {
         let qmp = scene.dir().join("a.qmp");
         let boost = boost.as_millis();
         let settings =
@@ -60,6 +69,7 @@ impl Stage {
         }
         let mut machine = VmSpec::new("a").device(bus.socket("cpus"));
         machine.cpus = 2;
+        machine.system = system;
         let mut vm = machine.boot(scene)?;
         ensure!(vm.qmp_socket() == qmp, "QEMU listens at {}", vm.qmp_socket().display());
         nic::prepare(&vm.guest)?;
@@ -85,7 +95,7 @@ impl Stage {
     }
 
     /// Waits until the threads have these classes.
-    fn wait(&self, what: &str, classes: [Class; 2]) -> Result<Duration> {
+    pub fn wait(&self, what: &str, classes: [Class; 2]) -> Result<Duration> {
         let began = Instant::now();
         loop {
             let now = [self.class(0)?, self.class(1)?];
@@ -101,7 +111,7 @@ impl Stage {
     }
 
     /// Starts a task of the class FIFO in the guest. It sleeps on CPU `cpu`.
-    fn task(&self, cpu: usize, priority: u32) -> Result<(Running, String)> {
+    pub fn task(&self, cpu: usize, priority: u32) -> Result<(Running, String)> {
         let mask = 1 << cpu;
         let command =
             format!("echo $$; exec guest-agent fifo {priority} taskset {mask:x} sleep 1000");
@@ -214,7 +224,7 @@ pub fn follows(scene: &Scene) -> Result<()> {
 
 /// `kill -9` of the bus: the threads get their own class back, before the class would have expired.
 pub fn bus_killed(scene: &Scene) -> Result<()> {
-    let mut stage = Stage::set_with(scene, Duration::from_secs(60))?;
+    let mut stage = Stage::set_with(scene, Duration::from_secs(60), None)?;
     let guest = stage.vm.guest.clone();
     let _tasks = [stage.task(0, 6)?, stage.task(1, 7)?];
     let driver = guest.start("exec vbus-guest sched --sleeping")?;
