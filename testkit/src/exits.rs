@@ -35,7 +35,7 @@ impl<'a> Trace<'a> {
     }
 
     /// Stops. Returns the number of exits, without those of the guest's timer (the TSC's deadline),
-    /// of its serial ports, and of [`APART`].
+    /// of its serial ports, and those that no device causes.
     pub fn finish(self) -> Result<u64> {
         // The exits to subtract are counted for a shorter time: this reads their counts first and
         // started them last. So an error makes the result too large, and never too small.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask deb` makes the Debian package `vbus`: the programs, linked statically, their man
 //! pages and completions, and the units of systemd in `packaging/`. With `--dkms` it makes
-//! `vbus-dkms` ([`dkms`](crate::dkms)), for guests.
+//! `vbus-dkms` ([`dkms`]), for guests.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

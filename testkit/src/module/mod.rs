@@ -2,9 +2,9 @@
 //! The Linux driver, built for Debian's kernels: the kernel module `vbus.ko`.
 //!
 //! The Rust part is one object for all kernels ([`object`]). The kernel's own build compiles the C
-//! shim for each kernel and links the two, against nothing but the kernel's headers ([`link`]). All
-//! that this needs is in parts of the kit: [`toolchain`] and [`headers`]. Nothing is installed, and
-//! no root is needed.
+//! shim for each kernel and links the two, against nothing but the kernel's headers (`link.rs`).
+//! All that this needs is in parts of the kit: [`toolchain`] and [`headers`]. Nothing is installed,
+//! and no root is needed.
 
 pub mod headers;
 mod link;

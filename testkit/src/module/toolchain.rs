@@ -3,7 +3,7 @@
 //!
 //! gcc and make start other programs of the kit by themselves. A program of Debian starts with the
 //! dynamic loader of the system that it runs on, whose C library may be older than the kit's. So a
-//! small script takes the place of each program ([`wrap`]). It starts the program with the kit's
+//! small script takes the place of each program (`wrap`). It starts the program with the kit's
 //! loader and libraries, which it finds by its own place. So the kit may be moved.
 
 use std::fs::{self, File};

@@ -78,7 +78,7 @@ impl Report {
 /// Measures everything.
 ///
 /// # Errors
-/// A guest or a bus does not start, or a measurement fails. It is a [`Skip`](crate::report::Skip)
+/// A guest or a bus does not start, or a measurement fails. It is a [`Skip`]
 /// if this machine has no TAP.
 pub fn run(lab: &Lab, spec: &Spec) -> Result<Report> {
     let mut report = Report { figures: Map::new(), text: String::new(), charts: Vec::new() };
