@@ -14,6 +14,7 @@
 #include <linux/ktime.h>
 #include <linux/lockdep.h>
 #include <linux/mm.h>
+#include <linux/moduleparam.h>
 #include <linux/mutex.h>
 #include <linux/pci.h>
 #include <linux/ratelimit.h>
@@ -345,6 +346,16 @@ bool shim_ports_claim(u16 first, u32 count)
 void shim_ports_release(u16 first, u32 count)
 {
 	release_region(first, count);
+}
+
+static bool hypercalls;
+module_param(hypercalls, bool, 0444);
+MODULE_PARM_DESC(hypercalls,
+		 "ring doorbells by hypercalls if that is the cheapest; KVM's own hypercalls then fail");
+
+bool shim_hypercalls(void)
+{
+	return hypercalls;
 }
 
 #ifdef CONFIG_X86

@@ -125,6 +125,13 @@ void shim_tx_lock(void *handle)
 	__netif_tx_lock(queue->tx, smp_processor_id());
 }
 
+bool shim_tx_trylock(void *handle)
+{
+	struct shim_queue *queue = handle;
+
+	return __netif_tx_trylock(queue->tx);
+}
+
 void shim_tx_unlock(void *handle)
 {
 	struct shim_queue *queue = handle;

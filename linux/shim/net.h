@@ -241,6 +241,8 @@ bool shim_rx_deliver(void *group, void *skb, const struct vbus_rx_frame *frame,
 /* Transmit. */
 /* In NAPI, with which it excludes xmit; and in a thread. */
 void shim_tx_lock(void *queue);
+/* As shim_tx_lock, without a wait: false if somebody has the lock, perhaps whom this interrupted. */
+bool shim_tx_trylock(void *queue);
 void shim_tx_unlock(void *queue);
 void shim_tx_lock_bh(void *queue);
 void shim_tx_unlock_bh(void *queue);

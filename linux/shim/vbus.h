@@ -139,8 +139,10 @@ void shim_port_write8(u16 port, u8 value);
 bool shim_ports_claim(u16 first, u32 count);
 void shim_ports_release(u16 first, u32 count);
 
-/* ---- kernel.c: the hypervisor. The first two are false and zeros on other than x86. ---- */
+/* ---- kernel.c: the hypervisor. There is none on other than x86. ---- */
 
+/* Whether the administrator allows hypercalls (the module's parameter). */
+bool shim_hypercalls(void);
 bool shim_has_hypervisor(void);
 /* Whether hypercalls are VMMCALL (processors compatible with AMD's) or VMCALL. */
 bool shim_has_vmmcall(void);

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kernel as the environment of a driver ([`vbus_driver::Hal`]).
 
+use core::sync::atomic::{AtomicU32, Ordering};
+
 use vbus_driver::{COMMAND_BOUND, Dma as _, Doorbell, Function, Hal, Memory, RegionTable};
 use vbus_shm::abi::{bar0, capability};
 use vbus_shm::sync::Word;
 
-use crate::dev_info;
 use crate::hypercall;
 use crate::kernel::alloc::NoMemory;
 use crate::kernel::dma::{Coherent, Joined};
 use crate::kernel::pci::{Bar, Pci};
 use crate::kernel::port::Ports;
 use crate::kernel::{Errno, KVec, Ref, time};
+use crate::{dev_info, dev_warn};
 
 /// How long the driver spins for a command before it sleeps, in nanoseconds: most commands end
 /// within the write.
@@ -19,6 +21,10 @@ const SPIN: u64 = 20_000;
 
 /// The binary logarithm of the bytes of a part of memory that is too large for one piece.
 const PART_SHIFT: u8 = 16;
+
+/// So many connections may end without the device's word that it has let go of their memory, which
+/// is then lost. After that the device gets no more of it.
+const LOST_MAX: u32 = 4;
 
 /// The environment of one function. Clones are handles to the same.
 #[derive(Clone, Debug)]
@@ -29,13 +35,20 @@ struct Inner {
     pci: Pci,
     bar: Bar,
     ports: Ports,
+    /// Connections whose memory is lost.
+    lost: AtomicU32,
 }
 
 impl KernelHal {
     /// The environment of a function, whose BAR 0 this driver has claimed.
     pub fn new(pci: &Pci) -> Result<Self, Errno> {
         let bar = Bar::map(pci, bar0::SIZE)?;
-        Ok(Self(Ref::new(Inner { pci: pci.clone(), bar, ports: Ports::new() })?))
+        Ok(Self(Ref::new(Inner {
+            pci: pci.clone(),
+            bar,
+            ports: Ports::new(),
+            lost: AtomicU32::new(0),
+        })?))
     }
 
     /// Claims the I/O ports that ring the function's doorbells, if it offers that. Until then, and
@@ -60,6 +73,11 @@ impl KernelHal {
                 );
             }
         }
+    }
+
+    /// Whether the device has kept the memory of so many connections that it gets no more.
+    pub fn keeps_memory(&self) -> bool {
+        self.0.lost.load(Ordering::Relaxed) >= LOST_MAX
     }
 
     /// The function.
@@ -94,6 +112,9 @@ impl Hal for KernelHal {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Dma, vbus_driver::NoMemory> {
+        if self.keeps_memory() {
+            return Err(vbus_driver::NoMemory);
+        }
         let memory = match Coherent::new(&self.0.pci, bytes) {
             Ok(memory) => Piece::Whole(memory),
             // The kernel has no so large piece, or never has one so large.
@@ -136,6 +157,18 @@ impl Hal for KernelHal {
             time::sleep_micros(50, 200);
         }
         waited < COMMAND_BOUND
+    }
+
+    fn memory_lost(&self) {
+        self.0.lost.fetch_add(1, Ordering::Relaxed);
+        dev_warn!(
+            self.pci(),
+            "the device does not confirm that it has let go of the driver's memory: that memory \
+             is lost until the system is started again"
+        );
+        if self.keeps_memory() {
+            dev_warn!(self.pci(), "the device gets no more memory; remove it");
+        }
     }
 }
 

@@ -1,5 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hypercalls as doorbells (spec/pci.md, "Doorbell kinds"), where they do no harm to Linux.
+//!
+//! They need the identity of a guest of Hyper-V's kind, which the virtual machine then has until it
+//! is reset. KVM takes all later hypercalls for Hyper-V's. So KVM's own fail, also those of other
+//! modules that nobody can foresee here (`ptp_kvm`, which may be loaded later). That is why the
+//! administrator has to allow them, by the module's parameter `hypercalls`.
 #![allow(unsafe_code, reason = "calls the hypervisor")]
 
 use core::sync::atomic::{AtomicU8, Ordering};
@@ -29,8 +34,9 @@ const NO: u8 = 1;
 const VMCALL: u8 = 2;
 const VMMCALL: u8 = 3;
 
-/// Whether doorbells can be rung by hypercalls. The first call prepares the virtual machine for
-/// it, unless Linux has given the machine another identity: then hypercalls are Linux's alone.
+/// Whether doorbells can be rung by hypercalls. If the administrator allows them, the first call
+/// prepares the virtual machine for it, unless Linux has given the machine another identity: then
+/// hypercalls are Linux's alone.
 pub fn can_ring() -> bool {
     let mut known = KNOWN.load(Ordering::Relaxed);
     if known == UNKNOWN {
@@ -46,7 +52,7 @@ pub fn can_ring() -> bool {
 }
 
 fn prepare() -> bool {
-    if !x86::has_hypervisor() {
+    if !x86::may_call() || !x86::has_hypervisor() {
         return false;
     }
     let [interface, ..] = x86::cpuid(INTERFACE.0);

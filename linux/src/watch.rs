@@ -5,25 +5,32 @@
 //! A class calls [`Watch::soon`] when an interrupt may have been for an event. The watch then takes
 //! the events, in a thread that may sleep. It also looks by itself every few seconds, because a
 //! function that was reset or restored from a snapshot tells nothing. A connection that is lost is
-//! opened again, with pauses that grow.
+//! opened again, with pauses that grow. So a device that breaks each connection costs little, and
+//! its messages are few, three for each try at most: they need no limit that other devices share.
 #![allow(unsafe_code, reason = "the watch refers to its owner")]
 
 use core::fmt;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use vbus_driver::{Error, ErrorCode, Events, Function};
 
 use crate::hal::KernelHal;
 use crate::kernel::KBox;
 use crate::kernel::alloc::NoMemory;
+use crate::kernel::time;
 use crate::kernel::work::Work;
-use crate::{dev_info_limited, dev_warn_limited};
+use crate::{dev_info, dev_warn};
 
 /// How often the watch looks by itself, in milliseconds.
 const PERIOD: u32 = 2000;
-/// The longest pause between two tries to open a lost connection, in milliseconds.
+/// The shortest pause after a try to open a lost connection, until the next one, in milliseconds.
+const PAUSE: u32 = 500;
+/// The longest such pause, in milliseconds.
 const PAUSE_MAX: u32 = 30_000;
+/// A connection that has been good for so long is no failure, in nanoseconds.
+const GOOD: u64 = PAUSE_MAX as u64 * MILLISECOND;
+const MILLISECOND: u64 = 1_000_000;
 
 /// What a class does about events. The watch calls these from one thread at a time, which may
 /// sleep.
@@ -34,6 +41,10 @@ pub trait Watched: Sync {
     /// Takes the pending events, and checks the connection, by [`look`]; no events if the class has
     /// no connection now, for instance because the system sleeps.
     fn look(&self) -> Result<Events, Error>;
+
+    /// The connection is lost. [`reopen`](Self::reopen) may follow late: the device is to be left
+    /// alone until then, as far as that costs little.
+    fn lost(&self) {}
 
     /// Closes what is left of the connection, opens it again, and repeats all settings.
     fn reopen(&self) -> Result<(), Error>;
@@ -69,8 +80,12 @@ pub struct Watch<T: Watched> {
 
 struct State<T> {
     target: NonNull<T>,
-    /// Tries to open that have failed in a row.
+    /// Tries to open since a connection was good for a while.
     failures: AtomicU32,
+    /// When the last of them ended.
+    tried: AtomicU64,
+    /// The connection is not known to be lost.
+    well: AtomicBool,
     gone: AtomicBool,
 }
 
@@ -86,8 +101,13 @@ impl<T: Watched> Watch<T> {
     /// `target` stays valid, at its place, and is only shared, until the watch is dropped, and the
     /// watch is not dropped by a method of the target's [`Watched`].
     pub unsafe fn new(target: NonNull<T>) -> Result<Self, NoMemory> {
-        let (failures, gone) = (AtomicU32::new(0), AtomicBool::new(false));
-        let state = KBox::new(State { target, failures, gone })?;
+        let state = KBox::new(State {
+            target,
+            failures: AtomicU32::new(0),
+            tried: AtomicU64::new(0),
+            well: AtomicBool::new(true),
+            gone: AtomicBool::new(false),
+        })?;
         // SAFETY: the state is at its place until the work is dropped, which is before it.
         let work = unsafe { Work::new(NonNull::from(&*state), run::<T>) }?;
         Ok(Self { work, _state: state })
@@ -124,39 +144,73 @@ fn run<T: Watched>(state: &State<T>) -> Option<u32> {
             if events.announce() {
                 target.announce();
             }
-            state.failures.store(0, Ordering::Relaxed);
+            // Within the pause a device may look good and bad in turn, as fast as it interrupts.
+            if left(state) == 0 {
+                state.well.store(true, Ordering::Relaxed);
+            }
+            if since(&state.tried) >= GOOD {
+                state.failures.store(0, Ordering::Relaxed);
+            }
             return Some(PERIOD);
         }
         Err(error) => error,
     };
     if !is_back(target.hal()) || error == Error::Broken(ErrorCode::REMOVED) {
         if !state.gone.swap(true, Ordering::Relaxed) {
-            dev_warn_limited!(pci, "the device has left the bus");
+            dev_warn!(pci, "the device has left the bus");
             target.gone();
         }
         return Some(PERIOD);
     }
-    state.gone.store(false, Ordering::Relaxed);
-    let failures = state.failures.load(Ordering::Relaxed);
-    if failures == 0 {
-        dev_warn_limited!(pci, "{error}; the driver opens it again");
+    if state.well.swap(false, Ordering::Relaxed) {
+        dev_warn!(pci, "{error}; the driver opens it again");
+        target.lost();
     }
-    match target.reopen() {
+    // The first try is at once. A look that was asked for does not make the others earlier: the
+    // device may ask for it by its interrupts.
+    let left = left(state);
+    if left != 0 {
+        return u32::try_from(left.div_ceil(MILLISECOND)).ok();
+    }
+    state.gone.store(false, Ordering::Relaxed);
+    let result = target.reopen();
+    let failures = state.failures.load(Ordering::Relaxed).saturating_add(1);
+    state.failures.store(failures, Ordering::Relaxed);
+    state.tried.store(time::now(), Ordering::Relaxed);
+    match result {
         Ok(()) => {
-            dev_info_limited!(pci, "the device is open again");
-            state.failures.store(0, Ordering::Relaxed);
+            dev_info!(pci, "the device is open again");
+            state.well.store(true, Ordering::Relaxed);
             Some(PERIOD)
         }
         Err(error) => {
-            state.failures.store(failures.saturating_add(1), Ordering::Relaxed);
-            let pause = PAUSE_MAX.min(500 << failures.min(10));
-            dev_warn_limited!(
+            let pause = pause(failures);
+            dev_warn!(
                 pci,
                 "the device cannot be opened again: {error}; the next try is in {pause} ms"
             );
             Some(pause)
         }
     }
+}
+
+/// The pause after so many tries, in milliseconds.
+fn pause(tries: u32) -> u32 {
+    match tries.checked_sub(1) {
+        None => 0,
+        Some(doubled) => PAUSE_MAX.min(PAUSE << doubled.min(10)),
+    }
+}
+
+/// The nanoseconds that are left of the pause.
+fn left<T>(state: &State<T>) -> u64 {
+    let pause = u64::from(pause(state.failures.load(Ordering::Relaxed))) * MILLISECOND;
+    pause.saturating_sub(since(&state.tried))
+}
+
+/// Nanoseconds since a time.
+fn since(then: &AtomicU64) -> u64 {
+    time::now().saturating_sub(then.load(Ordering::Relaxed))
 }
 
 /// Whether the function has its registers. A reset from outside may have taken BAR and Memory Space

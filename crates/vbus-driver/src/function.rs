@@ -47,6 +47,8 @@ pub struct Function<H: Hal> {
     opens: u32,
     /// Whether the device has let go of the memory of the last connection that was closed.
     let_go: bool,
+    /// How long commands may still wait, all of them together, in nanoseconds.
+    budget: Option<u64>,
     class_errors: &'static [(ErrorCode, &'static str)],
 }
 
@@ -187,6 +189,7 @@ impl<H: Hal> Function<H> {
             connection: None,
             opens: 0,
             let_go: true,
+            budget: None,
             class_errors: &[],
         })
     }
@@ -314,6 +317,14 @@ impl<H: Hal> Function<H> {
         Ok(Events(pending))
     }
 
+    /// Bounds how long commands wait from now on, all of them together, in nanoseconds. `None`, as
+    /// at first: only [`Hal::pause`] bounds each of them. Time counts as for `pause`. A command
+    /// that would wait longer fails with [`Error::TimedOut`], and so does each later one, at once.
+    /// CLOSE still runs: a device does it within the write.
+    pub fn set_budget(&mut self, nanoseconds: Option<u64>) {
+        self.budget = nanoseconds;
+    }
+
     /// Opens the connection with a subset of the offered features. The function's
     /// [events](Self::events) interrupt on vector 0. It first closes a connection that a dead
     /// driver left open. It cannot see whether that driver is alive: the environment must make sure
@@ -357,13 +368,14 @@ impl<H: Hal> Function<H> {
 
     /// Closes the connection. The device has let go of all memory when this returns. If the device
     /// does not confirm that, it breaks the protocol. The memory of the connection is then never
-    /// freed.
+    /// freed, and [`Hal::memory_lost`] is called.
     pub fn close(&mut self) {
         let result = self.command("CLOSE", command::CLOSE, [0; 4]);
         let connection = self.connection.take();
         self.let_go = matches!(result, Ok(_) | Err(Error::Gone));
-        if !self.let_go {
+        if let (false, Some(connection)) = (self.let_go, connection) {
             core::mem::forget(connection);
+            self.hal.memory_lost();
         }
     }
 
@@ -528,31 +540,47 @@ impl<H: Hal> Function<H> {
         Bell { hal: self.hal.clone(), doorbell: self.doorbell, handle }
     }
 
-    fn command(&self, name: &'static str, code: u32, arguments: [u64; 4]) -> Result<u64, Error> {
+    fn command(
+        &mut self,
+        name: &'static str,
+        code: u32,
+        arguments: [u64; 4],
+    ) -> Result<u64, Error> {
+        if self.budget == Some(0) && code != command::CLOSE {
+            return Err(self.give_up(name));
+        }
+        let (mut last, mut waited) = (self.hal.now(), 0u64);
         for (offset, argument) in (0..).step_by(8).zip(arguments) {
             self.hal.write64(self.registers + reg::ARGUMENT + offset, argument);
         }
         self.hal.write32(self.registers + reg::COMMAND, code);
-        let (mut last, mut waited) = (self.hal.now(), 0u64);
         loop {
-            match self.hal.read32(self.registers + reg::RESULT) {
+            let result = self.hal.read32(self.registers + reg::RESULT);
+            // A function that stood still, so that the read took long, is not a slow command.
+            let now = self.hal.now();
+            let turn = now.saturating_sub(last).min(TURN_MAX);
+            waited = waited.saturating_add(turn);
+            self.budget = self.budget.map(|left| left.saturating_sub(turn));
+            last = now;
+            match result {
                 error_code::OK => return Ok(self.hal.read64(self.registers + reg::VALUE)),
                 GONE => return Err(Error::Gone),
                 error_code::IN_PROGRESS => {}
                 code => return Err(self.refused(name, ErrorCode(code))),
             }
-            // A function that stood still, so that the read took long, is not a slow command.
-            let now = self.hal.now();
-            waited = waited.saturating_add(now.saturating_sub(last).min(TURN_MAX));
-            last = now;
-            if !self.hal.pause(waited) {
-                // CLOSE ends the command. The read returns after CLOSE has run. The device then
-                // does not touch the buffer of the call any more.
-                self.hal.write32(self.registers + reg::COMMAND, command::CLOSE);
-                self.hal.read32(self.registers + reg::RESULT);
-                return Err(Error::TimedOut(name));
+            if self.budget == Some(0) || !self.hal.pause(waited) {
+                return Err(self.give_up(name));
             }
         }
+    }
+
+    /// Ends the connection, and the command in progress.
+    fn give_up(&self, name: &'static str) -> Error {
+        // The read returns after CLOSE has run. The device then does not touch the buffer of the
+        // call any more.
+        self.hal.write32(self.registers + reg::COMMAND, command::CLOSE);
+        self.hal.read32(self.registers + reg::RESULT);
+        Error::TimedOut(name)
     }
 
     /// The error for an error code that the device returned for `command`. It has the class's text

@@ -81,6 +81,12 @@ pub trait Hal: Clone + fmt::Debug {
         core::hint::spin_loop();
         waited < COMMAND_BOUND
     }
+
+    /// A connection has ended, and the device has not confirmed that it has let go of the memory of
+    /// that connection (64 KiB, and all regions). The driver never frees it. It calls this once for
+    /// each such connection, so that an environment can count them, and refuse more memory to such
+    /// a device. The provided method does nothing.
+    fn memory_lost(&self) {}
 }
 
 /// How long a command may take, in nanoseconds: one minute.

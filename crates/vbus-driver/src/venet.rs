@@ -146,6 +146,11 @@ impl<H: Hal> Nic<H> {
         &self.function
     }
 
+    /// As [`Function::set_budget`].
+    pub fn set_budget(&mut self, nanoseconds: Option<u64>) {
+        self.function.set_budget(nanoseconds);
+    }
+
     /// Makes queue pair `q` with rings of `entries` entries (a power of two, at most
     /// [`Config::ring_entries`]), and a receive buffer of `buffer_bytes` (at least [`BUFFER_MIN`])
     /// for each entry. The function keeps the memory of rings and receive buffers until the device

@@ -76,6 +76,7 @@ unsafe extern "C" {
     pub fn shim_ports_claim(first: u16, count: u32) -> bool;
     pub fn shim_ports_release(first: u16, count: u32);
 
+    pub fn shim_hypercalls() -> bool;
     pub fn shim_has_hypervisor() -> bool;
     pub fn shim_has_vmmcall() -> bool;
     pub fn shim_cpuid(leaf: u32, registers: *mut u32);

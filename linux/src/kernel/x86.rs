@@ -6,6 +6,12 @@
 use super::errno::Errno;
 use super::ffi;
 
+/// Whether the administrator allows hypercalls, by the module's parameter.
+pub fn may_call() -> bool {
+    // SAFETY: it has no conditions.
+    unsafe { ffi::shim_hypercalls() }
+}
+
 /// Whether this is a virtual machine.
 pub fn has_hypervisor() -> bool {
     // SAFETY: it has no conditions.

@@ -5,6 +5,7 @@
 use core::ffi::{c_int, c_void};
 use core::fmt::Write;
 
+use vbus_driver::Error;
 use vbus_driver::venet::{Duplex, F_COALESCE, F_RSS, PairCounters, RSS_KEY_BYTES, counters_page};
 
 use super::ffi;
@@ -182,7 +183,7 @@ extern "C" fn vbus_net_set_rings(net: *mut c_void, rx: u32, tx: u32) -> c_int {
 extern "C" fn vbus_net_get_channels(net: *mut c_void, channels: *mut ffi::Channels) {
     // SAFETY: as above, with a place for them.
     let (net, channels) = unsafe { (of(net), &mut *channels) };
-    let used = u32::from(net.control().settings.pairs);
+    let used = u32::from(net.control().pairs());
     *channels = ffi::Channels { max: u32::from(net.pairs_max()), used };
 }
 
@@ -211,7 +212,7 @@ extern "C" fn vbus_net_set_channels(net: *mut c_void, used: u32) -> c_int {
     });
     if error == 0 {
         // SAFETY: the caller holds rtnl.
-        return unsafe { ffi::shim_net_use_queues(net.dev(), u32::from(pairs)) };
+        return unsafe { ffi::shim_net_use_queues(net.dev(), u32::from(control.pairs())) };
     }
     error
 }
@@ -222,7 +223,8 @@ fn change(net: &Net, control: &mut Control, undo: impl FnOnce(&mut Control)) -> 
     let was_open = control.nic.is_some();
     let Err(error) = net.reconnect(control) else { return 0 };
     undo(control);
-    if was_open {
+    // A device that is slow would be so again, under rtnl: that is for the watch.
+    if was_open && !matches!(error, Error::TimedOut(_)) {
         // If that fails too, the watch tries again.
         let _ = net.connect_again(control);
     }

@@ -214,6 +214,7 @@ unsafe extern "C" {
     ) -> bool;
 
     pub fn shim_tx_lock(queue: Handle);
+    pub fn shim_tx_trylock(queue: Handle) -> bool;
     pub fn shim_tx_unlock(queue: Handle);
     pub fn shim_tx_lock_bh(queue: Handle);
     pub fn shim_tx_unlock_bh(queue: Handle);

@@ -8,7 +8,7 @@
 use core::ffi::{c_int, c_void};
 use core::fmt;
 use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 use vbus_driver::shm::abi::venet::complete;
 use vbus_driver::shm::signal::Armed;
@@ -30,14 +30,13 @@ use crate::interrupt::Interrupt;
 use crate::kernel::lock::{Mutex, MutexGuard, SpinLock};
 use crate::kernel::{Errno, KBox, KVec, time};
 use crate::watch::{self, Watch, Watched};
-use crate::{dev_err_limited, dev_warn, dev_warn_limited};
+use crate::{dev_err_limited, dev_warn_limited};
 
-/// A device that breaks each connection at once is opened again after this time at the earliest, in
-/// nanoseconds.
-const AGAIN: u64 = 1_000_000_000;
-/// So many connections may end without the device's word that it has let go of their memory, which
-/// is then lost. After that the device gets no more of it.
-const LOST_MAX: u32 = 4;
+/// How long the device may keep whoever has the control waiting, in nanoseconds: who has it often
+/// has rtnl too, and then the whole system cannot change its network.
+const BUDGET: u64 = 10_000_000_000;
+/// The interface announces itself to others once in this time at most, in nanoseconds.
+const ANNOUNCE: u64 = 1_000_000_000;
 /// How often a page that changes is read again for its interrupt.
 const STATUS_TRIES: u32 = 8;
 
@@ -57,8 +56,6 @@ pub struct Control {
     pub status: NicStatus,
     /// What the administrator has set.
     pub settings: Settings,
-    /// When the connection was opened.
-    opened: u64,
 }
 
 /// The interface, as the kernel's callbacks find it.
@@ -83,8 +80,10 @@ pub struct Net {
     /// How it did. The watch tells of it: whoever finds it may hold a transmit lock, and a message
     /// may go out by this interface.
     broke: SpinLock<Option<Error>>,
-    /// Connections whose memory is lost.
-    lost: AtomicU32,
+    /// The device has asked for an announcement that has not been made.
+    announce_wanted: AtomicBool,
+    /// When the last announcement was made.
+    announced: AtomicU64,
     /// Errors that have ended a connection.
     pub faults: AtomicU64,
 }
@@ -197,7 +196,8 @@ impl Net {
             timed_out: AtomicBool::new(false),
             fault: AtomicBool::new(false),
             broke: SpinLock::new(None)?,
-            lost: AtomicU32::new(0),
+            announce_wanted: AtomicBool::new(false),
+            announced: AtomicU64::new(0),
             faults: AtomicU64::new(0),
         })?;
         let this = NonNull::from(&mut *net);
@@ -245,9 +245,14 @@ impl Net {
         Errno::check(unsafe { ffi::shim_net_register(self.dev, &raw const traits) }).map(drop)
     }
 
-    /// What the connection and the settings are. It sleeps.
+    /// What the connection and the settings are. It sleeps. All commands of whoever has it wait for
+    /// [`BUDGET`] together.
     pub fn control(&self) -> MutexGuard<'_, KBox<Control>> {
-        self.control.lock()
+        let mut control = self.control.lock();
+        if let Some(nic) = &mut control.nic {
+            nic.set_budget(Some(BUDGET));
+        }
+        control
     }
 
     /// The handle of the interface.
@@ -290,7 +295,7 @@ impl Net {
 
     /// Opens the connection with all settings, and starts the data path. With rtnl.
     fn connect(&self, control: &mut Control) -> Result<(), Error> {
-        if self.lost.load(Ordering::Relaxed) >= LOST_MAX {
+        if self.hal.keeps_memory() {
             return Err(Error::Corrupt("the device never lets go of memory; remove it"));
         }
         self.fault.store(false, Ordering::Relaxed);
@@ -298,14 +303,28 @@ impl Net {
         let mut halves = KVec::with_capacity(self.pairs.len())?;
         let mut function = Function::probe(self.hal.clone())?;
         function.use_doorbell(self.doorbell.kind)?;
+        function.set_budget(Some(BUDGET));
         control.offered = function.info().features;
         let mut nic = Nic::open(function, control.settings.features(), self.vector())?;
         control.config = *nic.config();
-        control.opened = time::now();
         let mut opened = 0;
-        let result = self.build(&mut nic, control, &mut opened, &mut halves);
+        let result = self.build(&mut nic, control, &mut opened, &mut halves).and_then(|()| {
+            // SAFETY: the caller holds rtnl.
+            Errno::check(unsafe {
+                ffi::shim_net_use_queues(self.dev, u32::from(number(halves.len())))
+            })
+            .map(drop)
+            .map_err(|_| Error::NoMemory)
+        });
         if let Err(error) = result {
-            self.close(nic, &mut halves, opened);
+            let let_go = self.close(nic);
+            while let Some(halves) = halves.pop() {
+                free(halves, let_go);
+            }
+            for pair in self.pairs.iter().take(opened) {
+                // SAFETY: it was opened, and has no rings any more.
+                unsafe { ffi::shim_queue_close(pair.shim()) };
+            }
             return Err(error);
         }
         self.pairs_used.store(halves.len().max(1), Ordering::Relaxed);
@@ -353,7 +372,8 @@ impl Net {
         };
         let rx_entries = settings.rx_entries.min(control.config.ring_entries);
         let tx_entries = settings.tx_entries.min(control.config.ring_entries);
-        for (at, pair) in self.pairs.iter().enumerate().take(usize::from(settings.pairs)) {
+        let used = usize::from(control.pairs());
+        for (at, pair) in self.pairs.iter().enumerate().take(used) {
             let index = number(at);
             let vector = if self.shares_vector() { 0 } else { index + 1 };
             // SAFETY: the pair has no rings.
@@ -391,7 +411,7 @@ impl Net {
             nic.set_offloads(settings.offloads(features))?;
         }
         if let (Some(rss), true) = (&settings.rss, features & F_RSS != 0) {
-            nic.set_rss(Some(&rss_of(rss, &control.config)))?;
+            set_rss(nic, rss, &control.config)?;
         }
         if features & F_COALESCE != 0 && settings.coalesce != ffi::Coalesce::default() {
             let (rx, tx) = settings.coalescing();
@@ -410,49 +430,21 @@ impl Net {
                 ffi::shim_group_disable(group.shim());
             }
         }
-        let mut halves = KVec::with_capacity(self.pairs.len()).unwrap_or_default();
-        let mut opened = 0;
+        // First of all: what the device has is freed when it has let go of it. Until then other
+        // interfaces may put frames of XDP into the rings.
+        let let_go = self.close(nic);
         for pair in &*self.pairs {
-            let Some(both) = pair.uninstall() else { break };
-            opened += 1;
-            if halves.push(both).is_err() {
-                // The device may have the pages until it has closed, so they are lost.
-                continue;
-            }
-        }
-        self.close(nic, &mut halves, opened);
-    }
-
-    /// Closes the connection, and then frees what the device had.
-    fn close(
-        &self,
-        nic: Nic<KernelHal>,
-        halves: &mut KVec<(KBox<TxQueue>, KBox<RxQueue>)>,
-        opened: usize,
-    ) {
-        let function = nic.close();
-        let let_go = function.has_let_go();
-        if !let_go {
-            self.lost.fetch_add(1, Ordering::Relaxed);
-            dev_warn!(
-                self.hal.pci(),
-                "the device does not confirm that it has let go of the driver's memory: that \
-                 memory is lost until the system is started again"
-            );
-        }
-        while let Some((tx, rx)) = halves.pop() {
-            if let_go {
-                tx.into_inner().release();
-                rx.into_inner().release();
-            } else {
-                // The device may still read the slots of the transmit half.
-                core::mem::forget((tx, rx));
-            }
-        }
-        for pair in self.pairs.iter().take(opened) {
+            let Some(halves) = pair.uninstall() else { break };
+            free(halves, let_go);
             // SAFETY: it was opened, and has no rings any more.
             unsafe { ffi::shim_queue_close(pair.shim()) };
         }
+    }
+
+    /// Closes the connection. Returns whether the device has let go of the driver's memory.
+    fn close(&self, mut nic: Nic<KernelHal>) -> bool {
+        nic.set_budget(Some(BUDGET));
+        nic.close().has_let_go()
     }
 
     /// Connects again, if there was a connection: for settings that a connection begins with. With
@@ -480,7 +472,7 @@ impl Net {
     pub fn tell_rss(&self, control: &mut Control) -> Result<(), Error> {
         let Control { nic: Some(nic), settings, config, .. } = control else { return Ok(()) };
         let Some(rss) = &settings.rss else { return Ok(()) };
-        nic.set_rss(Some(&rss_of(rss, config)))
+        set_rss(nic, rss, config)
     }
 
     /// The vector of events and pages.
@@ -560,6 +552,22 @@ impl Net {
         Ok(())
     }
 
+    /// Announces the interface to others, if the device wants it. A later look does it if the last
+    /// time was just before: a device could ask for it again and again, and it takes rtnl.
+    fn announce_if_due(&self) {
+        // The watch is one thread.
+        let now = time::now();
+        let last = self.announced.load(Ordering::Relaxed);
+        if (last != 0 && now.saturating_sub(last) < ANNOUNCE)
+            || !self.announce_wanted.swap(false, Ordering::Relaxed)
+        {
+            return;
+        }
+        self.announced.store(now, Ordering::Relaxed);
+        // SAFETY: no caller holds rtnl, and the handle is valid as long as this.
+        unsafe { ffi::shim_net_announce(self.dev) };
+    }
+
     /// Ends the connection for a while, in which the stack does not use the interface.
     fn sleep(&self) {
         let _rtnl = Rtnl::lock();
@@ -582,15 +590,38 @@ impl Net {
     }
 }
 
-/// The setting as the device takes it.
-fn rss_of<'a>(rss: &'a Rss, config: &Config) -> venet::Rss<'a> {
+impl Control {
+    /// The queue pairs of a connection: those that were set, if the device still has so many.
+    pub fn pairs(&self) -> u16 {
+        self.settings.pairs.min(self.config.queue_pairs)
+    }
+}
+
+/// Frees a pair's halves, if the device has let go of their memory.
+fn free(halves: (KBox<TxQueue>, KBox<RxQueue>), let_go: bool) {
+    if !let_go {
+        // The device may still read the slots of the transmit half, and write the pages.
+        core::mem::forget(halves);
+        return;
+    }
+    let (tx, rx) = halves;
+    tx.into_inner().release();
+    rx.into_inner().release();
+}
+
+/// Tells the device the indirection table and the key. If the device has fewer queue pairs than
+/// the table names, those that it has take turns.
+fn set_rss(nic: &mut Nic<KernelHal>, rss: &Rss, config: &Config) -> Result<(), Error> {
     let all = hash_kind::IPV4
         | hash_kind::TCPV4
         | hash_kind::UDPV4
         | hash_kind::IPV6
         | hash_kind::TCPV6
         | hash_kind::UDPV6;
-    venet::Rss { kinds: config.hash_kinds & all, key: rss.key, table: rss.entries() }
+    let kinds = config.hash_kinds & all;
+    let table = rss.within(config.queue_pairs);
+    let table = table.get(..rss.entries().len()).unwrap_or_default();
+    nic.set_rss(Some(&venet::Rss { kinds, key: rss.key, table }))
 }
 
 impl Watched for Net {
@@ -615,19 +646,21 @@ impl Watched for Net {
                 "the device does not take frames: its back end may be slow, or its rate is limited"
             );
         }
-        let announce = self.refresh(&mut control)?;
-        drop(control);
-        if announce {
-            self.announce();
+        if self.refresh(&mut control)? {
+            self.announce_wanted.store(true, Ordering::Relaxed);
         }
+        drop(control);
+        self.announce_if_due();
         Ok(events)
     }
 
+    fn lost(&self) {
+        let _rtnl = Rtnl::lock();
+        self.disconnect(&mut self.control());
+        self.set_carrier(false);
+    }
+
     fn reopen(&self) -> Result<(), Error> {
-        let opened = self.control().opened;
-        let pause = AGAIN.saturating_sub(time::now().saturating_sub(opened));
-        let micros = u32::try_from(pause / 1000).unwrap_or_default();
-        time::sleep_micros(micros, micros.saturating_add(1000));
         let _rtnl = Rtnl::lock();
         let mut control = self.control();
         self.disconnect(&mut control);
@@ -645,8 +678,8 @@ impl Watched for Net {
     fn config_changed(&self) {}
 
     fn announce(&self) {
-        // SAFETY: no caller holds rtnl, and the handle is valid as long as this.
-        unsafe { ffi::shim_net_announce(self.dev) };
+        self.announce_wanted.store(true, Ordering::Relaxed);
+        self.announce_if_due();
     }
 }
 
@@ -774,14 +807,19 @@ extern "C" fn vbus_net_set_features(net: *mut c_void, wanted: u32) -> c_int {
     // SAFETY: as above.
     let net = unsafe { of(net) };
     let mut control = net.control();
-    control.settings.rx_csum = wanted & ffi::RX_CSUM != 0;
-    control.settings.rx_gso = wanted & ffi::RX_GSO != 0;
-    let Control { nic: Some(nic), settings, .. } = &mut **control else { return 0 };
+    let Control { nic, settings, .. } = &mut **control;
+    let before = (settings.rx_csum, settings.rx_gso);
+    (settings.rx_csum, settings.rx_gso) = (wanted & ffi::RX_CSUM != 0, wanted & ffi::RX_GSO != 0);
+    let Some(nic) = nic else { return 0 };
     let accepted = nic.function().features() & F_RX;
     if accepted == 0 {
         return 0;
     }
-    Errno::result(nic.set_offloads(settings.offloads(accepted)).map_err(Errno::from))
+    let result = nic.set_offloads(settings.offloads(accepted));
+    if result.is_err() {
+        (settings.rx_csum, settings.rx_gso) = before;
+    }
+    Errno::result(result.map_err(Errno::from))
 }
 
 #[unsafe(no_mangle)]

@@ -118,6 +118,20 @@ impl Pair {
         }
     }
 
+    /// As [`with_tx`](Self::with_tx), but without a wait for the transmit lock: somebody whom this
+    /// has interrupted may have it.
+    fn try_tx<R>(&self, work: impl FnOnce(&mut TxQueue) -> R) -> Option<R> {
+        // SAFETY: the lock is the transmit half's.
+        unsafe {
+            if !ffi::shim_tx_trylock(self.shim) {
+                return None;
+            }
+            let result = (*self.tx.get()).as_mut().map(|tx| work(tx));
+            ffi::shim_tx_unlock(self.shim);
+            result
+        }
+    }
+
     /// Sends a frame of the stack. False: the stack keeps it.
     ///
     /// # Safety
@@ -150,18 +164,20 @@ impl Pair {
         }
     }
 
-    /// Frees what the device has sent. In NAPI.
+    /// Frees what the device has sent. In NAPI, or with a budget of 0 by netpoll: in any context,
+    /// for a message of the kernel.
     fn clean(&self, budget: c_int) {
         if !self.tx_busy.load(Ordering::Relaxed) {
             return;
         }
-        let state = self.with_tx(|tx| {
+        let work = |tx: &mut TxQueue| {
             tx.reclaim(&self.tx_stats, budget);
             if !tx.is_busy() {
                 self.tx_busy.store(false, Ordering::Relaxed);
             }
             (tx.is_busy(), tx.fault())
-        });
+        };
+        let state = if budget == 0 { self.try_tx(work) } else { self.with_tx(work) };
         let Some((busy, fault)) = state else { return };
         if busy {
             // SAFETY: the handle is valid as long as this.

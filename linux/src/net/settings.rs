@@ -104,6 +104,11 @@ impl Rss {
         Rss { key, table, entries }
     }
 
+    /// The table for a device that has `pairs` queue pairs.
+    pub fn within(&self, pairs: u16) -> [u16; TABLE_MAX] {
+        self.table.map(|pair| pair % pairs.max(1))
+    }
+
     /// The entries in use.
     pub fn entries(&self) -> &[u16] {
         self.table.get(..usize::from(self.entries)).unwrap_or_default()

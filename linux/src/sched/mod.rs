@@ -69,6 +69,7 @@ struct Core {
 }
 
 /// The device now.
+#[allow(clippy::large_enum_variant, reason = "there is one for each device, in a box")]
 enum Connection {
     Open(Open),
     /// It was lost, and could not be opened again yet.

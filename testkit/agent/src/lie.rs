@@ -11,6 +11,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::ptr::{null_mut, read_unaligned, write_unaligned};
 
+use vbus_shm::abi::{error_code, reg};
+
 use crate::rings::{Random, Rings, Write as RegisterWrite};
 
 /// The numbers of commands.
@@ -240,6 +242,16 @@ fn falsify(
     let mut act = Act::Send;
     match name {
         "none" => {}
+        // Whatever the driver does, the device says that it has ended the connection.
+        "breaks" if asked == REGION_READ && index == 0 => {
+            let offset =
+                u64::from(command.word(HEADER)) | u64::from(command.word(HEADER + 4)) << 32;
+            if offset != reg::CONNECTION {
+                return Ok(None);
+            }
+            let broken = reg::CONNECTION_BROKEN | error_code::REVOKED << 16;
+            reply.put(HEADER + 16, &broken.to_le_bytes());
+        }
         "bar-none" if bar => reply.put(SIZE, &0u64.to_le_bytes()),
         "bar-odd" if bar => reply.put(SIZE, &0x4001u64.to_le_bytes()),
         "bar-huge" if bar => reply.put(SIZE, &(1u64 << 63).to_le_bytes()),

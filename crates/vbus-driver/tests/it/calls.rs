@@ -196,3 +196,38 @@ fn a_driver_gives_up_in_the_end_and_the_device_has_let_go_by_then() {
     assert_eq!(function.call(0, 0, &mut [1]), Err(Error::TimedOut("CALL")));
     assert_eq!(fake.commands().last(), Some(&command::CLOSE));
 }
+
+#[test]
+fn commands_have_a_budget_together() {
+    // Each command takes two reads more, after which the environment would not have given up.
+    let slow = [error_code::IN_PROGRESS, error_code::IN_PROGRESS, error_code::OK];
+    let call = |fake: &Fake, function: &mut Function<Fake>| {
+        fake.script(reg::RESULT, &slow);
+        function.call(0, 0, &mut [1])
+    };
+    let fake = Fake::default();
+    let mut function = Function::probe(fake.clone()).unwrap();
+    function.open(0).unwrap();
+    for _ in 0..3 {
+        assert_eq!(call(&fake, &mut function), Ok(0));
+    }
+    function.set_budget(Some(3));
+    assert_eq!(call(&fake, &mut function), Ok(0));
+    assert_eq!(call(&fake, &mut function), Err(Error::TimedOut("CALL")));
+    assert_eq!(fake.commands().last(), Some(&command::CLOSE));
+    // Nothing is left for another command: the device does not see it.
+    let before = fake.commands();
+    assert_eq!(function.call(0, 0, &mut [1]), Err(Error::TimedOut("CALL")));
+    assert_eq!(fake.commands()[before.len()..], [command::CLOSE]);
+    // A device that closes is believed.
+    fake.script(reg::RESULT, &[]);
+    function.close();
+    assert!(function.has_let_go());
+    function.set_budget(Some(3));
+    function.open(0).unwrap();
+    assert_eq!(call(&fake, &mut function), Ok(0));
+    // Its memory is lost if it does not end CLOSE either.
+    fake.refuse(command::CLOSE, error_code::IN_PROGRESS);
+    function.close();
+    assert_eq!((function.has_let_go(), fake.lost()), (false, 1));
+}

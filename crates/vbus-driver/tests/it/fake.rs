@@ -40,6 +40,8 @@ struct Registers {
     /// The rings, by kind and address.
     rings: Vec<(u8, u64)>,
     now: u64,
+    /// Connections whose memory was lost.
+    lost: u32,
     /// Posted writes to `bar`. The next read completes them.
     posted: Vec<u64>,
     /// The offsets of completed writes, in order.
@@ -155,6 +157,11 @@ impl Fake {
         self.0.borrow().written.clone()
     }
 
+    /// Connections whose memory was lost.
+    pub fn lost(&self) -> u32 {
+        self.0.borrow().lost
+    }
+
     /// Number of rings.
     pub fn rung(&self) -> u32 {
         self.0.borrow().rung
@@ -263,6 +270,10 @@ impl Hal for Fake {
     fn pause(&self, waited: u64) -> bool {
         self.0.borrow_mut().now += 1;
         waited < 3
+    }
+
+    fn memory_lost(&self) {
+        self.0.borrow_mut().lost += 1;
     }
 }
 

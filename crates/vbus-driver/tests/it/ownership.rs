@@ -179,7 +179,25 @@ fn memory_of_a_device_that_does_not_close_is_never_given_back() {
     function.close();
     assert!(!function.is_open() && !function.has_let_go());
     drop(function);
-    assert_eq!((fake.regions(), fake.in_use()), (1, 2));
+    assert_eq!((fake.regions(), fake.in_use(), fake.lost()), (1, 2, 1));
+}
+
+#[test]
+fn memory_of_an_open_that_fails_is_lost_only_if_the_device_does_not_close() {
+    let fake = Fake::default();
+    let mut function = Function::probe(fake.clone()).unwrap();
+    fake.refuse(command::OPEN, error_code::FAILED);
+    assert!(function.open(0).is_err());
+    assert_eq!((fake.in_use(), fake.lost()), (0, 0));
+    fake.refuse(command::CLOSE, error_code::FAILED);
+    for lost in 1..=2 {
+        assert!(function.open(0).is_err());
+        assert_eq!((fake.in_use(), fake.lost()), (lost, lost as u32));
+    }
+    // There is no connection, and so there is nothing to lose.
+    function.close();
+    drop(function);
+    assert_eq!((fake.in_use(), fake.lost()), (2, 2));
 }
 
 #[test]

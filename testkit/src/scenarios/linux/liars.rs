@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Devices that lie to the driver: in registers, and in the memory that it shares with them.
+//! Devices that lie to the driver: in registers, and in the memory that it shares with them. One
+//! breaks each connection.
 
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::bus::{Bus, device};
 use crate::lab::Scene;
@@ -22,7 +23,19 @@ const SECONDS: u32 = 5;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// The lies of `guest-agent lie`, each with the name of its device.
-const LIES: [&str; 2] = ["rings", "words"];
+const LIES: [&str; 3] = ["rings", "words", "breaks"];
+
+/// The slot of the device that breaks each connection.
+const BREAKS: usize = 2;
+
+/// What the driver says when it has opened a device again.
+const AGAIN: &str = "the device is open again";
+
+/// How often it opens the device that breaks each connection, at the least, and the seconds that
+/// the last time comes after the one before, at the least: the pauses after the tries before are
+/// 0.5, 1, 2 and 4 seconds.
+const TRIES: usize = 5;
+const PAUSE: f64 = 4.0;
 
 /// Each device has a liar before it. The driver sends and receives what the lies make of it, and is
 /// unloaded and loaded meanwhile. The kernel has nothing to complain of.
@@ -53,8 +66,35 @@ pub fn lie(scene: &Scene) -> Result<()> {
             bail!(process.complaint(&format!("{name} has not lied")));
         }
     }
+    grow_weary(&vm)?;
     linux::check_kernel(&vm.guest)?;
     vm.power_off()
+}
+
+/// A device that breaks each connection is opened again, but ever more seldom.
+fn grow_weary(vm: &Vm) -> Result<()> {
+    let guest = &vm.guest;
+    linux::check_kernel(guest)?;
+    guest.ok("dmesg -c > /dev/null")?;
+    linux::insert(guest, "")?;
+    let interface = linux::interface(guest, BREAKS)?;
+    guest.ok(&format!("ip link set {interface} up"))?;
+    let address = linux::function(BREAKS);
+    let address = address.rsplit('/').next().unwrap_or_default();
+    let says = format!("dmesg | grep '{address}: {AGAIN}'");
+    let waits = format!("until [ $({says} | wc -l) -ge {TRIES} ]; do sleep 0.2; done; {says}");
+    let lines = guest.start(&waits)?.ok(LIMIT * 2)?;
+    let times = lines.lines().take(TRIES).map(said_at).collect::<Result<Vec<_>>>()?;
+    let (before, last) = (times[TRIES - 2], times[TRIES - 1]);
+    // The clock of the log is not that of the driver.
+    ensure!(last - before >= PAUSE * 0.9, "the driver does not wait longer: {lines}");
+    linux::remove(guest)
+}
+
+/// The seconds at which a line of the kernel's log was written.
+fn said_at(line: &str) -> Result<f64> {
+    let time = line.trim_start_matches('[').split(']').next().unwrap_or_default();
+    time.trim().parse().with_context(|| format!("no time in {line:?}"))
 }
 
 /// Loads the module, uses whatever interfaces it makes, and unloads it.
