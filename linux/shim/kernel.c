@@ -10,6 +10,7 @@
 #include <linux/dma-mapping.h>
 #include <linux/interrupt.h>
 #include <linux/io.h>
+#include <linux/iommu.h>
 #include <linux/ioport.h>
 #include <linux/ktime.h>
 #include <linux/lockdep.h>
@@ -270,12 +271,31 @@ int shim_dma_mask(void *pci, u32 bits)
 	return dma_set_mask_and_coherent(&((struct pci_dev *)pci)->dev, DMA_BIT_MASK(bits));
 }
 
+u32 shim_dma_iommu(void *pci)
+{
+#ifdef CONFIG_IOMMU_API
+	const struct iommu_domain *domain = iommu_get_domain_for_dev(&((struct pci_dev *)pci)->dev);
+
+	if (domain)
+		return domain->type == IOMMU_DOMAIN_IDENTITY ? SHIM_IOMMU_IDENTITY :
+							       SHIM_IOMMU_TRANSLATES;
+#endif
+	return SHIM_IOMMU_NONE;
+}
+
 void *shim_dma_alloc(void *pci, u64 bytes, u64 *address)
 {
+	struct device *dev = &((struct pci_dev *)pci)->dev;
 	dma_addr_t dma = 0;
-	void *memory = dma_alloc_coherent(&((struct pci_dev *)pci)->dev, bytes, &dma,
-					  GFP_KERNEL | __GFP_NOWARN);
+	/*
+	 * Behind an IOMMU pages from anywhere are contiguous for the device too. But in one piece
+	 * they need fewer entries of its tables, and of the processor's.
+	 */
+	void *memory = dma_alloc_attrs(dev, bytes, &dma, GFP_KERNEL | __GFP_NOWARN | __GFP_NORETRY,
+				       DMA_ATTR_FORCE_CONTIGUOUS);
 
+	if (!memory)
+		memory = dma_alloc_coherent(dev, bytes, &dma, GFP_KERNEL | __GFP_NOWARN);
 	*address = dma;
 	return memory;
 }

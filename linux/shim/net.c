@@ -199,6 +199,11 @@ void shim_tx_unmap(void *handle, const struct vbus_piece *pieces, u32 count)
 		dma_unmap_page(dma, pieces[i].address, pieces[i].bytes, DMA_TO_DEVICE);
 }
 
+int shim_tx_copy(void *skb, u8 *to, u32 bytes)
+{
+	return skb_copy_bits(skb, 0, to, bytes);
+}
+
 int shim_tx_linearize(void *skb, struct vbus_tx_frame *frame)
 {
 	u8 more = frame->more;
@@ -452,6 +457,18 @@ int shim_xdp_map(void *handle, void *xdp, struct vbus_piece *piece)
 	piece->bytes = frame->len;
 	piece->address = dma_map_single(dma, frame->data, frame->len, DMA_TO_DEVICE);
 	return dma_mapping_error(dma, piece->address) ? -ENOMEM : 0;
+}
+
+u32 shim_xdp_bytes(void *frame)
+{
+	return xdp_frame_has_frags(frame) ? 0 : ((struct xdp_frame *)frame)->len;
+}
+
+void shim_xdp_copy(void *xdp, u8 *to)
+{
+	const struct xdp_frame *frame = xdp;
+
+	memcpy(to, frame->data, frame->len);
 }
 
 void shim_xdp_free(void *frame, int budget)

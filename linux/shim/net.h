@@ -252,6 +252,8 @@ void shim_tx_unlock_bh(void *queue);
  */
 int shim_tx_map(void *queue, void *skb, bool linear, u32 headroom, struct vbus_piece *pieces);
 void shim_tx_unmap(void *queue, const struct vbus_piece *pieces, u32 count);
+/* Copies all `bytes` bytes of the frame to `to`. A negative errno: that was not possible. */
+int shim_tx_copy(void *skb, u8 *to, u32 bytes);
 /* Copies all frags into the linear part. */
 int shim_tx_linearize(void *skb, struct vbus_tx_frame *frame);
 /* Frees a frame that was sent; `budget` is that of the NAPI poll, 0 outside of it. */
@@ -285,6 +287,10 @@ int shim_xdp_redirect(void *queue);
 void shim_xdp_flush(void);
 /* Maps a frame of another interface. A negative errno: it cannot be mapped. */
 int shim_xdp_map(void *queue, void *frame, struct vbus_piece *piece);
+/* Its bytes; 0: they are in several pieces. */
+u32 shim_xdp_bytes(void *frame);
+/* Copies all of them to `to`. */
+void shim_xdp_copy(void *frame, u8 *to);
 /* Frees a frame of XDP. `budget` as above. */
 void shim_xdp_free(void *frame, int budget);
 

@@ -118,6 +118,11 @@ void shim_irq_enable(void *irq);
 
 /* The bits of an address that the function can use. */
 int shim_dma_mask(void *pci, u32 bits);
+#define SHIM_IOMMU_NONE 0
+#define SHIM_IOMMU_IDENTITY 1	/* there is one, which translates no addresses */
+#define SHIM_IOMMU_TRANSLATES 2
+/* What is between the function and memory, as long as a driver has the function. */
+u32 shim_dma_iommu(void *pci);
 /* Coherent zeroed memory, whole pages, contiguous for the device. NULL: there is none. Sleeps. */
 void *shim_dma_alloc(void *pci, u64 bytes, u64 *address);
 void shim_dma_free(void *pci, u64 bytes, void *memory, u64 address);

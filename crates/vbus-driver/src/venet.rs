@@ -5,6 +5,7 @@
 //! apart from it, each with the thread that serves it. A virtio-net header precedes each frame. It
 //! has [`HEADER_BYTES`] bytes, or [`HASH_HEADER_BYTES`] bytes in received frames with [`F_HASH`].
 
+mod fifo;
 mod header;
 mod pages;
 mod rx;
@@ -17,6 +18,7 @@ use vbus_shm::signal::Armed;
 use vbus_shm::signal::end::Driver;
 use vbus_shm::state;
 
+pub use fifo::{Fifo, Place};
 pub use header::{BadHeader, Gso, Header, HeaderHash, Segments, header_length};
 pub use pages::{Duplex, NicStatus, PairCounters, Traffic};
 pub use rx::{Received, Rx, RxRing};

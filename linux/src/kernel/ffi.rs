@@ -18,6 +18,9 @@ pub const MSI: u32 = 2;
 /// A kind of interrupt.
 pub const MSIX: u32 = 4;
 
+/// An IOMMU that translates addresses.
+pub const IOMMU_TRANSLATES: u32 = 2;
+
 unsafe extern "C" {
     pub fn shim_alloc(bytes: u64, may_sleep: bool) -> *mut c_void;
     pub fn shim_free(memory: *mut c_void);
@@ -63,6 +66,7 @@ unsafe extern "C" {
     pub fn shim_irq_enable(irq: *mut c_void);
 
     pub fn shim_dma_mask(pci: *mut c_void, bits: u32) -> c_int;
+    pub fn shim_dma_iommu(pci: *mut c_void) -> u32;
     pub fn shim_dma_alloc(pci: *mut c_void, bytes: u64, address: *mut u64) -> *mut c_void;
     pub fn shim_dma_free(pci: *mut c_void, bytes: u64, memory: *mut c_void, address: u64);
     pub fn shim_dma_join(parts: *const *mut c_void, count: u64, bytes: u64) -> *mut c_void;

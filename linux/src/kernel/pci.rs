@@ -84,6 +84,14 @@ impl Pci {
         // SAFETY: the handle is valid.
         Errno::check(unsafe { ffi::shim_dma_mask(self.handle(), bits) }).map(drop)
     }
+
+    /// Whether an IOMMU translates the function's addresses. Then each map for the function, and
+    /// its end, may cost much: a virtual machine's IOMMU tells the device of each. It stays as it
+    /// is as long as the driver has the function.
+    pub fn is_translated(&self) -> bool {
+        // SAFETY: the handle is valid.
+        unsafe { ffi::shim_dma_iommu(self.handle()) == ffi::IOMMU_TRANSLATES }
+    }
 }
 
 impl Clone for Pci {

@@ -28,7 +28,7 @@ const _: () = assert!(KEY as usize == RSS_KEY_BYTES);
 type Read = fn(&Pair) -> &Counter;
 
 /// Statistics of each queue pair, by the driver.
-const DRIVER: [(&str, Read); 20] = [
+const DRIVER: [(&str, Read); 21] = [
     ("rx{}_frames", |pair| &pair.rx_stats.frames),
     ("rx{}_bytes", |pair| &pair.rx_stats.bytes),
     ("rx{}_alloc_failed", |pair| &pair.rx_stats.alloc_failed),
@@ -43,6 +43,7 @@ const DRIVER: [(&str, Read); 20] = [
     ("tx{}_bytes", |pair| &pair.tx_stats.bytes),
     ("tx{}_dropped", |pair| &pair.tx_stats.dropped),
     ("tx{}_copied", |pair| &pair.tx_stats.copied),
+    ("tx{}_mapped", |pair| &pair.tx_stats.mapped),
     ("tx{}_posts", |pair| &pair.tx_stats.posts),
     ("tx{}_kicks", |pair| &pair.tx_stats.kicks),
     ("tx{}_arms", |pair| &pair.tx_stats.arms),

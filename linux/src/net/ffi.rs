@@ -226,6 +226,7 @@ unsafe extern "C" {
         pieces: *mut Piece,
     ) -> c_int;
     pub fn shim_tx_unmap(queue: Handle, pieces: *const Piece, count: u32);
+    pub fn shim_tx_copy(skb: Handle, to: *mut u8, bytes: u32) -> c_int;
     pub fn shim_tx_linearize(skb: Handle, frame: *mut TxFrame) -> c_int;
     pub fn shim_tx_free(skb: Handle, budget: c_int);
     pub fn shim_tx_drop(skb: Handle);
@@ -242,5 +243,7 @@ unsafe extern "C" {
     pub fn shim_xdp_redirect(queue: Handle) -> c_int;
     pub fn shim_xdp_flush();
     pub fn shim_xdp_map(queue: Handle, frame: Handle, piece: *mut Piece) -> c_int;
+    pub fn shim_xdp_bytes(frame: Handle) -> u32;
+    pub fn shim_xdp_copy(frame: Handle, to: *mut u8);
     pub fn shim_xdp_free(frame: Handle, budget: c_int);
 }

@@ -195,14 +195,7 @@ impl Pair {
             tx.reclaim(&self.tx_stats, 0);
             let mut sent = 0;
             for frame in frames {
-                let mut piece = ffi::Piece::default();
-                // SAFETY: the frame is the caller's until it is taken.
-                if unsafe { ffi::shim_xdp_map(self.shim, *frame, &raw mut piece) } != 0 {
-                    break;
-                }
-                if !tx.send_xdp(*frame, piece, true) {
-                    // SAFETY: it was mapped above.
-                    unsafe { ffi::shim_tx_unmap(self.shim, &raw const piece, 1) };
+                if !tx.send_xdp(*frame, &self.tx_stats) {
                     break;
                 }
                 sent += 1;

@@ -434,7 +434,7 @@ impl RxQueue {
         if frame.is_null() {
             return Verdict::Dropped;
         }
-        if pair.with_tx(|tx| tx.send_xdp(frame, piece, false)) == Some(true) {
+        if pair.with_tx(|tx| tx.send_xdp_page(frame, piece)) == Some(true) {
             pair.rx_stats.xdp_tx.add(1);
             polled.sent = true;
         } else {

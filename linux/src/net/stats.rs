@@ -31,8 +31,10 @@ pub struct TxStats {
     pub bytes: Counter,
     /// Frames that were not sent.
     pub dropped: Counter,
-    /// Frames that were copied into the ring's memory as a whole.
+    /// Frames that were copied as a whole into memory that the device always reaches.
     pub copied: Counter,
+    /// Frames of which a part was mapped for the device.
+    pub mapped: Counter,
     /// Times that frames were made visible to the device.
     pub posts: Counter,
     /// Times that the doorbell rang.

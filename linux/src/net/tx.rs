@@ -6,6 +6,10 @@
 //! unmapped when the device has returned it. The device does not interrupt for that, unless the
 //! queue waits for room or much is under way. So every call of the stack, and every poll, looks
 //! what has come back.
+//!
+//! Behind an IOMMU that translates, a map costs more than a copy: a virtual machine's IOMMU tells
+//! the device of each map and of its end. There larger frames are copied too, each as a whole into
+//! a memory that is a FIFO ([`Copies`]). They are free at once as well.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::indexing_slicing,
@@ -17,10 +21,12 @@ use core::ffi::c_int;
 use core::ptr;
 
 use vbus_driver::shm::signal::Armed;
-use vbus_driver::venet::{CHAIN_MAX, Gso, HEADER_BYTES, Header, Piece, Segments, Tx};
+use vbus_driver::venet::{
+    CHAIN_MAX, FRAME_MAX, Fifo, Gso, HEADER_BYTES, Header, Piece, Segments, Tx,
+};
 use vbus_driver::{Dma as _, Error, Hal as _, Memory as _};
 use vbus_shm::copy;
-use vbus_shm::sync::Ordering;
+use vbus_shm::sync::{Ordering, Word};
 
 use super::ffi::{self, Handle};
 use super::stats::TxStats;
@@ -41,11 +47,22 @@ const RECLAIM_FROM: u32 = 32;
 /// that whoever waits for their memory does not wait for the timer.
 const ARM_FROM: u32 = 64;
 
+/// Bytes of the memory for copies of larger frames, if there is so much. If it is in one piece,
+/// one entry of the IOMMU's tables and of the processor's is for all of it.
+const COPIES: usize = 2 << 20;
+/// It has room for three of the largest frames at least.
+const COPIES_MIN: usize = COPIES / 8;
+/// Bytes that the largest frame needs there: its header begins as in a slot.
+const LARGEST: u32 = (HEADER_AT + FRAME_MAX) as u32;
+const _: () = assert!(COPIES_MIN > 3 * (LARGEST as usize + 64));
+
 /// What a frame under way is.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     /// Copied: there is nothing to free.
     Copied,
+    /// A copied frame of XDP, of which the stack does not know.
+    XdpCopied,
     /// A frame of the stack.
     Skb,
     /// A frame of XDP, mapped by this queue.
@@ -60,20 +77,56 @@ struct Sent {
     frame: Handle,
     /// As the stack counts them.
     bytes: u32,
+    /// Bytes of [`Copies`].
+    held: u32,
     pieces: u8,
     /// The first of its pieces that is mapped.
     first_mapped: u8,
     kind: Kind,
 }
 
-const NOTHING: Sent =
-    Sent { frame: ptr::null_mut(), bytes: 0, pieces: 0, first_mapped: 0, kind: Kind::Copied };
+const NOTHING: Sent = Sent {
+    frame: ptr::null_mut(),
+    bytes: 0,
+    held: 0,
+    pieces: 0,
+    first_mapped: 0,
+    kind: Kind::Copied,
+};
+
+/// Memory for copies of frames that are too large for a slot. The device always reaches it, and it
+/// is contiguous for the device.
+struct Copies {
+    memory: Dma,
+    fifo: Fifo,
+}
+
+impl Copies {
+    /// None: frames are mapped, because no IOMMU makes that dear, or because there is no memory.
+    fn new(hal: &KernelHal) -> Option<Self> {
+        if !hal.pci().is_translated() {
+            return None;
+        }
+        let mut bytes = COPIES;
+        while bytes >= COPIES_MIN {
+            if let Ok(memory) = hal.alloc(bytes) {
+                if memory.page_shift() == 0 {
+                    return Some(Copies { memory, fifo: Fifo::new(bytes as u32) });
+                }
+            }
+            bytes /= 2;
+        }
+        None
+    }
+}
 
 /// The transmit half.
 pub struct TxQueue {
     ring: Tx<KernelHal>,
     shim: Handle,
     slots: Dma,
+    /// If frames are copied rather than mapped.
+    copies: Option<Copies>,
     /// The frames under way, by their number.
     frames: KVec<Sent>,
     oldest: u32,
@@ -101,6 +154,7 @@ impl TxQueue {
             ring,
             shim,
             slots: hal.alloc(entries * SLOT)?,
+            copies: Copies::new(hal),
             frames: KVec::from_fn::<Error>(entries, |_| Ok(NOTHING))?,
             oldest: 0,
             newest: 0,
@@ -125,16 +179,22 @@ impl TxQueue {
 
     /// Sends a frame of the stack. False: there is no room, and the stack keeps the frame.
     pub fn xmit(&mut self, frame: &mut ffi::TxFrame, stats: &TxStats) -> bool {
-        if self.ring.in_flight() >= RECLAIM_FROM {
+        let is_filling = self.copies.as_ref().is_some_and(|copies| copies.fifo.is_filling());
+        if self.ring.in_flight() >= RECLAIM_FROM || is_filling {
             self.reclaim(stats, 0);
         }
         if self.fault.is_some() {
             self.drop_frame(frame, stats);
             return true;
         }
-        if self.ring.space() < ROOM {
+        if !self.has_room(1) {
             self.stop(stats);
             return false;
+        }
+        let is_short = frame.frags == 0 && frame.linear as usize <= COPY_MAX;
+        if self.copies.is_some() && !is_short {
+            self.xmit_copy_large(frame, stats);
+            return true;
         }
         if usize::from(frame.frags) + 2 > CHAIN_MAX {
             // SAFETY: the frame is the stack's, which has given it to this queue.
@@ -192,6 +252,7 @@ impl TxQueue {
         }
         self.note(frame.skb, frame.bytes, total, first, &maps[..count], Kind::Skb);
         self.sent(frame, stats);
+        stats.mapped.add(1);
         true
     }
 
@@ -219,13 +280,64 @@ impl TxQueue {
         true
     }
 
+    /// Sends a frame of the stack, which is free then, by way of [`Copies`].
+    fn xmit_copy_large(&mut self, frame: &ffi::TxFrame, stats: &TxStats) {
+        let header = header_of(frame).bytes();
+        let is_sent = self.submit_copy(&header, frame.bytes, Kind::Copied, |to| {
+            // SAFETY: the frame is the stack's, which has given it to this queue, and `to` has room
+            // for all of its bytes.
+            unsafe { ffi::shim_tx_copy(frame.skb, to, frame.bytes) == 0 }
+        });
+        if !is_sent {
+            // A frame of a strange shape: the stack does not make such.
+            self.drop_last(frame, stats);
+            return;
+        }
+        self.sent(frame, stats);
+        stats.copied.add(1);
+        // SAFETY: nothing refers to the frame any more.
+        unsafe { ffi::shim_tx_free(frame.skb, 0) };
+    }
+
+    /// Submits a copy of a frame of `bytes` bytes, which `fill` writes. `fill` may fail. False:
+    /// nothing was submitted.
+    fn submit_copy(
+        &mut self,
+        header: &[u8; HEADER_BYTES],
+        bytes: u32,
+        kind: Kind,
+        fill: impl FnOnce(*mut u8) -> bool,
+    ) -> bool {
+        let Some(Copies { memory, fifo }) = &mut self.copies else { return false };
+        let in_front = (HEADER_AT + HEADER_BYTES) as u32;
+        let needed = bytes.checked_add(in_front).filter(|needed| *needed <= LARGEST);
+        let Some(place) = needed.and_then(|needed| fifo.find(needed)) else { return false };
+        let at = place.offset as usize;
+        let Some(words) = memory.words().get(at / 8..) else { return false };
+        let Some(rest) = write_header(words, header) else { return false };
+        // Words may be changed behind a shared reference, and only this queue does that here.
+        let to = rest.as_ptr().cast::<u8>().cast_mut();
+        if !fill(to) {
+            return false;
+        }
+        let len = HEADER_BYTES as u32 + bytes;
+        let piece = Piece { addr: memory.address(at + HEADER_AT), len };
+        if !matches!(self.ring.submit(&[piece]), Ok(true)) {
+            return false;
+        }
+        fifo.take(place);
+        let counted = if kind == Kind::Copied { bytes } else { 0 };
+        self.note_held(ptr::null_mut(), counted, place.held, (1, 1), kind);
+        true
+    }
+
     /// Counts a frame that was submitted, and wakes the device or stops the stack if need be.
     fn sent(&mut self, frame: &ffi::TxFrame, stats: &TxStats) {
         stats.frames.add(1);
         stats.bytes.add(u64::from(frame.bytes));
         // SAFETY: the handle is this queue's.
         let flags = unsafe { ffi::shim_tx_sent(self.shim, frame.bytes, frame.more) };
-        let full = self.ring.space() < ROOM;
+        let full = !self.has_room(1);
         if flags & ffi::TX_POST != 0 || full {
             self.post(stats);
         }
@@ -237,9 +349,55 @@ impl TxQueue {
         }
     }
 
-    /// Sends a frame of XDP in one piece, without making it visible. False: there is no room, or
-    /// the piece is invalid, and the caller keeps the frame. `mapped`: this queue unmaps it.
-    pub fn send_xdp(&mut self, frame: Handle, piece: ffi::Piece, mapped: bool) -> bool {
+    /// Sends a frame of XDP from elsewhere, without making it visible. False: there is no room, or
+    /// the frame is in several pieces, and the caller keeps it.
+    pub fn send_xdp(&mut self, frame: Handle, stats: &TxStats) -> bool {
+        if self.copies.is_some() {
+            return self.send_xdp_copy(frame, stats);
+        }
+        let mut piece = ffi::Piece::default();
+        // SAFETY: the frame is the caller's until it is taken.
+        if unsafe { ffi::shim_xdp_map(self.shim, frame, &raw mut piece) } != 0 {
+            return false;
+        }
+        let is_sent = self.submit_xdp(frame, piece, Kind::Xdp);
+        if is_sent {
+            stats.mapped.add(1);
+        } else {
+            self.unmap(&[piece]);
+        }
+        is_sent
+    }
+
+    /// The same by way of [`Copies`].
+    fn send_xdp_copy(&mut self, frame: Handle, stats: &TxStats) -> bool {
+        if self.fault.is_some() || !self.has_room(1) {
+            return false;
+        }
+        // SAFETY: the frame is the caller's until it is taken.
+        let bytes = unsafe { ffi::shim_xdp_bytes(frame) };
+        let is_sent = bytes != 0
+            && self.submit_copy(&[0; HEADER_BYTES], bytes, Kind::XdpCopied, |to| {
+                // SAFETY: the frame is in one piece, and `to` has room for its bytes.
+                unsafe { ffi::shim_xdp_copy(frame, to) };
+                true
+            });
+        if is_sent {
+            stats.copied.add(1);
+            // Its page belongs to another pool, whose poll may run now.
+            // SAFETY: nothing refers to the frame any more.
+            unsafe { ffi::shim_xdp_free(frame, 0) };
+        }
+        is_sent
+    }
+
+    /// Sends a frame of XDP in a page of the receive queue, which stays mapped, without making it
+    /// visible. False: there is no room, or the piece is invalid, and the caller keeps the frame.
+    pub fn send_xdp_page(&mut self, frame: Handle, piece: ffi::Piece) -> bool {
+        self.submit_xdp(frame, piece, Kind::XdpPage)
+    }
+
+    fn submit_xdp(&mut self, frame: Handle, piece: ffi::Piece, kind: Kind) -> bool {
         if self.fault.is_some() || self.ring.space() < ROOM {
             return false;
         }
@@ -251,7 +409,6 @@ impl TxQueue {
         if !matches!(self.ring.submit(&pieces), Ok(true)) {
             return false;
         }
-        let kind = if mapped { Kind::Xdp } else { Kind::XdpPage };
         self.note(frame, 0, 2, 1, &[piece], kind);
         true
     }
@@ -284,6 +441,9 @@ impl TxQueue {
             }
             self.returned -= u32::from(sent.pieces);
             self.free(&sent, budget);
+            if let Some(copies) = &mut self.copies {
+                copies.fifo.give_back(sent.held);
+            }
             self.freed = self.freed.wrapping_add(u32::from(sent.pieces));
             self.oldest = self.oldest.wrapping_add(1);
             if matches!(sent.kind, Kind::Copied | Kind::Skb) {
@@ -300,7 +460,7 @@ impl TxQueue {
             (waits, waits && ffi::shim_tx_is_stopped(self.shim))
         };
         // A small ring never has so much room.
-        let has_room = self.ring.space() >= 2 * ROOM || !self.is_busy();
+        let has_room = self.has_room(2) || !self.is_busy();
         if is_stopped && has_room {
             stats.wakes.add(1);
             // SAFETY: as above.
@@ -363,14 +523,20 @@ impl TxQueue {
                 *place = *map;
             }
         }
+        // Both are at most CHAIN_MAX.
+        self.note_held(frame, bytes, 0, (pieces as u8, first as u8), kind);
+    }
+
+    /// Notes a frame whose maps are noted, with the bytes of [`Copies`] that it holds; of its
+    /// pieces, their number and the first that is mapped.
+    fn note_held(&mut self, frame: Handle, bytes: u32, held: u32, pieces: (u8, u8), kind: Kind) {
         let index = self.frame_index(self.newest);
+        let (pieces, first_mapped) = pieces;
         if let Some(place) = self.frames.get_mut(index) {
-            // Both are at most CHAIN_MAX.
-            let (pieces, first_mapped) = (pieces as u8, first as u8);
-            *place = Sent { frame, bytes, pieces, first_mapped, kind };
+            *place = Sent { frame, bytes, held, pieces, first_mapped, kind };
         }
         self.newest = self.newest.wrapping_add(1);
-        self.submitted = self.submitted.wrapping_add(pieces as u32);
+        self.submitted = self.submitted.wrapping_add(u32::from(pieces));
     }
 
     /// Frees a frame, the oldest under way.
@@ -384,7 +550,7 @@ impl TxQueue {
             self.unmap(self.maps.get(..count as usize - until_end).unwrap_or_default());
         }
         match sent.kind {
-            Kind::Copied => {}
+            Kind::Copied | Kind::XdpCopied => {}
             // SAFETY: the frame was this queue's, and nothing refers to it any more.
             Kind::Skb => unsafe { ffi::shim_tx_free(sent.frame, budget) },
             // Its page belongs to the pool of another queue, whose poll may run now.
@@ -426,6 +592,12 @@ impl TxQueue {
         position as usize & (self.maps.len() - 1)
     }
 
+    /// Whether there is room for so many of the largest frames.
+    fn has_room(&self, frames: u32) -> bool {
+        self.ring.space() >= frames * ROOM
+            && self.copies.as_ref().is_none_or(|c| c.fifo.find(frames * LARGEST).is_some())
+    }
+
     /// The device's address of the header in the slot of the next piece.
     fn slot_address(&self) -> u64 {
         self.slots.address(self.piece_index(self.submitted) * SLOT + HEADER_AT)
@@ -435,15 +607,20 @@ impl TxQueue {
     fn write_slot(&self, header: &[u8; HEADER_BYTES], linear: &[u8]) {
         let words = SLOT / 8;
         let at = self.piece_index(self.submitted) * words;
-        let Some([first, second, rest @ ..]) = self.slots.words().get(at..at + words) else {
-            return;
-        };
-        let [a, b, c, d, e, f, g, h, i, j, k, l] = *header;
-        first.store(u64::from_le_bytes([0, 0, 0, 0, a, b, c, d]), Ordering::Relaxed);
-        second.store(u64::from_le_bytes([e, f, g, h, i, j, k, l]), Ordering::Relaxed);
+        let slot = self.slots.words().get(at..at + words).unwrap_or_default();
+        let Some(rest) = write_header(slot, header) else { return };
         let used = linear.len().div_ceil(8);
         copy::store(rest.get(..used).unwrap_or_default(), linear);
     }
+}
+
+/// Writes a header, which begins [`HEADER_AT`] bytes into the words, and returns those behind it.
+fn write_header<'a>(words: &'a [Word], header: &[u8; HEADER_BYTES]) -> Option<&'a [Word]> {
+    let [first, second, rest @ ..] = words else { return None };
+    let [a, b, c, d, e, f, g, h, i, j, k, l] = *header;
+    first.store(u64::from_le_bytes([0, 0, 0, 0, a, b, c, d]), Ordering::Relaxed);
+    second.store(u64::from_le_bytes([e, f, g, h, i, j, k, l]), Ordering::Relaxed);
+    Some(rest)
 }
 
 /// The header before a frame of the stack.

@@ -41,6 +41,19 @@ fn behind(scene: &Scene, iommu: Iommu) -> Result<()> {
                 let group = format!("test -e {}/iommu_group", linux::function(slot));
                 wire.guest().ok(&group).context("the NIC is not behind the IOMMU")?;
             }
+            wire.redirect().context("frames of XDP")?;
+            ensure!(wire.counter(0, "tx_xdp")? >= 3, "no frames were redirected");
+            for slot in 0..2 {
+                let [frames, xdp, copied, mapped] =
+                    ["tx_frames", "tx_xdp", "tx_copied", "tx_mapped"]
+                        .map(|name| wire.counter(slot, name));
+                // More frames may go while the counters are read, one after the other.
+                let (all, copied, mapped) = (frames? + xdp?, copied?, mapped?);
+                ensure!(
+                    mapped == 0 && copied >= all && all > 0,
+                    "NIC {slot}: of {all} frames {copied} were copied and {mapped} mapped"
+                );
+            }
             Ok(())
         },
     )
@@ -55,6 +68,8 @@ pub fn copies(scene: &Scene) -> Result<()> {
             "mount -t debugfs debugfs /sys/kernel/debug; cat /sys/kernel/debug/swiotlb/io_tlb_used";
         let used = wire.guest().ok(used)?;
         ensure!(used.trim() != "0", "nothing is copied: {used}");
+        // The driver copies only where an IOMMU translates.
+        ensure!(wire.counter(0, "tx_mapped")? > 0, "no frame was mapped");
         Ok(())
     })
 }

@@ -120,6 +120,39 @@ impl Wire {
         Ok(())
     }
 
+    /// The sum over the queues of a counter that `ethtool -S` has of the NIC behind root port
+    /// `slot`: `tx_frames` stands for `tx0_frames`, `tx1_frames` and so on.
+    ///
+    /// # Errors
+    /// There is no such counter.
+    pub fn counter(&self, slot: usize, name: &str) -> Result<u64> {
+        let place = if slot == 0 { "" } else { FAR };
+        let (half, what) = name.split_once('_').context("the name has no _")?;
+        let command = format!(
+            "{place}sh -c 'ethtool -S $(ls {}/net)' | \
+             awk '/ {half}[0-9]+_{what}:/{{n+=$2}} END{{print n}}'",
+            linux::function(slot)
+        );
+        let count = self.guest().ok(&command)?;
+        count.trim().parse().with_context(|| format!("no counter {name} of the NIC {slot}"))
+    }
+
+    /// Pings the first NIC, where a program of XDP answers in place of the system: the kernel
+    /// redirects the frames to the same NIC.
+    ///
+    /// # Errors
+    /// The program does not run, or no ping is answered.
+    pub fn redirect(&self) -> Result<()> {
+        let guest = self.guest();
+        let near = linux::interface(guest, 0)?;
+        let program = guest.start(&format!("exec guest-agent xdp {near} around"))?;
+        program.wait_for("on", TRANSFER)?;
+        guest.start(&format!("{FAR} ping -c 3 -W 60 {}", ADDRESS[0]))?.ok(TRANSFER)?;
+        program.kill()?;
+        let gone = format!("while {IP} link show {near} | grep -q xdp; do sleep 0.05; done");
+        guest.start(&gone)?.ok(TRANSFER).map(drop)
+    }
+
     /// Pings the second NIC until an answer comes.
     ///
     /// # Errors
