@@ -83,7 +83,7 @@ impl<T> KBox<T> {
         Ok(Self { value: memory, owns: PhantomData })
     }
 
-    /// Memory whose value is to be written in place, by [`write`](KBox::write) or field by field:
+    /// Memory whose value is to be written in place, as a whole or field by field:
     /// large values must not pass over the stack. It is zeroed.
     pub fn new_uninit() -> Result<KBox<MaybeUninit<T>>, NoMemory> {
         Ok(KBox { value: alloc::<T>(1)?.cast(), owns: PhantomData })
