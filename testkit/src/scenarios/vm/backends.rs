@@ -2,6 +2,7 @@
 //! Back ends of the NIC that lead out of the bus: QEMU's stream protocol, passt, TAP.
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -51,7 +52,8 @@ pub fn stream(scene: &Scene) -> Result<()> {
 /// Through passt, which needs no root, the guest reaches a port of the host, and the host reaches a
 /// port of the guest.
 pub fn passt(scene: &Scene) -> Result<()> {
-    const PORT: u16 = 15_201;
+    // A port of this host that nobody has.
+    let port = TcpListener::bind(("0.0.0.0", 0))?.local_addr()?.port();
     let socket = scene.dir().join("passt");
     let mut command = scene.lab.program("passt");
     command.args(["--foreground", "--one-off", "--socket"]).arg(&socket);
@@ -66,7 +68,7 @@ pub fn passt(scene: &Scene) -> Result<()> {
         "1500",
         "--no-dhcp-dns",
     ]);
-    command.args(["--tcp-ports", &PORT.to_string()]);
+    command.args(["--tcp-ports", &port.to_string()]);
     let log = scene.dir().join("passt.log");
     let mut passt = Process::start(command, "passt", &log)?;
     let until = Instant::now() + Duration::from_secs(60);
@@ -74,7 +76,7 @@ pub fn passt(scene: &Scene) -> Result<()> {
         ensure!(Instant::now() < until, passt.complaint("makes no socket"));
         std::thread::sleep(Duration::from_millis(10));
     }
-    match through_passt(scene, &socket, PORT) {
+    match through_passt(scene, &socket, port) {
         // passt makes its namespaces after its socket. If it cannot, it ends and says why.
         Err(_) if passt.ended()?.is_some_and(|status| !status.success()) => {
             let said = fs::read_to_string(&log).unwrap_or_default();
