@@ -3,7 +3,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// A child process. It is killed when this is dropped, and when this process dies in any way.
@@ -194,15 +194,18 @@ impl RunDir {
     pub fn new() -> Result<Self> {
         let parent = std::env::temp_dir();
         sweep(&parent);
-        let path = (0..)
-            .map(|n: u32| parent.join(format!("{PREFIX}{}-{n}", std::process::id())))
-            .find(|path| !path.exists())
-            .context("no name is left")?;
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .with_context(|| format!("cannot make {}", path.display()))?;
-        Ok(Self { path })
+        let own = |n: u32| parent.join(format!("{PREFIX}{}-{n}", std::process::id()));
+        for path in (0..).map(own) {
+            match fs::DirBuilder::new().mode(0o700).create(&path) {
+                Ok(()) => return Ok(Self { path }),
+                // Another test of this process has this one.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => {
+                    return Err(error).with_context(|| format!("cannot make {}", path.display()));
+                }
+            }
+        }
+        bail!("no name is left in {}", parent.display())
     }
 
     /// The folder.
@@ -282,6 +285,24 @@ fn sweep(parent: &Path) {
     for (path, process) in all_run_dirs(parent) {
         if !is_alive(&process) {
             let _ = fs::remove_dir_all(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tests of one process run at once: each needs a folder of its own.
+    #[test]
+    fn folders_that_are_made_at_once_are_different() {
+        let make = || {
+            (0..8).map(|_| thread::spawn(|| RunDir::new().unwrap())).collect::<Vec<_>>().into_iter()
+        };
+        for _ in 0..50 {
+            let folders: Vec<RunDir> = make().map(|thread| thread.join().unwrap()).collect();
+            let paths: std::collections::HashSet<_> = folders.iter().map(RunDir::path).collect();
+            assert_eq!(paths.len(), 8);
         }
     }
 }
