@@ -84,7 +84,8 @@ pub struct Stats {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Outcome {
-    /// How much was done, in units of [`Session::take_work`], and 1 for each client accepted.
+    /// How much was done, in units of [`Session::take_work`], and 1 for each connection that was
+    /// accepted, has sent something, or has become the client or was refused.
     pub work: u32,
     /// A client is connected and has negotiated.
     pub connected: bool,
@@ -455,7 +456,7 @@ impl<T: Target> Server<T> {
 
     /// Whether the descriptors of too many earlier connections are not closed yet.
     fn closes_too_much(&mut self) -> bool {
-        self.closing.retain(|closer| closer.is_at_work());
+        self.closing.retain(Closer::is_at_work);
         let descriptors: usize = self.closing.iter().map(Closer::waiting).sum();
         let too_much = self.closing.len() >= CLOSING_MAX || descriptors >= CLOSING_FDS_MAX;
         if too_much && !self.told_closing {
@@ -495,7 +496,7 @@ impl<T: Target> Server<T> {
         let Some(at) = self.candidates.iter().position(|c| c.token == token) else { return };
         if self.candidates[at].hear() == Heard::Gone {
             let candidate = self.candidates.remove(at);
-            debug!(device = self.name, "client {} left without a word", candidate.number);
+            debug!(device = self.name, "client {} left before its first message", candidate.number);
             self.dismiss(candidate);
         }
     }
@@ -504,13 +505,19 @@ impl<T: Target> Server<T> {
     /// client.
     fn dismiss(&mut self, candidate: Candidate) {
         self.poller.remove(&candidate.socket);
-        self.closing.push(candidate.closer.clone());
+        let closer = candidate.closer.clone();
         if candidate.has_spoken {
             candidate.refuse()
         } else {
             candidate.close()
         }
-        self.closing.retain(|closer| closer.is_at_work());
+        self.closes(closer);
+    }
+
+    /// Remembers what closes the descriptors of a connection that has ended.
+    fn closes(&mut self, closer: Closer) {
+        self.closing.retain(Closer::is_at_work);
+        self.closing.extend(closer.is_at_work().then_some(closer));
     }
 
     /// Makes the first candidate that has spoken the client, if there is none, and refuses those
@@ -781,8 +788,7 @@ impl<T: Target> Server<T> {
         self.poller.remove(&client.socket);
         client.closer.close_last(client.socket);
         drop((client.receiver, client.handling));
-        self.closing.push(client.closer);
-        self.closing.retain(|closer| closer.is_at_work());
+        self.closes(client.closer);
         if client.session.negotiated().is_some() {
             self.leaving = true;
             self.leave();
