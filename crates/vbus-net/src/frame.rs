@@ -3,6 +3,7 @@
 //! body.
 
 use vbus_core::memory::DriverSlice;
+pub use vbus_core::shm::abi::venet::{CHAIN_MAX, FRAME_MAX, flag};
 use vbus_tap::{HEADER_BYTES, Mac, Offloads};
 
 /// Bytes of an Ethernet header without tags.
@@ -11,33 +12,12 @@ pub const ETH_BYTES: usize = 14;
 pub const TAG_BYTES: usize = 4;
 /// Bytes that a frame may have in addition to its MTU: the Ethernet header and two VLAN tags.
 pub const ETH_OVERHEAD: usize = ETH_BYTES + 2 * TAG_BYTES;
-/// The most bytes of a frame with its virtio-net header: a segment of 64 KiB, an Ethernet header
-/// and two tags.
-pub const FRAME_MAX: usize = HEADER_BYTES + 65536 + ETH_OVERHEAD;
-/// The most buffers that one frame may use.
-pub const CHAIN_MAX: usize = 20;
 /// The most pieces of a frame in this process's memory. A buffer is one piece, or two if a boundary
 /// between two mappings of the driver's memory lies in it.
 pub const PIECES_MAX: usize = FRAME_MAX.div_ceil(4096) + 2 * CHAIN_MAX;
 
 /// The EtherTypes of VLAN tags: IEEE 802.1Q, and 802.1ad for the outer one of two tags.
 pub const VLAN: [u16; 2] = [0x8100, 0x88a8];
-
-/// Bits and values of the virtio-net header (virtio 1.3, 5.1.6).
-pub mod flag {
-    /// The sender leaves the checksum from `csum_start` on to the receiver.
-    pub const NEEDS_CSUM: u8 = 1;
-    /// No segmentation.
-    pub const GSO_NONE: u8 = 0;
-    /// TCP over IPv4.
-    pub const GSO_TCPV4: u8 = 1;
-    /// TCP over IPv6.
-    pub const GSO_TCPV6: u8 = 4;
-    /// UDP: cut into datagrams.
-    pub const GSO_UDP: u8 = 5;
-    /// Combined with a TCP value: the CWR flag is set.
-    pub const GSO_ECN: u8 = 0x80;
-}
 
 /// Bytes of a TCP header without options.
 const TCP_BYTES: usize = 20;

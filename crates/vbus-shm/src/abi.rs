@@ -363,6 +363,24 @@ pub mod venet {
     /// {hash u32, kind u16 ([`hash_kind`]: the number of its bit, plus 1; 0: not hashed), zero
     /// u16}.
     pub const HASH_HEADER_BYTES: usize = HEADER_BYTES + 8;
+    /// Bits and values of the header (virtio 1.3, 5.1.6).
+    pub mod flag {
+        /// `flags`: the sender leaves the checksum from `csum_start` on to the receiver.
+        pub const NEEDS_CSUM: u8 = 1;
+        /// `flags`, to the driver: the checksum has been verified.
+        pub const VERIFIED: u8 = 2;
+        /// `gso_type`: no segmentation.
+        pub const GSO_NONE: u8 = 0;
+        /// `gso_type`: TCP over IPv4.
+        pub const GSO_TCPV4: u8 = 1;
+        /// `gso_type`: TCP over IPv6.
+        pub const GSO_TCPV6: u8 = 4;
+        /// `gso_type`: UDP, cut into datagrams.
+        pub const GSO_UDP: u8 = 5;
+        /// `gso_type`, combined with a TCP value: the CWR flag is set.
+        pub const GSO_ECN: u8 = 0x80;
+    }
+
     /// The most bytes of a frame with its header (without a hash): a 64 KiB segment, its Ethernet
     /// header, two tags.
     pub const FRAME_MAX: usize = HEADER_BYTES + 65536 + 14 + 8;

@@ -48,7 +48,7 @@ impl Fifo {
     pub fn find(&self, bytes: u32) -> Option<Place> {
         let need = bytes.checked_next_multiple_of(ALIGN)?;
         if self.used == 0 {
-            // At the begin again: what was written last is likely to be in the cache.
+            // At the beginning again: what was written last is likely to be in the cache.
             return (need <= self.bytes).then_some(Place { offset: 0, held: need });
         }
         let end = self.bytes - self.head;

@@ -2,11 +2,7 @@
 //! The header before each frame (spec/venet.md, "Frames"): what one end leaves to the other.
 
 use vbus_shm::abi::venet::{F_RX_CSUM, F_RX_ECN, F_RX_TSO4, F_RX_TSO6, F_RX_USO};
-use vbus_shm::abi::venet::{HASH_HEADER_BYTES, HEADER_BYTES};
-
-const CSUM: u8 = 1;
-const VERIFIED: u8 = 2;
-const CWR: u8 = 0x80;
+use vbus_shm::abi::venet::{HASH_HEADER_BYTES, HEADER_BYTES, flag};
 
 const ETHERNET: usize = 14;
 const TAG: usize = 4;
@@ -29,9 +25,9 @@ pub enum Gso {
 impl Gso {
     fn number(self) -> u8 {
         match self {
-            Gso::Tcp4 => 1,
-            Gso::Tcp6 => 4,
-            Gso::Udp => 5,
+            Gso::Tcp4 => flag::GSO_TCPV4,
+            Gso::Tcp6 => flag::GSO_TCPV6,
+            Gso::Udp => flag::GSO_UDP,
         }
     }
 
@@ -92,12 +88,12 @@ impl Header {
         let mut flags = 0;
         let (mut start, mut offset) = (0, 0);
         if let Some(csum) = self.csum {
-            flags = CSUM;
+            flags = flag::NEEDS_CSUM;
             (start, offset) = csum;
         }
         let (mut kind, mut size) = (0, 0);
         if let Some(segments) = self.segments {
-            kind = segments.kind.number() | if segments.cwr { CWR } else { 0 };
+            kind = segments.kind.number() | if segments.cwr { flag::GSO_ECN } else { 0 };
             size = segments.size;
         }
         let [a, b] = [self.length, size].map(u16::to_le_bytes);
@@ -121,7 +117,7 @@ impl Header {
     ) -> Result<Header, BadHeader> {
         let at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let mut header = Header { length: at(2), ..Header::default() };
-        if bytes[0] & CSUM != 0 {
+        if bytes[0] & flag::NEEDS_CSUM != 0 {
             let (start, offset) = (at(6), at(8));
             let end = usize::from(start) + usize::from(offset) + 2;
             if offloads & F_RX_CSUM == 0 || usize::from(start) < ETHERNET || end > frame {
@@ -129,25 +125,22 @@ impl Header {
             }
             header.csum = Some((start, offset));
         }
-        header.verified = bytes[0] & VERIFIED != 0;
-        if bytes[1] != 0 {
-            let kind = match bytes[1] & !CWR {
-                1 => Gso::Tcp4,
-                4 => Gso::Tcp6,
-                5 => Gso::Udp,
+        header.verified = bytes[0] & flag::VERIFIED != 0;
+        if bytes[1] != flag::GSO_NONE {
+            let (kind, place, least) = match bytes[1] & !flag::GSO_ECN {
+                flag::GSO_TCPV4 => (Gso::Tcp4, TCP_CSUM, TCP_LEAST),
+                flag::GSO_TCPV6 => (Gso::Tcp6, TCP_CSUM, TCP_LEAST),
+                flag::GSO_UDP => (Gso::Udp, UDP_CSUM, UDP),
                 _ => return Err(BadHeader),
             };
-            let (size, cwr) = (at(4), bytes[1] & CWR != 0);
-            let place = if kind == Gso::Udp { UDP_CSUM } else { TCP_CSUM };
+            let (size, cwr) = (at(4), bytes[1] & flag::GSO_ECN != 0);
             let refused = offloads & kind.feature() == 0 || cwr && offloads & F_RX_ECN == 0;
-            let fits = header.csum.is_some_and(|(_, offset)| offset == place) && size != 0;
-            if refused || !fits {
+            let (start, offset) = header.csum.ok_or(BadHeader)?;
+            if refused || offset != place || size == 0 {
                 return Err(BadHeader);
             }
             // What fits one segment needs no cut. And a size above all payloads may have a meaning
             // of its own to a kernel, as 65535 has to Linux.
-            let (start, _) = header.csum.ok_or(BadHeader)?;
-            let least = if kind == Gso::Udp { UDP } else { TCP_LEAST };
             if usize::from(start) + least + usize::from(size) < frame {
                 header.segments = Some(Segments { kind, size, cwr });
             }
@@ -169,80 +162,56 @@ impl Header {
 /// transport header is not where `header` says, or that it is not complete within `frame`.
 #[inline]
 pub fn header_length(frame: &[u8], header: &Header) -> Option<usize> {
-    let (length, known) = walk(frame);
+    let mut length = ETHERNET;
+    let known = walk(frame, &mut length);
+    let length = frame.len().min(length);
     let Some(segments) = header.segments else { return Some(length) };
     let (start, _) = header.csum?;
-    let (transport, kinds) = known?;
-    let is_kind = match segments.kind {
-        Gso::Udp => matches!(kinds, Kind::Udp),
-        Gso::Tcp4 => matches!(kinds, Kind::Tcp4),
-        Gso::Tcp6 => matches!(kinds, Kind::Tcp6),
-    };
-    (is_kind && transport == usize::from(start)).then_some(length)
+    (known? == (usize::from(start), segments.kind)).then_some(length)
 }
 
-enum Kind {
-    Tcp4,
-    Tcp6,
-    Udp,
-}
-
-/// The bytes of the headers, and where and of which kind the transport header is, if it is
-/// complete.
+/// Where the transport header is, and the kind of the frame, if all headers are complete within
+/// `frame`. `length` grows from that of the Ethernet header by each further header that is known.
 #[inline]
-fn walk(frame: &[u8]) -> (usize, Option<(usize, Kind)>) {
+fn walk(frame: &[u8], length: &mut usize) -> Option<(usize, Gso)> {
     let u16_at = |at: usize| Some(u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?]));
-    let mut at = ETHERNET;
-    let mut kind = u16_at(ETHERNET - 2);
+    let mut kind = u16_at(*length - 2)?;
     for _ in 0..2 {
-        if !matches!(kind, Some(0x8100 | 0x88a8)) {
+        if !matches!(kind, 0x8100 | 0x88a8) {
             break;
         }
-        kind = u16_at(at + 2);
-        at += TAG;
+        *length += TAG;
+        kind = u16_at(*length - 2)?;
     }
-    let network = at;
-    let (protocol, v4) = match kind {
-        Some(0x0800) => {
-            let Some(&first) = frame.get(network) else { return (frame.len().min(at), None) };
-            let bytes = usize::from(first & 0xf) * 4;
-            // Fragments have no whole transport header.
-            let fragment = u16_at(network + 6).is_none_or(|word| word & 0x3fff != 0);
-            if first >> 4 != 4 || bytes < 20 || fragment {
-                return (frame.len().min(at), None);
-            }
-            at += bytes;
-            (frame.get(network + 9), true)
-        }
-        Some(0x86dd) => {
-            if frame.get(network).is_none_or(|first| first >> 4 != 6) {
-                return (frame.len().min(at), None);
-            }
-            at += 40;
-            (frame.get(network + 6), false)
-        }
-        _ => return (frame.len().min(at), None),
+    let network = *length;
+    let first = *frame.get(network)?;
+    let (bytes, protocol, tcp) = match (kind, first >> 4) {
+        (0x0800, 4) => (usize::from(first & 0xf) * 4, 9, Gso::Tcp4),
+        (0x86dd, 6) => (40, 6, Gso::Tcp6),
+        _ => return None,
     };
-    let transport = at;
-    let known = match protocol {
-        Some(6) => {
-            let Some(&offset) = frame.get(transport + 12) else {
-                return (frame.len().min(at), None);
-            };
-            let bytes = usize::from(offset >> 4) * 4;
+    // Fragments have no whole transport header.
+    if tcp == Gso::Tcp4 && (bytes < 20 || u16_at(network + 6)? & 0x3fff != 0) {
+        return None;
+    }
+    *length += bytes;
+    let transport = *length;
+    let kind = match *frame.get(network + protocol)? {
+        6 => {
+            let bytes = usize::from(*frame.get(transport + 12)? >> 4) * 4;
             if bytes < TCP_LEAST {
-                return (frame.len().min(at), None);
+                return None;
             }
-            at += bytes;
-            Some(if v4 { Kind::Tcp4 } else { Kind::Tcp6 })
+            *length += bytes;
+            tcp
         }
-        Some(17) => {
-            at += UDP;
-            Some(Kind::Udp)
+        17 => {
+            *length += UDP;
+            Gso::Udp
         }
-        _ => None,
+        _ => return None,
     };
-    (frame.len().min(at), known.filter(|_| at <= frame.len()).map(|kind| (transport, kind)))
+    (*length <= frame.len()).then_some((transport, kind))
 }
 
 #[cfg(test)]
@@ -315,7 +284,7 @@ mod tests {
             assert_eq!(Header::parse(&wrong, false, 9000, F_RX), Err(BadHeader), "byte {at}");
         }
         let mut cwr = bytes;
-        cwr[1] |= CWR;
+        cwr[1] |= flag::GSO_ECN;
         assert!(Header::parse(&cwr, false, 9000, F_RX).is_ok());
         assert_eq!(Header::parse(&cwr, false, 9000, F_RX & !F_RX_ECN), Err(BadHeader));
     }
