@@ -103,8 +103,10 @@ impl<H: Hal> RxRing<H> {
     /// oldest buffers, each filled from its beginning. These buffers belong to the driver from now
     /// on.
     ///
-    /// An error says that the device broke the protocol: it returned more buffers than it has, more
-    /// bytes than a buffer has, or too large a frame.
+    /// # Errors
+    /// The device broke the protocol: it returned more buffers than it has, more bytes than a
+    /// buffer has, or too large a frame. The driver then takes the queue away, because it does not
+    /// know any more which buffers the device has.
     #[inline]
     pub fn receive(&mut self) -> Result<Option<&[u32]>, Error> {
         if self.whole {
