@@ -90,12 +90,12 @@ impl Sandbox {
         self
     }
 
-    /// Whether the classes open files.
     /// Whether classes of the program open files that the configuration names.
     pub(crate) fn has_configured_files(&self) -> bool {
         self.configured
     }
 
+    /// Whether the classes open files.
     fn has_files(&self) -> bool {
         self.configured || !self.read.is_empty() || !self.write.is_empty()
     }
