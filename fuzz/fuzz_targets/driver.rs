@@ -11,7 +11,9 @@ use std::rc::Rc;
 
 use libfuzzer_sys::fuzz_target;
 use vbus_driver::requests::Requests;
-use vbus_driver::venet::{BUFFER_MIN, FRAME_MAX, HEADER_BYTES, Nic, Piece};
+use vbus_driver::venet::{
+    BUFFER_MIN, CHAIN_MAX, F_HASH, FRAME_MAX, HEADER_BYTES, Header, Nic, Piece, header_length,
+};
 use vbus_driver::{Dma, Doorbell, FixedTable, Function, Hal, Memory, NoMemory, pic, sched, state};
 use vbus_shm::abi::{capability, command, error_code, reg};
 use vbus_shm::pic::Nesting;
@@ -275,6 +277,63 @@ fn nic(device: &Device, function: Function<Device>) -> Result<(), vbus_driver::E
     Ok(())
 }
 
+/// As the Linux driver: receive buffers of its own, and headers that it reads.
+fn own_buffers(device: &Device, function: Function<Device>) -> Result<(), vbus_driver::Error> {
+    const ENTRIES: u32 = 32;
+    let mut nic = Nic::open(function, u64::MAX, 0)?;
+    nic.set_budget(Some(1 << 20));
+    let tx = nic.tx(0, ENTRIES, 0)?;
+    let mut rx = nic.rx_ring(0, ENTRIES, BUFFER_MIN, 0)?;
+    nic.start()?;
+    let features = nic.function().features();
+    let mut given = 0;
+    while let Some(step) = device.step() {
+        match step % 8 {
+            0 | 1 => {
+                // SAFETY: nothing is at the address, and this device writes to no buffer.
+                given += u32::from(unsafe { rx.give(0x1000) }.is_ok());
+                rx.post();
+            }
+            2..=4 => {
+                if let Some(lengths) = rx.receive()? {
+                    assert!(lengths.len() <= CHAIN_MAX && lengths.len() as u32 <= given);
+                    assert!(lengths.iter().all(|len| (1..=BUFFER_MIN).contains(len)));
+                    given -= lengths.len() as u32;
+                    let bytes = lengths.iter().map(|len| *len as usize).sum::<usize>();
+                    read_header(device, bytes - rx.header_bytes(), features);
+                }
+            }
+            5 => {
+                let frame = usize::from(u16::from_le_bytes(device.0.borrow_mut().next()));
+                read_header(device, frame, features);
+            }
+            6 => drop(rx.arm(u32::from(step >> 4))),
+            _ => nic.function().check()?,
+        }
+        assert_eq!((rx.in_flight(), rx.space()), (given, ENTRIES - given));
+    }
+    nic.remove_pair(tx, rx)
+}
+
+/// Reads the header of a frame of `frame` bytes, whose first bytes are those of the input.
+fn read_header(device: &Device, frame: usize, features: u64) {
+    let mut state = device.0.borrow_mut();
+    let (header, first) = (state.next(), state.next::<128>());
+    let Ok(header) = Header::parse(&header, features & F_HASH != 0, frame, features) else {
+        return;
+    };
+    if let Some((start, offset)) = header.csum {
+        assert!(start >= 14 && usize::from(start) + usize::from(offset) + 2 <= frame);
+    }
+    if let Some(segments) = header.segments {
+        let (start, _) = header.csum.expect("what is to be cut has no checksum yet");
+        assert!(segments.size != 0 && usize::from(start) + usize::from(segments.size) < frame);
+    }
+    let seen = &first[..first.len().min(frame)];
+    let length = header_length(seen, &header);
+    assert!(length.is_none_or(|length| length <= seen.len()), "{length:?} of {}", seen.len());
+}
+
 fn pages(device: &Device, function: Function<Device>) -> Result<(), vbus_driver::Error> {
     let mut devices = state::Pages::open(function)?;
     let Some(page) = devices.find("p")?.or(Some(devices.describe(0)?)) else { return Ok(()) };
@@ -357,9 +416,11 @@ fn scheduling(device: &Device, function: Function<Device>) -> Result<(), vbus_dr
 fuzz_target!(|input: &[u8]| {
     use vbus_shm::abi::class;
     let Some((&kind, input)) = input.split_first() else { return };
+    const VENET: &[u32] = &[2, 1500 << 16, 256 << 16 | 2, 128, 0xff];
     type Drive = fn(&Device, Function<Device>) -> Result<(), vbus_driver::Error>;
     let (class, area, drive): (u16, &[u32], Drive) = match kind % 8 {
-        0..=3 => (class::VENET, &[2, 1500 << 16, 256 << 16 | 2, 128, 0xff], nic),
+        0..=2 => (class::VENET, VENET, nic),
+        3 => (class::VENET, VENET, own_buffers),
         4 => (class::STATE, &[3], pages),
         5 => (class::PIC, &[2, 256], interrupts),
         6 => (class::SCHED, &[2, 7, 10, 0, 100, 10, 50], scheduling),
