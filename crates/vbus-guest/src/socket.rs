@@ -66,10 +66,13 @@ impl Source for SocketSource {
             .map_err(anyhow::Error::from)
             .and_then(|mut bus| bus.stream(&json!({ "op": "list" }), &mut drop));
         let Ok(Value::Array(devices)) = listed else { return Vec::new() };
+        let here = fs::canonicalize(dir).ok();
         let used = |device: &Value| {
             let text = |key: &str| device[key].as_str().map(str::to_owned);
             let socket = PathBuf::from(text("socket")?);
-            let used = device["connected"].as_bool()?;
+            // A socket in another folder may have the name of one in this folder.
+            let is_here = fs::canonicalize(socket.parent()?).ok() == here;
+            let used = is_here && device["connected"].as_bool()?;
             used.then_some(InUse {
                 id: dir.join(socket.file_name()?).display().to_string(),
                 name: text("name")?,

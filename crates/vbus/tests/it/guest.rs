@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, ChildStdout, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 use crate::support::{Served, vbus_guest, wait_until};
 use rustix::process::Signal;
@@ -35,13 +35,11 @@ struct Lines {
 
 impl Lines {
     fn start(bus: &Served, args: &[&str]) -> Lines {
-        let mut child = vbus_guest()
-            .args(args)
-            .arg("--dir")
-            .arg(&bus.dir)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        Lines::of(vbus_guest().args(args).arg("--dir").arg(&bus.dir))
+    }
+
+    fn of(command: &mut Command) -> Lines {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
         Lines { child, lines }
     }
@@ -96,6 +94,23 @@ fn to_list_devices_costs_one_in_use_nothing() {
     let silent = [(); 3].map(|()| UnixStream::connect(bus.dir.join("values.sock")).unwrap());
     assert_eq!(seen(), before);
     drop(silent);
+}
+
+#[test]
+fn a_socket_elsewhere_of_the_same_name_is_another_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("values.sock");
+    let other = format!(
+        "[[device]]\nname = \"other\"\nclass = \"state\"\nsocket = {{ path = {path:?} }}\n\
+         pages = [{{ name = \"p\", bytes = 8, owner = \"device\", initial = \"1\" }}]\n"
+    );
+    let bus = Served::start(&format!("{CONFIG}{other}"));
+    let args = ["state", "watch", "p"];
+    let mut watch = Lines::of(vbus_guest().args(args).arg("--socket").arg(&path));
+    assert_eq!(watch.next(), "1");
+    let list = bus.guest().json(&["list"]);
+    let row = ["name", "state", "error"].map(|key| list[1][key].clone());
+    assert_eq!(row, [json!("values"), json!("closed"), json!(null)], "{list}");
 }
 
 /// Nobody waits for the others' time limits here: there are always some.
