@@ -46,16 +46,11 @@ impl Ring {
     pub fn write(&mut self, buffers: &[u8], len: usize) -> io::Result<usize> {
         let mut count = 0;
         for buffers in buffers.chunks(self.batch * BUFFER) {
-            let vectors: Vec<_> = buffers
-                .chunks_exact(BUFFER)
-                .map(|buffer| {
-                    let (head, body) = buffer[..len].split_at(HEAD);
-                    [IoVec::new(head), IoVec::new(body)]
-                })
-                .collect();
-            let entries = vectors.iter().map(|vectors| {
-                let count = vectors.len() as u32;
-                opcode::Writev::new(types::Fixed(0), vectors.as_ptr().cast(), count).build()
+            let vectors: Vec<_> =
+                buffers.chunks_exact(BUFFER).map(|buffer| IoVec::new(&buffer[..len])).collect();
+            let entries = vectors.iter().map(|vector| {
+                let vector = std::ptr::from_ref(vector).cast();
+                opcode::Writev::new(types::Fixed(0), vector, 1).build()
             });
             // SAFETY: the vectors and the buffers live until the call has ended, and `perform`
             // returns when all operations have.
