@@ -153,7 +153,11 @@ impl PcapFile {
     /// Writes out the waiting records. The file is complete when this returns, unless its disk or
     /// its reader stands still. Later records are ignored.
     pub fn close(&self) {
-        let until = Instant::now() + PATIENCE;
+        self.close_within(PATIENCE);
+    }
+
+    fn close_within(&self, patience: Duration) {
+        let until = Instant::now() + patience;
         let mut buffer = lock(&self.waiting.buffer);
         if std::mem::replace(&mut buffer.closed, true) {
             return;
@@ -273,5 +277,73 @@ impl Out {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    use std::path::Path;
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    const BOUND: Duration = Duration::from_secs(60);
+
+    /// Opens this file, which blocks as a disk does.
+    struct Disk(OwnedFd);
+
+    impl Opener for Disk {
+        fn create(&self, _: &Path) -> io::Result<File> {
+            Ok(self.0.try_clone()?.into())
+        }
+
+        fn listen(&self, _: &Path) -> io::Result<OwnedFd> {
+            Err(ErrorKind::Unsupported.into())
+        }
+
+        fn remove(&self, _: &Path) {}
+
+        fn connect(&self, _: &Path) -> io::Result<OwnedFd> {
+            Err(ErrorKind::Unsupported.into())
+        }
+
+        fn tap(&self, _: &str, _: u16, _: u16) -> io::Result<(String, Vec<vbus_tap::Queue>)> {
+            Err(ErrorKind::Unsupported.into())
+        }
+    }
+
+    #[test]
+    fn a_disk_that_stands_still_is_waited_for_once() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        rustix::net::sockopt::set_socket_send_buffer_size(&ours, 4096).unwrap();
+        let disk = Arc::new(Disk(ours.into()));
+        let capture = PcapFile::create(disk, "capture".into(), u32::MAX).unwrap();
+        let frame = [7; 1514];
+        // More than the socket takes before somebody reads.
+        for _ in 0..1000 {
+            capture.record(&Packet::plain(&frame).unwrap());
+        }
+        let records = capture.records.get();
+        assert_eq!((records, capture.left_out.get()), (1000, 0));
+        capture.close_within(Duration::from_millis(1));
+        assert!(!lock(&capture.waiting.buffer).done, "the disk stands still");
+        // Nobody waits for it again, however patient. Dropping it does not either.
+        let (told, hears) = channel();
+        std::thread::spawn(move || {
+            capture.close_within(BOUND * 60);
+            drop(capture);
+            told.send(()).unwrap();
+        });
+        hears.recv_timeout(BOUND).expect("the second one waits for the disk");
+        // The capture becomes complete once the disk goes on.
+        theirs.set_read_timeout(Some(BOUND)).unwrap();
+        let mut written = Vec::new();
+        (&theirs).take(24 + 1000 * (16 + 1514)).read_to_end(&mut written).unwrap();
+        assert_eq!(written.len(), 24 + 1000 * (16 + 1514));
+        assert_eq!(written[..4], MAGIC.to_le_bytes());
+        assert_eq!(written[written.len() - 1514..], frame);
     }
 }

@@ -198,6 +198,10 @@ impl Supervisor {
     /// Ends the supervisor, and waits for its end, but not for ever. Later requests fail, and so do
     /// those that are under way.
     pub fn stop(&self) {
+        self.stop_within(TIMEOUT);
+    }
+
+    fn stop_within(&self, limit: Duration) {
         let mut child = lock(&self.child);
         // It may have been stopped before.
         if matches!(child.try_wait(), Ok(Some(_))) {
@@ -210,7 +214,7 @@ impl Supervisor {
         let begun = Instant::now();
         let ended = loop {
             match child.try_wait() {
-                Ok(None) if begun.elapsed() < TIMEOUT => std::thread::sleep(PAUSE),
+                Ok(None) if begun.elapsed() < limit => std::thread::sleep(PAUSE),
                 other => break other,
             }
         };
@@ -350,5 +354,63 @@ impl Drop for RemoteThread {
     fn drop(&mut self) {
         // A supervisor that has ended has restored its threads.
         let _ = self.ask(&Verb::Release { thread: self.number });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    const BOUND: Duration = Duration::from_secs(60);
+
+    /// A supervisor that takes no verb, and ends when it is killed. Returns its ends of the sockets
+    /// of the quick verbs and of the others, too.
+    fn deaf() -> (Arc<Supervisor>, [OwnedFd; 2]) {
+        let kind = SocketType::SEQPACKET;
+        let pair = || socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
+        let ((quick, theirs_quick), (slow, theirs)) = (pair(), pair());
+        let child = Command::new("sleep").arg("3600").spawn().unwrap();
+        let ends = [quick.try_clone().unwrap(), slow.try_clone().unwrap()];
+        let supervisor = Supervisor {
+            quick: Mutex::new(Link::Open(quick)),
+            slow: Mutex::new(Link::Open(slow)),
+            ends,
+            child: Mutex::new(child),
+            threads: Threads { is_privileged: false, tells_time: false },
+        };
+        (Arc::new(supervisor), [theirs_quick, theirs])
+    }
+
+    #[test]
+    fn a_supervisor_that_does_not_answer_is_not_waited_for_without_end() {
+        let (supervisor, theirs) = deaf();
+        let (told, hears) = channel();
+        for verb in [Verb::Threads, Verb::Settle] {
+            let (supervisor, told) = (supervisor.clone(), told.clone());
+            std::thread::spawn(move || told.send(supervisor.ask(&verb)).unwrap());
+        }
+        // Both requests are under way now. Each holds the lock of its socket.
+        for end in &theirs {
+            assert!(verb::receive_plain::<Verb>(end).unwrap().is_some());
+        }
+        let (stopped, ends) = channel();
+        let stopping = supervisor.clone();
+        std::thread::spawn(move || {
+            stopping.stop_within(Duration::from_millis(20));
+            stopped.send(()).unwrap();
+        });
+        ends.recv_timeout(BOUND).expect("the end waits for the supervisor");
+        for _ in 0..2 {
+            let answer = hears.recv_timeout(BOUND).expect("a request waits for the supervisor");
+            assert_eq!(answer.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        }
+        // There is no other request, and a supervisor that ends at last is the end of it.
+        let after = supervisor.ask(&Verb::Settle).unwrap_err();
+        assert_eq!(after.kind(), io::ErrorKind::BrokenPipe);
+        lock(&supervisor.child).kill().unwrap();
+        supervisor.stop_within(BOUND * 60);
+        assert!(lock(&supervisor.child).try_wait().unwrap().is_some());
     }
 }

@@ -362,6 +362,41 @@ fn classes_can_do_what_their_program_asks_for() {
     as_each_user("strict", |bus, _| assert_eq!(file(bus, "allowed"), EPERM));
 }
 
+/// What a reload with another folder in `[allow]` says of `[allow]`: what it did, what it needs.
+fn reload_with_another_folder(bus: &Bus) -> Vec<(String, Value)> {
+    let path = bus.path("bus.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (allowed, other) = (bus.path("allowed"), bus.path("other"));
+    let paths = format!("paths = [{allowed:?}]");
+    assert!(text.contains(&paths), "{text}");
+    std::fs::write(&path, text.replace(&paths, &format!("paths = [{other:?}]"))).unwrap();
+    let mut answers = bus.ask(&json!({ "op": "reload" }));
+    let report = answers.pop().unwrap()["ok"].take();
+    let lines = |key: &str| report[key].as_array().unwrap_or_else(|| panic!("{report}")).clone();
+    let mut all = Vec::new();
+    for did in ["changed", "kept", "failed"] {
+        let of = lines(did).into_iter().filter(|line| line["subject"] == "allow");
+        all.extend(of.map(|line| (did.to_owned(), line["needs"].clone())));
+    }
+    all
+}
+
+#[test]
+fn a_reload_says_that_the_folders_of_the_programs_own_classes_stay() {
+    let file = |bus: &Bus, name: &str| bus.opens(&bus.path(name).join("file"));
+    let bus = Bus::start("configured", &[], None);
+    let info = bus.ask(&json!({ "op": "info" })).remove(0)["ok"].take();
+    let changed = ("changed".to_owned(), Value::Null);
+    if has_landlock(&info) {
+        let kept = ("kept".to_owned(), json!("restart"));
+        assert_eq!(reload_with_another_folder(&bus), [changed.clone(), kept]);
+        assert_eq!((file(&bus, "allowed"), file(&bus, "other")), (0, EACCES));
+    }
+    // A program whose classes open nothing has nothing that stays.
+    let bus = Bus::start("strict", &[], None);
+    assert_eq!(reload_with_another_folder(&bus), [changed]);
+}
+
 #[test]
 fn no_sandbox_says_what_is_lost() {
     let bus = Bus::start("strict", &["--no-sandbox"], None);
