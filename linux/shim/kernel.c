@@ -37,9 +37,9 @@
 
 #include "vbus.h"
 
-void *shim_alloc(u64 bytes, bool may_sleep)
+void *shim_alloc(u64 bytes)
 {
-	return may_sleep ? kvzalloc(bytes, GFP_KERNEL) : kzalloc(bytes, GFP_ATOMIC);
+	return kvzalloc(bytes, GFP_KERNEL);
 }
 
 void shim_free(void *memory)
@@ -49,27 +49,18 @@ void shim_free(void *memory)
 
 void shim_log(void *pci, int level, const char *text, u64 bytes)
 {
-	struct device *dev = pci ? &((struct pci_dev *)pci)->dev : NULL;
+	struct device *dev = &((struct pci_dev *)pci)->dev;
 	int length = min_t(u64, bytes, 1024);
 
 	switch (level) {
 	case SHIM_ERROR:
-		if (dev)
-			dev_err(dev, "%.*s\n", length, text);
-		else
-			pr_err("vbus: %.*s\n", length, text);
+		dev_err(dev, "%.*s\n", length, text);
 		break;
 	case SHIM_WARNING:
-		if (dev)
-			dev_warn(dev, "%.*s\n", length, text);
-		else
-			pr_warn("vbus: %.*s\n", length, text);
+		dev_warn(dev, "%.*s\n", length, text);
 		break;
 	default:
-		if (dev)
-			dev_info(dev, "%.*s\n", length, text);
-		else
-			pr_info("vbus: %.*s\n", length, text);
+		dev_info(dev, "%.*s\n", length, text);
 	}
 }
 

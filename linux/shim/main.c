@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-/* The module and its PCI driver. All that happens to a function is decided in Rust (src/device.rs). */
+/* The module and its PCI driver. What happens to a function is decided in Rust (src/device.rs). */
 #include <linux/device.h>
 #include <linux/module.h>
 #include <linux/pci.h>
@@ -19,19 +19,12 @@ static ssize_t show(struct device *dev, unsigned int which, char *text)
 	return device ? vbus_show(device, which, text, PAGE_SIZE) : -ENODEV;
 }
 
-#define ATTRIBUTE(name, which)                                                                   \
-	static ssize_t name##_show(struct device *dev, struct device_attribute *attr, char *text) \
-	{                                                                                        \
-		return show(dev, which, text);                                                   \
-	}                                                                                        \
-	static DEVICE_ATTR_RO(name)
-
-ATTRIBUTE(class, VBUS_SHOW_CLASS);
-ATTRIBUTE(name, VBUS_SHOW_NAME);
-ATTRIBUTE(doorbell, VBUS_SHOW_DOORBELL);
-ATTRIBUTE(costs, VBUS_SHOW_COSTS);
-ATTRIBUTE(incarnation, VBUS_SHOW_INCARNATION);
-ATTRIBUTE(interrupts, VBUS_SHOW_INTERRUPTS);
+SHIM_ATTRIBUTE(class, VBUS_SHOW_CLASS);
+SHIM_ATTRIBUTE(name, VBUS_SHOW_NAME);
+SHIM_ATTRIBUTE(doorbell, VBUS_SHOW_DOORBELL);
+SHIM_ATTRIBUTE(costs, VBUS_SHOW_COSTS);
+SHIM_ATTRIBUTE(incarnation, VBUS_SHOW_INCARNATION);
+SHIM_ATTRIBUTE(interrupts, VBUS_SHOW_INTERRUPTS);
 
 static struct attribute *attributes[] = {
 	&dev_attr_class.attr,	    &dev_attr_name.attr,       &dev_attr_doorbell.attr,

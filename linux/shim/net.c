@@ -89,7 +89,7 @@ static void describe(struct sk_buff *skb, struct vbus_tx_frame *frame)
 	frame->gso = VBUS_GSO_NONE;
 	frame->gso_size = 0;
 	frame->headers = 0;
-	frame->cwr = 0;
+	frame->cwr = false;
 	if (shared->gso_size) {
 		u32 transport = skb_transport_offset(skb);
 
@@ -102,7 +102,7 @@ static void describe(struct sk_buff *skb, struct vbus_tx_frame *frame)
 		frame->headers = transport + (frame->gso == VBUS_GSO_UDP ? sizeof(struct udphdr)
 									 : tcp_hdrlen(skb));
 		frame->gso_size = shared->gso_size;
-		frame->cwr = !!(shared->gso_type & SKB_GSO_TCP_ECN);
+		frame->cwr = shared->gso_type & SKB_GSO_TCP_ECN;
 	}
 }
 
@@ -206,7 +206,7 @@ int shim_tx_copy(void *skb, u8 *to, u32 bytes)
 
 int shim_tx_linearize(void *skb, struct vbus_tx_frame *frame)
 {
-	u8 more = frame->more;
+	bool more = frame->more;
 	int error = __skb_linearize(skb);
 
 	if (error)
@@ -311,7 +311,7 @@ void shim_rx_sync_device(void *handle, u8 *memory)
 				   PAGE_SIZE, page_pool_get_dma_dir(queue->pool));
 }
 
-void *shim_rx_skb(void *handle, const u8 *data, u32 bytes, u8 **copy)
+void *shim_rx_skb(void *handle, const u8 *data, u32 bytes)
 {
 	struct shim_group *group = handle;
 	/* Of one size, so that the stack may pull more headers into it. */
@@ -319,12 +319,11 @@ void *shim_rx_skb(void *handle, const u8 *data, u32 bytes, u8 **copy)
 
 	if (unlikely(!skb))
 		return NULL;
-	*copy = __skb_put(skb, bytes);
-	memcpy(*copy, data, bytes);
+	__skb_put_data(skb, data, bytes);
 	return skb;
 }
 
-void *shim_rx_skb_in_place(void *handle, u8 **data, u32 *bytes)
+void *shim_rx_skb_in_place(void *handle)
 {
 	struct shim_queue *queue = handle;
 	struct xdp_buff *buff = &queue->buff;
@@ -334,9 +333,7 @@ void *shim_rx_skb_in_place(void *handle, u8 **data, u32 *bytes)
 		return NULL;
 	skb_mark_for_recycle(skb);
 	skb_reserve(skb, buff->data - buff->data_hard_start);
-	*data = buff->data;
-	*bytes = buff->data_end - buff->data;
-	__skb_put(skb, *bytes);
+	__skb_put(skb, buff->data_end - buff->data);
 	if (buff->data > buff->data_meta)
 		skb_metadata_set(skb, buff->data - buff->data_meta);
 	return skb;
@@ -798,7 +795,6 @@ static void get_stats(struct net_device *dev, struct rtnl_link_stats64 *out)
 	out->rx_dropped = stats.rx_dropped;
 	out->tx_packets = stats.tx_frames;
 	out->tx_bytes = stats.tx_bytes;
-	out->tx_errors = stats.tx_errors;
 	out->tx_dropped = stats.tx_dropped;
 }
 
@@ -1062,21 +1058,24 @@ static int set_rxfh(struct net_device *dev, const u32 *table, const u8 *key, con
 }
 #endif
 
+#define ETHTOOL_COMMON										\
+	.supported_coalesce_params = ETHTOOL_COALESCE_USECS | ETHTOOL_COALESCE_MAX_FRAMES,	\
+	.get_drvinfo = get_drvinfo,								\
+	.get_link = ethtool_op_get_link,							\
+	.get_link_ksettings = get_link_settings,						\
+	.get_ts_info = ethtool_op_get_ts_info,							\
+	.get_sset_count = get_sset_count,							\
+	.get_strings = get_strings,								\
+	.get_ethtool_stats = get_ethtool_stats,							\
+	.get_ringparam = get_ringparam,								\
+	.set_ringparam = set_ringparam,								\
+	.get_channels = get_channels,								\
+	.set_channels = set_channels,								\
+	.get_coalesce = get_coalesce,								\
+	.set_coalesce = set_coalesce
+
 static const struct ethtool_ops ethtool = {
-	.supported_coalesce_params = ETHTOOL_COALESCE_USECS | ETHTOOL_COALESCE_MAX_FRAMES,
-	.get_drvinfo = get_drvinfo,
-	.get_link = ethtool_op_get_link,
-	.get_link_ksettings = get_link_settings,
-	.get_ts_info = ethtool_op_get_ts_info,
-	.get_sset_count = get_sset_count,
-	.get_strings = get_strings,
-	.get_ethtool_stats = get_ethtool_stats,
-	.get_ringparam = get_ringparam,
-	.set_ringparam = set_ringparam,
-	.get_channels = get_channels,
-	.set_channels = set_channels,
-	.get_coalesce = get_coalesce,
-	.set_coalesce = set_coalesce,
+	ETHTOOL_COMMON,
 	.get_rxnfc = get_rxnfc,
 	.get_rxfh_key_size = get_rxfh_key_size,
 	.get_rxfh_indir_size = get_rxfh_indir_size,
@@ -1085,22 +1084,7 @@ static const struct ethtool_ops ethtool = {
 };
 
 /* An interface without a table and a key. */
-static const struct ethtool_ops ethtool_without_rss = {
-	.supported_coalesce_params = ETHTOOL_COALESCE_USECS | ETHTOOL_COALESCE_MAX_FRAMES,
-	.get_drvinfo = get_drvinfo,
-	.get_link = ethtool_op_get_link,
-	.get_link_ksettings = get_link_settings,
-	.get_ts_info = ethtool_op_get_ts_info,
-	.get_sset_count = get_sset_count,
-	.get_strings = get_strings,
-	.get_ethtool_stats = get_ethtool_stats,
-	.get_ringparam = get_ringparam,
-	.set_ringparam = set_ringparam,
-	.get_channels = get_channels,
-	.set_channels = set_channels,
-	.get_coalesce = get_coalesce,
-	.set_coalesce = set_coalesce,
-};
+static const struct ethtool_ops ethtool_without_rss = { ETHTOOL_COMMON };
 
 /* ---- life of the interface ---- */
 

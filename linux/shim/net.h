@@ -58,9 +58,9 @@ struct vbus_tx_frame {
 	u16 gso_size;		/* if `gso` */
 	u16 headers;		/* if `gso`: bytes of all headers */
 	u8 gso;			/* VBUS_GSO_ */
-	u8 partial;		/* the checksum is left to the device */
-	u8 cwr;
-	u8 more;		/* another frame follows at once */
+	bool partial;		/* the checksum is left to the device */
+	bool cwr;
+	bool more;		/* another frame follows at once */
 };
 
 /* Contiguous bytes, by the device's addresses. */
@@ -90,9 +90,9 @@ struct vbus_rx_frame {
 	u16 csum_offset;
 	u16 gso_size;		/* if `gso` */
 	u8 gso;			/* VBUS_GSO_ */
-	u8 cwr;
-	u8 partial;
-	u8 verified;		/* the checksum was verified */
+	bool cwr;
+	bool partial;
+	bool verified;		/* the checksum was verified */
 	u8 hashed;		/* 0: no hash, 1: of addresses, 2: of addresses and ports */
 	u8 index;		/* the queue pair */
 	u8 pad[2];
@@ -100,7 +100,7 @@ struct vbus_rx_frame {
 
 struct vbus_net_stats {
 	u64 rx_frames, rx_bytes, rx_errors, rx_dropped;
-	u64 tx_frames, tx_bytes, tx_errors, tx_dropped;
+	u64 tx_frames, tx_bytes, tx_dropped;
 };
 
 /* Statistics of one queue. */
@@ -228,9 +228,9 @@ void shim_rx_sync(void *queue, const struct vbus_rx_piece *pieces, u32 count);
 /* Gives a page to the device again that a program may have written. */
 void shim_rx_sync_device(void *queue, u8 *memory);
 /* A frame whose first `bytes` bytes are copied from `data`; NULL: no memory. */
-void *shim_rx_skb(void *group, const u8 *data, u32 bytes, u8 **copy);
+void *shim_rx_skb(void *group, const u8 *data, u32 bytes);
 /* The same in place, in the page of the frame that XDP has passed. */
-void *shim_rx_skb_in_place(void *queue, u8 **data, u32 *bytes);
+void *shim_rx_skb_in_place(void *queue);
 /*
  * Adds the pieces, whose pages then belong to the frame, and gives it to the stack. False: the
  * frame was invalid, and has been freed.
@@ -241,7 +241,7 @@ bool shim_rx_deliver(void *group, void *skb, const struct vbus_rx_frame *frame,
 /* Transmit. */
 /* In NAPI, with which it excludes xmit; and in a thread. */
 void shim_tx_lock(void *queue);
-/* As shim_tx_lock, without a wait: false if somebody has the lock, perhaps whom this interrupted. */
+/* As shim_tx_lock, without a wait. False: somebody has the lock, whom this may have interrupted. */
 bool shim_tx_trylock(void *queue);
 void shim_tx_unlock(void *queue);
 void shim_tx_lock_bh(void *queue);
@@ -275,7 +275,6 @@ void shim_tx_touch(void *queue);
 
 /* XDP. The verdicts are the kernel's. */
 #define SHIM_XDP_ABORTED 0
-#define SHIM_XDP_DROP 1
 #define SHIM_XDP_PASS 2
 #define SHIM_XDP_TX 3
 #define SHIM_XDP_REDIRECT 4

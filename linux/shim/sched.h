@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only */
-/* The interface of sched.c, the hook in Linux's scheduler. src/sched/ffi.rs declares it for Rust. */
+/* The interface of sched.c, the hook in the scheduler. src/sched/ffi.rs declares it for Rust. */
 #ifndef VBUS_SCHED_H
 #define VBUS_SCHED_H
 

@@ -18,6 +18,7 @@
 #include <linux/vmalloc.h>
 
 #include "state.h"
+#include "vbus.h"
 
 /* As many nodes as there can be. */
 #define NODES (1U << MINORBITS)
@@ -55,17 +56,10 @@ static ssize_t show(struct device *dev, unsigned int which, char *text)
 	return vbus_state_show(node_of(dev)->page, which, text, PAGE_SIZE);
 }
 
-#define ATTRIBUTE(name, which)                                                                   \
-	static ssize_t name##_show(struct device *dev, struct device_attribute *attr, char *text) \
-	{                                                                                        \
-		return show(dev, which, text);                                                   \
-	}                                                                                        \
-	static DEVICE_ATTR_RO(name)
-
-ATTRIBUTE(owner, SHIM_STATE_OWNER);
-ATTRIBUTE(bytes, SHIM_STATE_BYTES);
-ATTRIBUTE(number, SHIM_STATE_NUMBER);
-ATTRIBUTE(page, SHIM_STATE_PAGE);
+SHIM_ATTRIBUTE(owner, SHIM_STATE_OWNER);
+SHIM_ATTRIBUTE(bytes, SHIM_STATE_BYTES);
+SHIM_ATTRIBUTE(number, SHIM_STATE_NUMBER);
+SHIM_ATTRIBUTE(page, SHIM_STATE_PAGE);
 
 static struct attribute *node_attrs[] = {
 	&dev_attr_owner.attr, &dev_attr_bytes.attr, &dev_attr_number.attr, &dev_attr_page.attr, NULL,
@@ -105,8 +99,7 @@ static int node_open(struct inode *inode, struct file *file)
 
 	if (!opening)
 		return -ENOMEM;
-	error = vbus_state_open(node->page, node, file->f_mode & FMODE_READ,
-				file->f_mode & FMODE_WRITE, &opening->rust);
+	error = vbus_state_open(node->page, node, file->f_mode & FMODE_WRITE, &opening->rust);
 	if (error) {
 		kfree(opening);
 		return error;

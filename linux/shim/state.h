@@ -19,7 +19,7 @@ void shim_state_end(void);
  * `page` is what shim_node_new got. `file` stands for one opening of it. All may sleep, but
  * vbus_state_show. 0 or a negative errno, unless said otherwise.
  */
-int vbus_state_open(void *page, void *node, bool reads, bool writes, void **file);
+int vbus_state_open(void *page, void *node, bool writes, void **file);
 void vbus_state_release(void *file);
 /* Bytes of a value: the size of the file. */
 u64 vbus_state_bytes(void *file);

@@ -42,14 +42,25 @@ long vbus_show(void *device, unsigned int which, char *text, unsigned long bytes
 
 /* ---- main.c ---- */
 
+/* An attribute of sysfs. The including file's `show` gets the device, `which`, and a page. */
+#define SHIM_ATTRIBUTE(name, which)                                                              \
+	static ssize_t name##_show(struct device *dev, struct device_attribute *attr, char *text) \
+	{                                                                                        \
+		return show(dev, which, text);                                                   \
+	}                                                                                        \
+	static DEVICE_ATTR_RO(name)
+
 /* The driver's work queue. */
 struct workqueue_struct;
 extern struct workqueue_struct *shim_queue;
 
 /* ---- kernel.c: memory ---- */
 
-/* Zeroed memory, aligned to 8, and to its size if that is a power of two; NULL: there is none. */
-void *shim_alloc(u64 bytes, bool may_sleep);
+/*
+ * Zeroed memory, aligned to 8, and to its size if that is a power of two. NULL: there is none. May
+ * sleep.
+ */
+void *shim_alloc(u64 bytes);
 void shim_free(void *memory);
 
 /* ---- kernel.c: messages ---- */
@@ -57,7 +68,7 @@ void shim_free(void *memory);
 #define SHIM_ERROR 3
 #define SHIM_WARNING 4
 #define SHIM_INFO 6
-/* Logs a line for the device of `pci`; NULL: for the module. `text` has no newline. */
+/* Logs a line for the device of `pci`. `text` has no newline. */
 void shim_log(void *pci, int level, const char *text, u64 bytes);
 /* Whether one more of the messages that a device can cause may be logged now. */
 bool shim_may_log(void);
@@ -108,7 +119,7 @@ void *shim_irq_request(void *pci, u32 index, bool shared, const char *name, u64 
 void shim_irq_free(void *irq);
 /* The number by which the kernel knows it. */
 u32 shim_irq_number(void *irq);
-/* Lets the nth of the processors near the function handle it, unless the administrator says else. */
+/* The nth of the processors near the function handles it, unless the administrator says else. */
 void shim_irq_prefer(void *irq, u32 nth);
 /* Waits until the handler does not run, and keeps it from running. May sleep. */
 void shim_irq_disable(void *irq);
@@ -127,8 +138,8 @@ u32 shim_dma_iommu(void *pci);
 void *shim_dma_alloc(void *pci, u64 bytes, u64 *address);
 void shim_dma_free(void *pci, u64 bytes, void *memory, u64 address);
 /*
- * The same memory as one piece for the driver: `count` parts of shim_dma_alloc of `bytes` each, whole
- * pages, in their order. NULL: there is no room. Sleeps.
+ * The same memory as one piece for the driver: `count` parts of shim_dma_alloc, of `bytes` each,
+ * whole pages, in their order. NULL: there is no room. Sleeps.
  */
 void *shim_dma_join(void *const *parts, u64 count, u64 bytes);
 void shim_dma_part(void *joined);

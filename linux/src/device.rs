@@ -3,16 +3,15 @@
 #![allow(unsafe_code, reason = "the entry points of the shim")]
 
 use core::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
-use core::fmt::{self, Write};
+use core::fmt::Write;
 
 use vbus_driver::{Costs, Doorbell, Error, Function, Info, has_signature};
 use vbus_shm::abi;
 
 use crate::hal::KernelHal;
 use crate::interrupt::Interrupts;
-use crate::kernel::log::Text;
 use crate::kernel::pci::{Claimed, Pci};
-use crate::kernel::{Errno, KBox};
+use crate::kernel::{Errno, KBox, sysfs};
 use crate::{dev_err, dev_info};
 
 /// The most vectors that the driver takes: one for each queue pair of the largest NIC, and one for
@@ -145,21 +144,23 @@ impl Device {
     }
 
     /// Writes an attribute of sysfs.
-    fn show(&self, which: c_uint, text: &mut Text<256>) -> Result<(), Errno> {
+    fn show(&self, which: c_uint, text: &mut dyn Write) -> Result<(), Errno> {
         let info = self.info();
-        let written = match which {
-            0 => writeln!(text, "{}", info.class_name),
-            1 => writeln!(text, "{}", info.name),
-            2 => writeln!(text, "{}", self.doorbell()),
-            3 => self
+        match which {
+            sysfs::SHOW_CLASS => writeln!(text, "{}", info.class_name),
+            sysfs::SHOW_NAME => writeln!(text, "{}", info.name),
+            sysfs::SHOW_DOORBELL => writeln!(text, "{}", self.doorbell()),
+            sysfs::SHOW_COSTS => self
                 .costs
                 .iter()
                 .try_for_each(|cost| writeln!(text, "{} {}", cost.doorbell, cost.nanoseconds)),
-            4 => writeln!(text, "{:#018x}", self.inspect.incarnation()?),
-            5 => writeln!(text, "{} {}", self.interrupts.kind(), self.interrupts.count()),
+            sysfs::SHOW_INCARNATION => writeln!(text, "{:#018x}", self.inspect.incarnation()?),
+            sysfs::SHOW_INTERRUPTS => {
+                writeln!(text, "{} {}", self.interrupts.kind(), self.interrupts.count())
+            }
             _ => return Err(Errno::INVALID),
-        };
-        written.map_err(|fmt::Error| Errno::NO_SPACE)
+        }?;
+        Ok(())
     }
 }
 
@@ -273,14 +274,8 @@ extern "C" fn vbus_show(
     out: *mut u8,
     bytes: c_ulong,
 ) -> c_long {
-    let mut text = Text::<256>::new(format_args!(""));
     // SAFETY: as the shim says.
-    if let Err(error) = unsafe { bound(device) }.device.show(which, &mut text) {
-        return c_long::from(error.negative());
-    }
-    let from = text.as_bytes();
-    let length = from.len().min(usize::try_from(bytes).unwrap_or(usize::MAX));
-    // SAFETY: the shim passes that many bytes, and the text is elsewhere.
-    unsafe { core::ptr::copy_nonoverlapping(from.as_ptr(), out, length) };
-    length as c_long
+    let device = unsafe { &bound(device).device };
+    // SAFETY: the shim passes that many bytes.
+    unsafe { sysfs::show(out, bytes, |text| device.show(which, text)) }
 }

@@ -48,7 +48,7 @@ fn alloc<T>(count: usize) -> Result<NonNull<T>, NoMemory> {
     };
     const { assert!(align_of::<T>() <= 4096) };
     // SAFETY: it has no conditions, and the caller may sleep.
-    let memory = unsafe { ffi::shim_alloc(bytes as u64, true) };
+    let memory = unsafe { ffi::shim_alloc(bytes as u64) };
     NonNull::new(memory.cast()).ok_or(NoMemory)
 }
 

@@ -74,6 +74,13 @@ impl From<NoMemory> for Errno {
     }
 }
 
+/// A text has no room for more.
+impl From<fmt::Error> for Errno {
+    fn from(fmt::Error: fmt::Error) -> Self {
+        Self::NO_SPACE
+    }
+}
+
 impl From<Error> for Errno {
     fn from(error: Error) -> Self {
         match error {

@@ -2,7 +2,20 @@
 //! The shim's functions, as `shim/vbus.h` declares and describes them.
 #![allow(unsafe_code, reason = "declarations of C")]
 
-use core::ffi::{c_char, c_int, c_ulong, c_void};
+use core::ffi::{c_char, c_int, c_uint, c_ulong, c_void};
+
+/// An attribute of a function.
+pub const SHOW_CLASS: c_uint = 0;
+/// An attribute of a function.
+pub const SHOW_NAME: c_uint = 1;
+/// An attribute of a function.
+pub const SHOW_DOORBELL: c_uint = 2;
+/// An attribute of a function.
+pub const SHOW_COSTS: c_uint = 3;
+/// An attribute of a function.
+pub const SHOW_INCARNATION: c_uint = 4;
+/// An attribute of a function.
+pub const SHOW_INTERRUPTS: c_uint = 5;
 
 /// A log level of the shim.
 pub const ERROR: c_int = 3;
@@ -22,7 +35,7 @@ pub const MSIX: u32 = 4;
 pub const IOMMU_TRANSLATES: u32 = 2;
 
 unsafe extern "C" {
-    pub fn shim_alloc(bytes: u64, may_sleep: bool) -> *mut c_void;
+    pub fn shim_alloc(bytes: u64) -> *mut c_void;
     pub fn shim_free(memory: *mut c_void);
 
     pub fn shim_log(pci: *mut c_void, level: c_int, text: *const u8, bytes: u64);

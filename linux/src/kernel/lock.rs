@@ -37,11 +37,6 @@ impl<T> Mutex<T> {
         unsafe { ffi::shim_mutex_lock(self.raw.as_ptr()) };
         MutexGuard { mutex: self, thread: PhantomData }
     }
-
-    /// The value, which nobody else can have now.
-    pub fn get_mut(&mut self) -> &mut T {
-        self.value.get_mut()
-    }
 }
 
 impl<T> Drop for Mutex<T> {

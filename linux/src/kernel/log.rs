@@ -6,13 +6,12 @@
 #![allow(unsafe_code, reason = "calls the shim")]
 
 use core::fmt::{self, Write};
-use core::ptr;
 
 use super::ffi;
 use super::pci::Pci;
 
 /// Bytes of a message at most. The rest is cut off.
-pub const MESSAGE_BYTES: usize = 240;
+const MESSAGE_BYTES: usize = 240;
 
 /// A text on the stack, of at most `N` bytes. What does not fit is cut off.
 pub struct Text<const N: usize> {
@@ -80,9 +79,8 @@ pub fn may_log() -> bool {
 /// Ends this thread with the text of a bug.
 pub fn bug<const N: usize>(text: &Text<N>) -> ! {
     let bytes = text.as_bytes();
-    let at = if bytes.is_empty() { ptr::null() } else { bytes.as_ptr() };
     // SAFETY: the text is valid during the call.
-    unsafe { ffi::shim_panic(at, bytes.len() as u64) };
+    unsafe { ffi::shim_panic(bytes.as_ptr(), bytes.len() as u64) };
     trap()
 }
 
@@ -141,16 +139,6 @@ macro_rules! dev_warn_limited {
     ($pci:expr, $($arg:tt)*) => {
         if $crate::kernel::log::may_log() {
             $crate::dev_warn!($pci, $($arg)*)
-        }
-    };
-}
-
-/// As [`dev_info!`], for what a device can cause again and again.
-#[macro_export]
-macro_rules! dev_info_limited {
-    ($pci:expr, $($arg:tt)*) => {
-        if $crate::kernel::log::may_log() {
-            $crate::dev_info!($pci, $($arg)*)
         }
     };
 }

@@ -10,6 +10,7 @@ pub mod lock;
 pub mod log;
 pub mod pci;
 pub mod port;
+pub mod sysfs;
 pub mod time;
 pub mod work;
 pub mod x86;

@@ -10,7 +10,7 @@ use vbus_driver::venet::{Duplex, F_COALESCE, F_RSS, PairCounters, RSS_KEY_BYTES,
 
 use super::ffi;
 use super::interface::{Control, Net, number, of};
-use super::pair::{Group, Pair};
+use super::pair::Pair;
 use super::settings::{ENTRIES_MIN, Rss};
 use super::stats::Counter;
 use crate::kernel::Errno;
@@ -101,13 +101,9 @@ fn visit(net: &Net, mut each: impl FnMut(&str, usize, u64)) {
         }
     }
     for (at, group) in net.groups().iter().enumerate() {
-        each("irq{}_interrupts", at, interrupts(group));
+        each("irq{}_interrupts", at, group.interrupts.get());
     }
     each("faults", 0, net.faults.load(core::sync::atomic::Ordering::Relaxed));
-}
-
-fn interrupts(group: &Group) -> u64 {
-    group.interrupts.get()
 }
 
 #[unsafe(no_mangle)]
@@ -227,7 +223,7 @@ fn change(net: &Net, control: &mut Control, undo: impl FnOnce(&mut Control)) -> 
     // A device that is slow would be so again, under rtnl: that is for the watch.
     if was_open && !matches!(error, Error::TimedOut(_)) {
         // If that fails too, the watch tries again.
-        let _ = net.connect_again(control);
+        let _ = net.connect(control);
     }
     Errno::from(error).negative()
 }

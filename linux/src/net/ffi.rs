@@ -112,7 +112,6 @@ pub struct Stats {
     pub rx_dropped: u64,
     pub tx_frames: u64,
     pub tx_bytes: u64,
-    pub tx_errors: u64,
     pub tx_dropped: u64,
 }
 
@@ -203,8 +202,8 @@ unsafe extern "C" {
     pub fn shim_rx_page_put(queue: Handle, memory: *mut u8, napi: bool);
     pub fn shim_rx_sync(queue: Handle, pieces: *const RxPiece, count: u32);
     pub fn shim_rx_sync_device(queue: Handle, memory: *mut u8);
-    pub fn shim_rx_skb(group: Handle, data: *const u8, bytes: u32, copy: *mut *mut u8) -> Handle;
-    pub fn shim_rx_skb_in_place(queue: Handle, data: *mut *mut u8, bytes: *mut u32) -> Handle;
+    pub fn shim_rx_skb(group: Handle, data: *const u8, bytes: u32) -> Handle;
+    pub fn shim_rx_skb_in_place(queue: Handle) -> Handle;
     pub fn shim_rx_deliver(
         group: Handle,
         skb: Handle,

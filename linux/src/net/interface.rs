@@ -37,6 +37,8 @@ use crate::{dev_err_limited, dev_warn_limited};
 const BUDGET: u64 = 10_000_000_000;
 /// The interface announces itself to others once in this time at most, in nanoseconds.
 const ANNOUNCE: u64 = 1_000_000_000;
+/// The vector of events and of the device's pages.
+const EVENTS: u16 = 0;
 /// How often a page that changes is read again for its interrupt.
 const STATUS_TRIES: u32 = 8;
 
@@ -141,7 +143,8 @@ pub fn probe(device: &Device) -> Result<KBox<Interface>, Errno> {
     let name = device.info().name;
     let Interface { net, interrupts, events, .. } = &mut *this;
     for (at, group) in net.groups.iter().enumerate() {
-        let (vector, target) = (if shares { 0 } else { number(at) + 1 }, NonNull::from(&**group));
+        let (vector, target) =
+            (if shares { EVENTS } else { number(at) + 1 }, NonNull::from(&**group));
         // SAFETY: the group is at its place until the interrupt is dropped.
         let interrupt = unsafe {
             let run = |group: &Group, _| group.interrupt();
@@ -153,7 +156,7 @@ pub fn probe(device: &Device) -> Result<KBox<Interface>, Errno> {
         // SAFETY: as above, for the net.
         let interrupt = unsafe {
             let run = |net: &Net, _| net.look_soon();
-            device.interrupts().request(0, format_args!("vbus-{name}-events"), target, run)
+            device.interrupts().request(EVENTS, format_args!("vbus-{name}-events"), target, run)
         };
         *events = Some(interrupt?);
     }
@@ -294,7 +297,7 @@ impl Net {
     }
 
     /// Opens the connection with all settings, and starts the data path. With rtnl.
-    fn connect(&self, control: &mut Control) -> Result<(), Error> {
+    pub fn connect(&self, control: &mut Control) -> Result<(), Error> {
         if self.hal.keeps_memory() {
             return Err(Error::Corrupt("the device never lets go of memory; remove it"));
         }
@@ -305,7 +308,7 @@ impl Net {
         function.use_doorbell(self.doorbell.kind)?;
         function.set_budget(Some(BUDGET));
         control.offered = function.info().features;
-        let mut nic = Nic::open(function, control.settings.features(), self.vector())?;
+        let mut nic = Nic::open(function, control.settings.features(), EVENTS)?;
         control.config = *nic.config();
         let mut opened = 0;
         let result = self.build(&mut nic, control, &mut opened, &mut halves).and_then(|()| {
@@ -375,7 +378,7 @@ impl Net {
         let used = usize::from(control.pairs());
         for (at, pair) in self.pairs.iter().enumerate().take(used) {
             let index = number(at);
-            let vector = if self.shares_vector() { 0 } else { index + 1 };
+            let vector = if self.shares_vector() { EVENTS } else { index + 1 };
             // SAFETY: the pair has no rings.
             let error = unsafe { ffi::shim_queue_open(pair.shim(), rx_entries, mode.xdp) };
             if error != 0 {
@@ -417,7 +420,7 @@ impl Net {
             let (rx, tx) = settings.coalescing();
             nic.set_coalesce(None, rx, tx)?;
         }
-        nic.add_counters(self.vector())
+        nic.add_counters(EVENTS)
     }
 
     /// Stops the data path and closes the connection. With rtnl.
@@ -463,21 +466,11 @@ impl Net {
         result
     }
 
-    /// Connects after [`reconnect`](Self::reconnect) has failed. With rtnl.
-    pub fn connect_again(&self, control: &mut Control) -> Result<(), Error> {
-        self.connect(control)
-    }
-
     /// Tells the device the indirection table and the key.
     pub fn tell_rss(&self, control: &mut Control) -> Result<(), Error> {
         let Control { nic: Some(nic), settings, config, .. } = control else { return Ok(()) };
         let Some(rss) = &settings.rss else { return Ok(()) };
         set_rss(nic, rss, config)
-    }
-
-    /// The vector of events and pages.
-    fn vector(&self) -> u16 {
-        0
     }
 
     /// All interrupts of the function come on one vector.

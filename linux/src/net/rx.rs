@@ -229,11 +229,6 @@ impl RxQueue {
         true
     }
 
-    /// Asks for no interrupts.
-    pub fn disarm(&mut self) {
-        self.ring.disarm();
-    }
-
     /// Frees the pages that the device has had, and does not access any more.
     pub fn release(mut self) {
         while self.oldest != self.newest {
@@ -306,10 +301,8 @@ impl RxQueue {
             self.give_again(pages);
             return;
         }
-        let mut copy = ptr::null_mut();
         // SAFETY: the bytes are those of `look`.
-        let skb =
-            unsafe { ffi::shim_rx_skb(self.group, seen.as_ptr(), headers as u32, &raw mut copy) };
+        let skb = unsafe { ffi::shim_rx_skb(self.group, seen.as_ptr(), headers as u32) };
         if skb.is_null() {
             stats.alloc_failed.add(1);
             self.give_again(pages);
@@ -330,11 +323,10 @@ impl RxQueue {
 
     /// Gives a short frame to the stack as a copy.
     fn copied(&self, header: &Header, piece: &ffi::RxPiece, stats: &RxStats) -> bool {
-        let mut copy = ptr::null_mut();
         // SAFETY: the piece is in its page, which is this queue's.
         let skb = unsafe {
             let data = piece.memory.add(piece.offset as usize);
-            ffi::shim_rx_skb(self.group, data, piece.bytes, &raw mut copy)
+            ffi::shim_rx_skb(self.group, data, piece.bytes)
         };
         if skb.is_null() {
             return false;
@@ -413,9 +405,8 @@ impl RxQueue {
 
     /// Gives a frame to the stack that the program has passed, in its page.
     fn pass(&self, header: &Header, stats: &RxStats) -> Verdict {
-        let (mut data, mut bytes) = (ptr::null_mut(), 0);
         // SAFETY: the program has just seen the frame.
-        let skb = unsafe { ffi::shim_rx_skb_in_place(self.shim, &raw mut data, &raw mut bytes) };
+        let skb = unsafe { ffi::shim_rx_skb_in_place(self.shim) };
         if skb.is_null() {
             stats.alloc_failed.add(1);
             return Verdict::Dropped;

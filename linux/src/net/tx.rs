@@ -191,9 +191,9 @@ impl TxQueue {
             self.stop(stats);
             return false;
         }
-        let is_short = frame.frags == 0 && frame.linear as usize <= COPY_MAX;
-        if self.copies.is_some() && !is_short {
-            self.xmit_copy_large(frame, stats);
+        if self.copies.is_some() && !is_short(frame) {
+            let is_sent = self.submit_large(frame);
+            self.sent_copy(is_sent, frame, stats);
             return true;
         }
         if usize::from(frame.frags) + 2 > CHAIN_MAX {
@@ -204,8 +204,10 @@ impl TxQueue {
             }
         }
         let header = header_of(frame).bytes();
-        if frame.frags == 0 && frame.linear as usize <= COPY_MAX {
-            return self.xmit_copy(frame, &header, stats);
+        if is_short(frame) {
+            let is_sent = self.submit_short(frame, &header);
+            self.sent_copy(is_sent, frame, stats);
+            return true;
         }
         let mut pieces = [Piece::default(); CHAIN_MAX];
         let mut maps = [ffi::Piece::default(); ffi::PIECES_MAX];
@@ -256,38 +258,33 @@ impl TxQueue {
         true
     }
 
-    /// Sends a short frame of the stack, which is free then.
-    fn xmit_copy(
-        &mut self,
-        frame: &ffi::TxFrame,
-        header: &[u8; HEADER_BYTES],
-        stats: &TxStats,
-    ) -> bool {
+    /// Submits a copy of a short frame of the stack. False: nothing was submitted.
+    fn submit_short(&mut self, frame: &ffi::TxFrame, header: &[u8; HEADER_BYTES]) -> bool {
         // SAFETY: the stack's linear part has that many bytes, and nobody else changes them now.
         let data = unsafe { core::slice::from_raw_parts(frame.data, frame.linear as usize) };
         self.write_slot(header, data);
         let len = HEADER_BYTES as u32 + frame.linear;
         let piece = Piece { addr: self.slot_address(), len };
         if !matches!(self.ring.submit(&[piece]), Ok(true)) {
-            self.drop_last(frame, stats);
-            return true;
+            return false;
         }
         self.note(ptr::null_mut(), frame.bytes, 1, 1, &[], Kind::Copied);
-        self.sent(frame, stats);
-        stats.copied.add(1);
-        // SAFETY: nothing refers to the frame any more.
-        unsafe { ffi::shim_tx_free(frame.skb, 0) };
         true
     }
 
-    /// Sends a frame of the stack, which is free then, by way of [`Copies`].
-    fn xmit_copy_large(&mut self, frame: &ffi::TxFrame, stats: &TxStats) {
+    /// Submits a copy of a larger frame of the stack, by way of [`Copies`]. False: nothing was
+    /// submitted.
+    fn submit_large(&mut self, frame: &ffi::TxFrame) -> bool {
         let header = header_of(frame).bytes();
-        let is_sent = self.submit_copy(&header, frame.bytes, Kind::Copied, |to| {
+        self.submit_copy(&header, frame.bytes, Kind::Copied, |to| {
             // SAFETY: the frame is the stack's, which has given it to this queue, and `to` has room
             // for all of its bytes.
             unsafe { ffi::shim_tx_copy(frame.skb, to, frame.bytes) == 0 }
-        });
+        })
+    }
+
+    /// Counts and frees a frame of the stack whose copy was submitted, or drops it if none was.
+    fn sent_copy(&mut self, is_sent: bool, frame: &ffi::TxFrame, stats: &TxStats) {
         if !is_sent {
             // A frame of a strange shape: the stack does not make such.
             self.drop_last(frame, stats);
@@ -621,6 +618,11 @@ fn write_header<'a>(words: &'a [Word], header: &[u8; HEADER_BYTES]) -> Option<&'
     first.store(u64::from_le_bytes([0, 0, 0, 0, a, b, c, d]), Ordering::Relaxed);
     second.store(u64::from_le_bytes([e, f, g, h, i, j, k, l]), Ordering::Relaxed);
     Some(rest)
+}
+
+/// Whether a frame has a linear part only, and its copy has room in a slot.
+fn is_short(frame: &ffi::TxFrame) -> bool {
+    frame.frags == 0 && frame.linear as usize <= COPY_MAX
 }
 
 /// The header before a frame of the stack.

@@ -4,6 +4,15 @@
 
 use core::ffi::{c_int, c_uint, c_void};
 
+/// An attribute of a page.
+pub const STATE_OWNER: c_uint = 0;
+/// An attribute of a page.
+pub const STATE_BYTES: c_uint = 1;
+/// An attribute of a page.
+pub const STATE_NUMBER: c_uint = 2;
+/// An attribute of a page.
+pub const STATE_PAGE: c_uint = 3;
+
 /// What is ready at a poll.
 pub const POLL_IN: u32 = 1;
 /// What is ready at a poll.

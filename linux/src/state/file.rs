@@ -11,8 +11,7 @@ use vbus_driver::state::Owner;
 use super::ffi;
 use super::page::{Page, Ready};
 use crate::kernel::lock::Mutex;
-use crate::kernel::log::Text;
-use crate::kernel::{Errno, KBox, KVec, Ref};
+use crate::kernel::{Errno, KBox, KVec, Ref, sysfs};
 
 /// An opening. Several threads may use it at a time.
 struct File {
@@ -138,7 +137,6 @@ fn count(result: Result<usize, Errno>) -> c_long {
 extern "C" fn vbus_state_open(
     page: *mut c_void,
     node: *mut c_void,
-    _reads: bool,
     writes: bool,
     file: *mut *mut c_void,
 ) -> c_int {
@@ -237,23 +235,22 @@ extern "C" fn vbus_state_show(
 ) -> c_long {
     // SAFETY: the shim passes what it got with the node, which it has not given back yet.
     let page = unsafe { &*page.cast::<Ref<Page>>() };
-    let (mut text, description) = (Text::<256>::new(format_args!("")), page.description());
-    let written = match (which, description.owner) {
-        (0, Owner::Device) => writeln!(text, "device"),
-        (0, Owner::Driver) => writeln!(text, "driver"),
-        (1, _) => writeln!(text, "{}", page.value_bytes()),
-        (2, _) => writeln!(text, "{}", description.number),
-        (3, _) => writeln!(text, "{}", description.name),
-        _ => return c_long::from(Errno::INVALID.negative()),
+    let owner = match page.description().owner {
+        Owner::Device => "device",
+        Owner::Driver => "driver",
     };
-    if written.is_err() {
-        return c_long::from(Errno::NO_SPACE.negative());
-    }
-    let from = text.as_bytes();
-    let length = from.len().min(usize::try_from(bytes).unwrap_or(usize::MAX));
-    // SAFETY: the shim passes that many bytes, and the text is elsewhere.
-    unsafe { core::ptr::copy_nonoverlapping(from.as_ptr(), out, length) };
-    length as c_long
+    let write = |text: &mut dyn Write| {
+        match which {
+            ffi::STATE_OWNER => writeln!(text, "{owner}"),
+            ffi::STATE_BYTES => writeln!(text, "{}", page.value_bytes()),
+            ffi::STATE_NUMBER => writeln!(text, "{}", page.description().number),
+            ffi::STATE_PAGE => writeln!(text, "{}", page.description().name),
+            _ => return Err(Errno::INVALID),
+        }?;
+        Ok(())
+    };
+    // SAFETY: the shim passes that many bytes.
+    unsafe { sysfs::show(out, bytes, write) }
 }
 
 #[unsafe(no_mangle)]
