@@ -121,6 +121,113 @@ mod tests {
         assert!(read("Cargo.toml").contains(&format!("\nversion = \"{version}\"\n")));
     }
 
+    /// The text of a shim's header without its comments, and that of the ffi.rs that declares it.
+    fn both_sides() -> [(String, String); 4] {
+        [("vbus", "kernel"), ("net", "net"), ("sched", "sched"), ("state", "state")].map(
+            |(header, folder)| {
+                let mut text =
+                    fs::read_to_string(sources().join(format!("shim/{header}.h"))).unwrap();
+                while let Some(begin) = text.find("/*") {
+                    let end = begin + text[begin..].find("*/").unwrap() + 2;
+                    text.replace_range(begin..end, "");
+                }
+                let path = sources().join(format!("src/{folder}/ffi.rs"));
+                (text, fs::read_to_string(path).unwrap())
+            },
+        )
+    }
+
+    #[test]
+    fn the_constants_of_rust_are_those_of_the_shim() {
+        let mut count = 0;
+        for (header, rust) in both_sides() {
+            let defined: Vec<(&str, &str)> = header
+                .lines()
+                .filter_map(|line| line.strip_prefix("#define ")?.split_once(' '))
+                .map(|(name, value)| (name, value.trim().trim_matches(['(', ')'])))
+                .collect();
+            for line in rust.lines() {
+                let Some((name, rest)) =
+                    line.strip_prefix("pub const ").and_then(|line| line.split_once(": "))
+                else {
+                    continue;
+                };
+                let value = rest.split_once(" = ").unwrap().1.trim_end_matches(';');
+                let here = |prefix: &str| defined.contains(&(&format!("{prefix}{name}"), value));
+                let prefixes = ["SHIM_", "VBUS_", "VBUS_NET_"];
+                assert!(prefixes.into_iter().any(here), "no header says {name} = {value}");
+                count += 1;
+            }
+        }
+        assert!(count > 30, "{count} constants were found");
+    }
+
+    /// A field of a struct in C or Rust: its name, and its type in Rust's words.
+    type Field = (String, String);
+
+    fn fields_of_c(body: &str) -> Vec<Field> {
+        let mut fields = Vec::new();
+        for field in body.split(';').map(str::trim).filter(|field| !field.is_empty()) {
+            let field = field.trim_start_matches("const ");
+            let (kind, names) = field.split_once(' ').unwrap();
+            let kind = if kind == "s32" { "i32" } else { kind };
+            for name in names.split(',').map(str::trim) {
+                let pointed = name.strip_prefix('*');
+                let (name, kind) = match (pointed, name.split_once('[')) {
+                    (Some(name), _) => (name, "pointer".to_owned()),
+                    (_, Some((name, count))) => (name, format!("[{kind}; {count}")),
+                    _ => (name, kind.to_owned()),
+                };
+                fields.push((name.to_owned(), kind));
+            }
+        }
+        fields
+    }
+
+    fn fields_of_rust(body: &str) -> Vec<Field> {
+        let fields = body.lines().filter_map(|line| line.trim().strip_prefix("pub "));
+        fields
+            .map(|field| {
+                let (name, kind) = field.trim_end_matches(',').split_once(": ").unwrap();
+                let is_pointer = kind.starts_with('*') || kind == "Handle";
+                (name.to_owned(), if is_pointer { "pointer" } else { kind }.to_owned())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_structs_of_rust_are_those_of_the_shim() {
+        let mut count = 0;
+        for (header, rust) in both_sides() {
+            let in_c: Vec<_> = header
+                .split("\nstruct ")
+                .filter_map(|text| text.split_once(" {\n"))
+                .filter_map(|(name, rest)| {
+                    Some((name.to_owned(), fields_of_c(rest.split_once("\n};")?.0)))
+                })
+                .collect();
+            for text in rust.split("\npub struct ").skip(1) {
+                let (name, rest) = text.split_once(" {\n").unwrap();
+                let fields = fields_of_rust(rest.split_once("\n}").unwrap().0);
+                let mut snake = String::new();
+                for c in name.chars() {
+                    if c.is_uppercase() {
+                        snake.push('_');
+                    }
+                    snake.push(c.to_ascii_lowercase());
+                }
+                let twin = in_c.iter().find(|(name, _)| {
+                    ["shim", "vbus", "vbus_net"]
+                        .map(|prefix| format!("{prefix}{snake}"))
+                        .contains(name)
+                });
+                assert_eq!(Some(&fields), twin.map(|(_, fields)| fields), "{name}");
+                count += 1;
+            }
+        }
+        assert!(count > 10, "{count} structs were found");
+    }
+
     #[test]
     fn what_is_built_is_fresh_until_a_source_changes() {
         let dir = std::env::temp_dir().join(format!("vbus-module-{}", std::process::id()));
