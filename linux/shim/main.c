@@ -61,24 +61,26 @@ static void shutdown(struct pci_dev *pci)
 
 static int __maybe_unused suspend(struct device *dev)
 {
-	return vbus_suspend(dev_get_drvdata(dev));
+	vbus_suspend(dev_get_drvdata(dev));
+	return 0;
 }
 
 static int __maybe_unused resume(struct device *dev)
 {
-	return vbus_resume(dev_get_drvdata(dev));
+	vbus_resume(dev_get_drvdata(dev));
+	return 0;
 }
 
 static SIMPLE_DEV_PM_OPS(pm, suspend, resume);
 
 static void reset_prepare(struct pci_dev *pci)
 {
-	vbus_reset_prepare(pci_get_drvdata(pci));
+	vbus_suspend(pci_get_drvdata(pci));
 }
 
 static void reset_done(struct pci_dev *pci)
 {
-	vbus_reset_done(pci_get_drvdata(pci));
+	vbus_resume(pci_get_drvdata(pci));
 }
 
 static const struct pci_error_handlers errors = {

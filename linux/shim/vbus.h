@@ -24,12 +24,9 @@ int vbus_probe(void *pci, void **device);
 void vbus_remove(void *device);
 /* The system goes down, or another kernel starts: ends all DMA. May sleep. */
 void vbus_shutdown(void *device);
-/* Before and after a sleep of the system. May sleep. */
-int vbus_suspend(void *device);
-int vbus_resume(void *device);
-/* Before and after a reset of the function by the PCI core. May sleep. */
-void vbus_reset_prepare(void *device);
-void vbus_reset_done(void *device);
+/* Before and after a sleep of the system, or a reset of the function by the PCI core. May sleep. */
+void vbus_suspend(void *device);
+void vbus_resume(void *device);
 /* The text of sysfs attribute `which`, at most `bytes` at `text`; returns its bytes. */
 long vbus_show(void *device, unsigned int which, char *text, unsigned long bytes);
 

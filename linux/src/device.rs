@@ -12,7 +12,7 @@ use crate::hal::KernelHal;
 use crate::interrupt::Interrupts;
 use crate::kernel::pci::{Claimed, Pci};
 use crate::kernel::{Errno, KBox, sysfs};
-use crate::{dev_err, dev_info};
+use crate::{dev_err, dev_info, dev_warn};
 
 /// The most vectors that the driver takes: one for each queue pair of the largest NIC, and one for
 /// events.
@@ -25,26 +25,13 @@ const ADDRESS_BITS: u32 = 64;
 /// What a class's driver does. Its value is dropped when the function goes: it then closes its
 /// connection and leaves the rest of the kernel.
 pub trait Class: Send + Sync {
-    /// The system goes to sleep: ends the connection. May sleep.
-    fn suspend(&self) -> Result<(), Errno>;
+    /// Ends the connection: the system goes to sleep or down, or the function is about to be reset.
+    /// May sleep.
+    fn suspend(&self);
 
-    /// The system has woken: opens the connection again, with all settings. May sleep.
-    fn resume(&self) -> Result<(), Errno>;
-
-    /// The system goes down, or another kernel starts. The device can reach no memory any more. May
-    /// sleep.
-    fn shutdown(&self);
-
-    /// The function is about to be reset. May sleep.
-    fn reset_prepare(&self) {
-        // A reset cannot be refused.
-        let _ = self.suspend();
-    }
-
-    /// The function was reset. May sleep.
-    fn reset_done(&self) -> Result<(), Errno> {
-        self.resume()
-    }
+    /// Opens the connection again, with all settings: the system has woken, or the function was
+    /// reset. If that fails, the class tries again later. May sleep.
+    fn resume(&self) -> Result<(), Error>;
 }
 
 /// A class's driver behind the trait.
@@ -138,9 +125,7 @@ impl Device {
 
     /// A function for the class to open, with the cheapest kind of doorbell.
     pub fn function(&self) -> Result<Function<KernelHal>, Error> {
-        let mut function = Function::probe(self.hal().clone())?;
-        function.use_doorbell(self.doorbell().kind)?;
-        Ok(function)
+        self.hal().function(self.doorbell().kind)
     }
 
     /// Writes an attribute of sysfs.
@@ -232,38 +217,25 @@ extern "C" fn vbus_shutdown(device: *mut c_void) {
     let bound = unsafe { bound(device) };
     // First of all: this ends the connection, and no DMA comes after it.
     bound.device.pci().set_master(false);
-    bound.class.shutdown();
+    bound.class.suspend();
     // The class's watch may just have opened a connection that it had found lost. It has ended now.
     bound.device.pci().set_master(false);
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn vbus_suspend(device: *mut c_void) -> c_int {
+extern "C" fn vbus_suspend(device: *mut c_void) {
     // SAFETY: as the shim says.
-    Errno::result(unsafe { bound(device) }.class.suspend())
+    unsafe { bound(device) }.class.suspend();
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn vbus_resume(device: *mut c_void) -> c_int {
+extern "C" fn vbus_resume(device: *mut c_void) {
     // SAFETY: as the shim says.
     let bound = unsafe { bound(device) };
-    bound.device.pci().set_master(true);
-    Errno::result(bound.class.resume())
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn vbus_reset_prepare(device: *mut c_void) {
-    // SAFETY: as the shim says.
-    unsafe { bound(device) }.class.reset_prepare();
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn vbus_reset_done(device: *mut c_void) {
-    // SAFETY: as the shim says.
-    let bound = unsafe { bound(device) };
-    bound.device.pci().set_master(true);
-    if let Err(error) = bound.class.reset_done() {
-        dev_err!(bound.device.pci(), "the device does not come back from its reset: {error}");
+    let pci = bound.device.pci();
+    pci.set_master(true);
+    if let Err(error) = bound.class.resume() {
+        dev_warn!(pci, "the device cannot be opened again yet: {error}");
     }
 }
 

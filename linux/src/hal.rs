@@ -3,7 +3,7 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use vbus_driver::{COMMAND_BOUND, Dma as _, Doorbell, Function, Hal, Memory, RegionTable};
+use vbus_driver::{COMMAND_BOUND, Dma as _, Doorbell, Error, Function, Hal, Memory, RegionTable};
 use vbus_shm::abi::{bar0, capability};
 use vbus_shm::sync::Word;
 
@@ -73,6 +73,13 @@ impl KernelHal {
                 );
             }
         }
+    }
+
+    /// A function for a class to open, with this kind of doorbell.
+    pub fn function(&self, doorbell: u8) -> Result<Function<Self>, Error> {
+        let mut function = Function::probe(self.clone())?;
+        function.use_doorbell(doorbell)?;
+        Ok(function)
     }
 
     /// Whether the device has kept the memory of so many connections that it gets no more.

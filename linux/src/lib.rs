@@ -12,6 +12,7 @@
 //! There is no `alloc` crate. All allocations may fail, and say so ([`kernel::alloc`]).
 #![no_std]
 
+mod connection;
 pub mod device;
 pub mod hal;
 pub mod hypercall;

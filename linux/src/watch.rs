@@ -7,9 +7,10 @@
 //! function that was reset or restored from a snapshot tells nothing. A connection that is lost is
 //! opened again, with pauses that grow. So a device that breaks each connection costs little, and
 //! its messages are few, three for each try at most: they need no limit that other devices share.
-#![allow(unsafe_code, reason = "the watch refers to its owner")]
+#![allow(unsafe_code, reason = "the watch's work refers to its state")]
 
 use core::fmt;
+use core::ops::Deref;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -34,12 +35,12 @@ const MILLISECOND: u64 = 1_000_000;
 
 /// What a class does about events. The watch calls these from one thread at a time, which may
 /// sleep.
-pub trait Watched: Sync {
+pub trait Watched: Send + Sync {
     /// The environment of the class's function.
     fn hal(&self) -> &KernelHal;
 
-    /// Takes the pending events, and checks the connection, by [`look`]; no events if the class has
-    /// no connection now, for instance because the system sleeps.
+    /// Takes the pending events, and checks the connection, by [`look`](crate::connection::look); no
+    /// events if the class has no connection now, for instance because the system sleeps.
     fn look(&self) -> Result<Events, Error>;
 
     /// The connection is lost. [`reopen`](Self::reopen) may follow late: the device is to be left
@@ -48,6 +49,14 @@ pub trait Watched: Sync {
 
     /// Closes what is left of the connection, opens it again, and repeats all settings.
     fn reopen(&self) -> Result<(), Error>;
+
+    /// Ends the connection until [`wake`](Self::wake). The watch is paused.
+    fn sleep(&self);
+
+    /// Opens the connection again after [`sleep`](Self::sleep), with all settings.
+    fn wake(&self) -> Result<(), Error> {
+        self.reopen()
+    }
 
     /// The device has gone, or leaves the bus. The function may come back, by
     /// [`reopen`](Self::reopen).
@@ -60,26 +69,16 @@ pub trait Watched: Sync {
     fn announce(&self);
 }
 
-/// Takes the pending events of an open function, and checks that its connection still exists.
-pub fn look(function: &Function<KernelHal>) -> Result<Events, Error> {
-    if !function.is_open() {
-        return Ok(Events::default());
-    }
-    // Events first: they tell what to look at.
-    let events = function.events()?;
-    function.check()?;
-    Ok(events)
-}
-
-/// The watch over the connection of a class. Dropping it ends it.
+/// The watch over the connection of a class, which it owns. Dropping it ends it, and then drops what
+/// it has watched. That may not happen in a method of [`Watched`], for which it would wait.
 pub struct Watch<T: Watched> {
     // Dropped before what it refers to.
     work: Work<State<T>>,
-    _state: KBox<State<T>>,
+    state: KBox<State<T>>,
 }
 
 struct State<T> {
-    target: NonNull<T>,
+    target: KBox<T>,
     /// Tries to open since a connection was good for a while.
     failures: AtomicU32,
     /// When the last of them ended.
@@ -89,18 +88,9 @@ struct State<T> {
     gone: AtomicBool,
 }
 
-// SAFETY: it shares the target, which is Sync.
-unsafe impl<T: Sync> Send for State<T> {}
-// SAFETY: as above.
-unsafe impl<T: Sync> Sync for State<T> {}
-
 impl<T: Watched> Watch<T> {
-    /// A watch that does not look yet. The caller may sleep.
-    ///
-    /// # Safety
-    /// `target` stays valid, at its place, and is only shared, until the watch is dropped, and the
-    /// watch is not dropped by a method of the target's [`Watched`].
-    pub unsafe fn new(target: NonNull<T>) -> Result<Self, NoMemory> {
+    /// A watch that does not look yet. The target stays at its place. The caller may sleep.
+    pub fn new(target: KBox<T>) -> Result<Self, NoMemory> {
         let state = KBox::new(State {
             target,
             failures: AtomicU32::new(0),
@@ -110,7 +100,7 @@ impl<T: Watched> Watch<T> {
         })?;
         // SAFETY: the state is at its place until the work is dropped, which is before it.
         let work = unsafe { Work::new(NonNull::from(&*state), run::<T>) }?;
-        Ok(Self { work, _state: state })
+        Ok(Self { work, state })
     }
 
     /// Looks soon, and every few seconds from then on. From any context.
@@ -122,6 +112,28 @@ impl<T: Watched> Watch<T> {
     pub fn pause(&self) {
         self.work.cancel();
     }
+
+    /// Ends the connection, and does not look any more, until [`resume`](Self::resume).
+    pub fn suspend(&self) {
+        self.pause();
+        self.sleep();
+    }
+
+    /// Opens the connection again after [`suspend`](Self::suspend). If that fails, the watch tries
+    /// it again.
+    pub fn resume(&self) -> Result<(), Error> {
+        let result = self.wake();
+        self.soon();
+        result
+    }
+}
+
+impl<T: Watched> Deref for Watch<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.state.target
+    }
 }
 
 impl<T: Watched> fmt::Debug for Watch<T> {
@@ -132,8 +144,7 @@ impl<T: Watched> fmt::Debug for Watch<T> {
 
 /// Looks once. Returns the milliseconds until the next look.
 fn run<T: Watched>(state: &State<T>) -> Option<u32> {
-    // SAFETY: the creator of the watch keeps it valid.
-    let target = unsafe { state.target.as_ref() };
+    let target = &*state.target;
     let pci = target.hal().pci();
     let error = match target.look() {
         Ok(events) if events.removed() => Error::Broken(ErrorCode::REMOVED),

@@ -17,19 +17,20 @@ use vbus_driver::venet::{
     F_TX_TSO4, F_TX_TSO6, F_TX_USO, F_VLAN, FILTER_ALL_MULTICAST, FILTER_PROMISCUOUS,
     HASH_HEADER_BYTES, HEADER_BYTES, Nic, NicStatus, VLAN_MAP_BYTES, hash_kind,
 };
-use vbus_driver::{Doorbell, Error, Events, Function};
+use vbus_driver::{Error, Events};
 
 use super::ffi::{self, Handle};
 use super::pair::{Group, Pair};
 use super::rx::{Mode, RxQueue, XDP_BUFFER};
 use super::settings::{Rss, Settings};
 use super::tx::TxQueue;
+use crate::connection;
 use crate::device::{Class, Device};
 use crate::hal::KernelHal;
 use crate::interrupt::Interrupt;
 use crate::kernel::lock::{Mutex, MutexGuard, SpinLock};
 use crate::kernel::{Errno, KBox, KVec, time};
-use crate::watch::{self, Watch, Watched};
+use crate::watch::{Watch, Watched};
 use crate::{dev_err_limited, dev_warn_limited};
 
 /// How long the device may keep whoever has the control waiting, in nanoseconds: who has it often
@@ -63,7 +64,8 @@ pub struct Control {
 /// The interface, as the kernel's callbacks find it.
 pub struct Net {
     hal: KernelHal,
-    doorbell: Doorbell,
+    /// The kind of doorbell in use.
+    doorbell: u8,
     dev: Handle,
     control: Mutex<KBox<Control>>,
     groups: KVec<KBox<Group>>,
@@ -115,8 +117,8 @@ impl Drop for Rtnl {
 
 /// The driver of one interface. Dropping it removes the interface.
 pub struct Interface {
-    net: KBox<Net>,
-    watch: KBox<Watch<Net>>,
+    /// With the watch over it.
+    net: KBox<Watch<Net>>,
     interrupts: KVec<Interrupt<Group>>,
     events: Option<Interrupt<Net>>,
     /// The kernel knows the interface.
@@ -133,15 +135,14 @@ pub fn probe(device: &Device) -> Result<KBox<Interface>, Errno> {
     let shares = vectors < 2;
     let pairs_max = if shares { config.queue_pairs } else { config.queue_pairs.min(vectors - 1) };
     let net = Net::new(device, &config, offered, pairs_max, shares)?;
-    let target = NonNull::from(&*net);
-    // SAFETY: the net is at its place until the watch is dropped, by the drop of the interface.
-    let watch = KBox::new(unsafe { Watch::new(target) }?)?;
+    let net = KBox::new(Watch::new(net)?)?;
     let (interrupts, events) = (KVec::new(), None);
-    let this = Interface { net, watch, interrupts, events, is_registered: false };
+    let this = Interface { net, interrupts, events, is_registered: false };
     let mut this = KBox::new(this)?;
-    this.net.watch.store((&raw const *this.watch).cast_mut(), Ordering::Release);
+    this.net.watch.store((&raw const *this.net).cast_mut(), Ordering::Release);
     let name = device.info().name;
     let Interface { net, interrupts, events, .. } = &mut *this;
+    let net: &Net = net;
     for (at, group) in net.groups.iter().enumerate() {
         let (vector, target) =
             (if shares { EVENTS } else { number(at) + 1 }, NonNull::from(&**group));
@@ -156,7 +157,7 @@ pub fn probe(device: &Device) -> Result<KBox<Interface>, Errno> {
         // SAFETY: as above, for the net.
         let interrupt = unsafe {
             let run = |net: &Net, _| net.look_soon();
-            device.interrupts().request(EVENTS, format_args!("vbus-{name}-events"), target, run)
+            device.interrupts().request(EVENTS, format_args!("vbus-{name}-events"), net.into(), run)
         };
         *events = Some(interrupt?);
     }
@@ -187,7 +188,7 @@ impl Net {
         fresh.settings.init(config, pairs_max);
         let mut net = KBox::new(Net {
             hal: device.hal().clone(),
-            doorbell: device.doorbell(),
+            doorbell: device.doorbell().kind,
             dev: ptr::null_mut(),
             control: Mutex::new(control)?,
             groups: KVec::new(),
@@ -304,8 +305,7 @@ impl Net {
         self.fault.store(false, Ordering::Relaxed);
         // Room for all: a half that found none would be lost with its pages.
         let mut halves = KVec::with_capacity(self.pairs.len())?;
-        let mut function = Function::probe(self.hal.clone())?;
-        function.use_doorbell(self.doorbell.kind)?;
+        let mut function = self.hal.function(self.doorbell)?;
         function.set_budget(Some(BUDGET));
         control.offered = function.info().features;
         let mut nic = Nic::open(function, control.settings.features(), EVENTS)?;
@@ -560,27 +560,6 @@ impl Net {
         // SAFETY: no caller holds rtnl, and the handle is valid as long as this.
         unsafe { ffi::shim_net_announce(self.dev) };
     }
-
-    /// Ends the connection for a while, in which the stack does not use the interface.
-    fn sleep(&self) {
-        let _rtnl = Rtnl::lock();
-        let mut control = self.control();
-        control.is_asleep = true;
-        // SAFETY: the handle is valid as long as this.
-        unsafe { ffi::shim_net_detach(self.dev) };
-        self.disconnect(&mut control);
-        self.set_carrier(false);
-    }
-
-    fn wake(&self) -> Result<(), Error> {
-        let _rtnl = Rtnl::lock();
-        let mut control = self.control();
-        control.is_asleep = false;
-        let result = if control.is_up { self.connect(&mut control) } else { Ok(()) };
-        // SAFETY: as above.
-        unsafe { ffi::shim_net_attach(self.dev) };
-        result
-    }
 }
 
 impl Control {
@@ -629,7 +608,7 @@ impl Watched for Net {
             let wanted = control.is_up && !control.is_asleep;
             return if wanted { Err(Error::Reincarnated) } else { Ok(Events::default()) };
         };
-        let events = watch::look(nic.function())?;
+        let events = connection::look(nic.function())?;
         if self.fault.load(Ordering::Relaxed) {
             return Err(self.broke.lock().unwrap_or(Error::Corrupt("a queue")));
         }
@@ -664,6 +643,27 @@ impl Watched for Net {
         self.connect(&mut control)
     }
 
+    /// The stack does not use the interface meanwhile.
+    fn sleep(&self) {
+        let _rtnl = Rtnl::lock();
+        let mut control = self.control();
+        control.is_asleep = true;
+        // SAFETY: the handle is valid as long as this.
+        unsafe { ffi::shim_net_detach(self.dev) };
+        self.disconnect(&mut control);
+        self.set_carrier(false);
+    }
+
+    fn wake(&self) -> Result<(), Error> {
+        let _rtnl = Rtnl::lock();
+        let mut control = self.control();
+        control.is_asleep = false;
+        let result = if control.is_up { self.connect(&mut control) } else { Ok(()) };
+        // SAFETY: as above.
+        unsafe { ffi::shim_net_attach(self.dev) };
+        result
+    }
+
     fn gone(&self) {
         self.set_carrier(false);
     }
@@ -677,28 +677,18 @@ impl Watched for Net {
 }
 
 impl Class for Interface {
-    fn suspend(&self) -> Result<(), Errno> {
-        self.watch.pause();
-        self.net.sleep();
-        Ok(())
+    fn suspend(&self) {
+        self.net.suspend();
     }
 
-    fn resume(&self) -> Result<(), Errno> {
-        let result = self.net.wake();
-        // It tries again what has failed.
-        self.watch.soon();
-        Ok(result?)
-    }
-
-    fn shutdown(&self) {
-        self.watch.pause();
-        self.net.sleep();
+    fn resume(&self) -> Result<(), Error> {
+        self.net.resume()
     }
 }
 
 impl Drop for Interface {
     fn drop(&mut self) {
-        self.watch.pause();
+        self.net.pause();
         if self.is_registered {
             // SAFETY: this is the interface's end: it leaves the kernel, which sets it down before.
             unsafe { ffi::shim_net_unregister(self.net.dev) };
@@ -706,7 +696,7 @@ impl Drop for Interface {
         self.interrupts = KVec::new();
         self.events = None;
         self.net.watch.store(ptr::null_mut(), Ordering::Release);
-        self.watch.pause();
+        self.net.pause();
     }
 }
 

@@ -11,7 +11,7 @@
 //! the device is unplugged, mappings get memory with the last values, which the device does not
 //! reach, and it stays until the last of them has gone.
 
-#![allow(unsafe_code, reason = "interrupts and the watch refer to what they are kept with")]
+#![allow(unsafe_code, reason = "interrupts refer to what they are kept with")]
 
 mod ffi;
 mod file;
@@ -22,15 +22,16 @@ use core::fmt;
 use core::ptr::NonNull;
 
 use vbus_driver::state::{Owner, Pages};
-use vbus_driver::{Error, Events, Function};
+use vbus_driver::{Error, Events};
 
+use crate::connection::Connection;
 use crate::device::{Class, Device};
 use crate::hal::KernelHal;
 use crate::interrupt::{Interrupt, Interrupts};
 use crate::kernel::lock::Mutex;
 use crate::kernel::pci::Pci;
 use crate::kernel::{Errno, KBox, KVec, Ref};
-use crate::watch::{self, Watch, Watched};
+use crate::watch::{Watch, Watched};
 use crate::{dev_err, dev_warn};
 use node::{Folder, Node, PathName};
 use page::Page;
@@ -48,18 +49,7 @@ pub fn probe(device: &Device) -> Result<KBox<State>, Errno> {
 /// What all pages of a device share.
 struct Shared {
     pci: Pci,
-    connection: Mutex<Connection>,
-}
-
-/// The device now.
-enum Connection {
-    Open(Pages<KernelHal>),
-    /// It was lost, and could not be opened again yet.
-    Lost(Error),
-    /// The system sleeps.
-    Asleep,
-    /// The driver has left the device.
-    Left,
+    connection: Mutex<Connection<Pages<KernelHal>>>,
 }
 
 impl Shared {
@@ -97,62 +87,44 @@ struct Core {
     _folder: Folder,
 }
 
-/// What interrupts look at.
-struct Handlers {
-    // Dropped before what it refers to.
-    watch: Watch<Core>,
-    core: KBox<Core>,
-}
-
 /// A state device.
 pub struct State {
     /// Dropped before what they refer to.
-    interrupts: KVec<Interrupt<Handlers>>,
-    handlers: KBox<Handlers>,
+    interrupts: KVec<Interrupt<Watch<Core>>>,
+    watch: KBox<Watch<Core>>,
 }
 
 impl State {
     fn new(device: &Device) -> Result<KBox<Self>, Errno> {
-        let core = Core::new(device)?;
-        // SAFETY: the core stays at its place until the watch, which is before it, is dropped. No
-        // method of the core drops the watch.
-        let watch = unsafe { Watch::new(NonNull::from(&*core)) }?;
-        let handlers = KBox::new(Handlers { watch, core })?;
+        let watch = KBox::new(Watch::new(Core::new(device)?)?)?;
         let vectors = device.interrupts();
         let name = device.info().name;
         let interrupts = KVec::from_fn(usize::from(vectors.count()), |vector| {
             let vector = u16::try_from(vector).map_err(|_| Errno::INVALID)?;
-            let target = NonNull::from(&*handlers);
-            // SAFETY: the handlers stay at their place until the interrupts are dropped.
+            let target = NonNull::from(&*watch);
+            // SAFETY: the watch stays at its place until the interrupts are dropped.
             unsafe {
-                vectors.request(
-                    vector,
-                    format_args!("vbus-{name}-{vector}"),
-                    target,
-                    Handlers::interrupted,
-                )
+                vectors.request(vector, format_args!("vbus-{name}-{vector}"), target, interrupted)
             }
         })?;
         // An event may have come before the handlers, and would not come again.
-        handlers.watch.soon();
-        Ok(KBox::new(Self { interrupts, handlers })?)
+        watch.soon();
+        Ok(KBox::new(Self { interrupts, watch })?)
     }
 }
 
-impl Handlers {
-    /// In interrupt context.
-    fn interrupted(&self, vector: u16) {
-        let mut found = false;
-        for Entry { page, node } in self.core.entries.iter() {
-            if page.vector() == vector && page.interrupted() {
-                node.wake();
-                found = true;
-            }
+/// In interrupt context.
+fn interrupted(watch: &Watch<Core>, vector: u16) {
+    let mut found = false;
+    for Entry { page, node } in watch.entries.iter() {
+        if page.vector() == vector && page.interrupted() {
+            node.wake();
+            found = true;
         }
-        // Events of the function come on vector 0. A look at them costs several exits.
-        if vector == 0 && !found {
-            self.watch.soon();
-        }
+    }
+    // Events of the function come on vector 0. A look at them costs several exits.
+    if vector == 0 && !found {
+        watch.soon();
     }
 }
 
@@ -164,7 +136,8 @@ impl Core {
             dev_err!(pci, "the device cannot be used: {error}");
             Errno::from(error)
         };
-        let mut pages = open(hal, doorbell).map_err(report)?;
+        let open = || Pages::open(hal.function(doorbell)?);
+        let mut pages = open().map_err(report)?;
         let mut descriptions = KVec::new();
         // There are 256 pages at most.
         for number in 0..pages.count() {
@@ -201,12 +174,15 @@ impl Core {
     }
 
     /// Ends the connection. Pages keep their memory.
-    fn close(&self, as_what: Connection) {
+    fn close(&self, as_what: Connection<Pages<KernelHal>>) {
         let mut connection = self.shared.connection.lock();
-        for entry in self.entries.iter() {
-            entry.page.disconnect();
-        }
+        self.disconnect();
         *connection = as_what;
+    }
+
+    /// No page rings any more. The caller holds the connection.
+    fn disconnect(&self) {
+        self.entries.iter().for_each(|entry| entry.page.disconnect());
     }
 }
 
@@ -237,46 +213,34 @@ fn vector(interrupts: &Interrupts, number: u32) -> Result<u16, Errno> {
     u16::try_from(vector).map_err(|_| Errno::INVALID)
 }
 
-fn open(hal: &KernelHal, doorbell: u8) -> Result<Pages<KernelHal>, Error> {
-    let mut function = Function::probe(hal.clone())?;
-    function.use_doorbell(doorbell)?;
-    Pages::open(function)
-}
-
 impl Watched for Core {
     fn hal(&self) -> &KernelHal {
         &self.hal
     }
 
     fn look(&self) -> Result<Events, Error> {
-        match &*self.shared.connection.lock() {
-            Connection::Open(pages) => watch::look(pages.function()),
-            Connection::Lost(error) => Err(*error),
-            Connection::Asleep | Connection::Left => Ok(Events::default()),
-        }
+        self.shared.connection.lock().look(Pages::function)
     }
 
     fn reopen(&self) -> Result<(), Error> {
-        self.close(Connection::Lost(Error::Gone));
         let mut connection = self.shared.connection.lock();
-        let reopened = open(&self.hal, self.doorbell).and_then(|mut pages| {
+        self.disconnect();
+        connection.reopen(|| {
+            let mut pages = Pages::open(self.hal.function(self.doorbell)?)?;
             let live = self.entries.iter().filter(|entry| entry.page.is_live());
             for entry in live {
                 entry.page.register(&mut pages)?;
             }
             Ok(pages)
-        });
-        match reopened {
-            Ok(pages) => *connection = Connection::Open(pages),
-            Err(error) => {
-                *connection = Connection::Lost(error);
-                return Err(error);
-            }
-        }
+        })?;
         drop(connection);
         // Whoever waits looks again, and asks for an interrupt again.
         self.entries.iter().for_each(|entry| entry.node.wake());
         Ok(())
+    }
+
+    fn sleep(&self) {
+        self.close(Connection::Asleep);
     }
 
     fn gone(&self) {
@@ -293,39 +257,22 @@ impl Watched for Core {
 }
 
 impl Class for State {
-    fn suspend(&self) -> Result<(), Errno> {
-        self.handlers.watch.pause();
-        self.handlers.core.close(Connection::Asleep);
-        Ok(())
+    fn suspend(&self) {
+        self.watch.suspend();
     }
 
-    fn resume(&self) -> Result<(), Errno> {
-        let core = &self.handlers.core;
-        let reopened = core.reopen();
-        // If that failed, the watch tries again.
-        self.handlers.watch.soon();
-        reopened.or_else(|error| {
-            dev_warn!(core.hal.pci(), "the device cannot be opened again yet: {error}");
-            Ok(())
-        })
-    }
-
-    fn shutdown(&self) {
-        self.handlers.watch.pause();
-        self.handlers.core.close(Connection::Asleep);
+    fn resume(&self) -> Result<(), Error> {
+        self.watch.resume()
     }
 }
 
 impl Drop for State {
     fn drop(&mut self) {
-        let core = &self.handlers.core;
-        self.handlers.watch.pause();
         self.interrupts = KVec::new();
-        // An interrupt may have come between the two.
-        self.handlers.watch.pause();
-        core.close(Connection::Left);
+        self.watch.pause();
+        self.watch.close(Connection::Left);
         // The device has let go of the pages, and nobody opens any other.
-        for Entry { page, node } in core.entries.iter() {
+        for Entry { page, node } in self.watch.entries.iter() {
             page.retire();
             node.unmap();
             node.wake();
