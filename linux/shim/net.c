@@ -851,13 +851,14 @@ static void base_stats(struct net_device *dev, struct netdev_queue_stats_rx *rx,
 		       struct netdev_queue_stats_tx *tx)
 {
 	/* What queues that are not in use have done. */
-	struct vbus_queue_stats stats;
 	struct shim_net *net = netdev_priv(dev);
 	u32 index;
 
 	rx->packets = rx->bytes = rx->alloc_fail = 0;
 	tx->packets = tx->bytes = tx->stop = tx->wake = 0;
 	for (index = dev->real_num_rx_queues; index < dev->num_rx_queues; index++) {
+		struct vbus_queue_stats stats = {};
+
 		vbus_net_queue_stats(net->rust, index, &stats);
 		rx->packets += stats.rx_frames;
 		rx->bytes += stats.rx_bytes;

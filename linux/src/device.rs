@@ -149,8 +149,8 @@ impl Device {
     }
 }
 
-/// Logs why a function cannot be used.
-fn report(pci: &Pci, error: Error) -> Errno {
+/// Logs why a device cannot be used.
+pub fn report(pci: &Pci, error: Error) -> Errno {
     dev_err!(pci, "the device cannot be used: {error}");
     error.into()
 }

@@ -39,8 +39,9 @@ pub trait Watched: Send + Sync {
     /// The environment of the class's function.
     fn hal(&self) -> &KernelHal;
 
-    /// Takes the pending events, and checks the connection, by [`look`](crate::connection::look); no
-    /// events if the class has no connection now, for instance because the system sleeps.
+    /// Takes the pending events, and checks the connection, by [`look`](crate::connection::look).
+    /// There are no events if the class has no connection now, for instance because the system
+    /// sleeps.
     fn look(&self) -> Result<Events, Error>;
 
     /// The connection is lost. [`reopen`](Self::reopen) may follow late: the device is to be left
@@ -69,8 +70,9 @@ pub trait Watched: Send + Sync {
     fn announce(&self);
 }
 
-/// The watch over the connection of a class, which it owns. Dropping it ends it, and then drops what
-/// it has watched. That may not happen in a method of [`Watched`], for which it would wait.
+/// The watch over the connection of a class. It owns what it watches. Dropping it ends the watch,
+/// and then drops what it has watched. No method of [`Watched`] may drop it: it would wait for
+/// itself.
 pub struct Watch<T: Watched> {
     // Dropped before what it refers to.
     work: Work<State<T>>,

@@ -14,8 +14,8 @@ use super::alloc::{KVec, NoMemory};
 use super::ffi;
 use super::pci::Pci;
 
-/// Bytes of a page.
-const PAGE: usize = 4096;
+/// Bytes of a page of memory.
+pub const PAGE: usize = 4096;
 
 /// Coherent memory, zeroed at first, contiguous for the function. It begins with a page on both
 /// sides.

@@ -4,6 +4,7 @@
 
 use core::ffi::{c_int, c_void};
 use core::fmt::Write;
+use core::sync::atomic::Ordering;
 
 use vbus_driver::Error;
 use vbus_driver::venet::{Duplex, F_COALESCE, F_RSS, PairCounters, RSS_KEY_BYTES, counters_page};
@@ -11,16 +12,13 @@ use vbus_driver::venet::{Duplex, F_COALESCE, F_RSS, PairCounters, RSS_KEY_BYTES,
 use super::ffi;
 use super::interface::{Control, Net, number, of};
 use super::pair::Pair;
-use super::settings::{ENTRIES_MIN, Rss};
+use super::settings::{ENTRIES_MIN, Rss, TABLE_MAX};
 use super::stats::Counter;
 use crate::kernel::Errno;
 use crate::kernel::log::Text;
 
 /// Bytes of a name of a statistic.
 const NAME: usize = 32;
-/// Entries of the indirection table, if the device takes so many.
-const TABLE: u16 = 128;
-
 /// Bytes of the key.
 const KEY: u32 = 40;
 const _: () = assert!(KEY as usize == RSS_KEY_BYTES);
@@ -57,30 +55,30 @@ const DEVICE: [(&str, usize); 27] = [
     ("dev_tx{}_frames", counters_page::TX_FRAMES),
     ("dev_tx{}_bytes", counters_page::TX_BYTES),
     ("dev_tx{}_batches", counters_page::TX_BATCHES),
-    ("dev_tx{}_waits", 3),
-    ("dev_tx{}_csum", 4),
-    ("dev_tx{}_segments", 5),
-    ("dev_tx{}_drop_short", 8),
-    ("dev_tx{}_drop_header", 9),
-    ("dev_tx{}_drop_no_link", 10),
-    ("dev_tx{}_drop_refused", 11),
-    ("dev_tx{}_drop_too_long", 12),
-    ("dev_tx{}_drop_spoofed", 13),
-    ("dev_tx{}_drop_denied", 14),
-    ("dev_tx{}_drop_storm", 15),
-    ("dev_rx{}_frames", 16),
-    ("dev_rx{}_bytes", 17),
-    ("dev_rx{}_posts", 18),
-    ("dev_rx{}_waits", 19),
-    ("dev_rx{}_csum", 20),
-    ("dev_rx{}_segments", 21),
-    ("dev_rx{}_filtered", 22),
-    ("dev_rx{}_drop_no_buffers", 24),
-    ("dev_rx{}_drop_too_long", 25),
-    ("dev_rx{}_drop_unconverted", 26),
-    ("dev_rx{}_drop_too_slow", 27),
-    ("dev_rx{}_drop_rate", 28),
-    ("dev_rx{}_drop_no_ring", 29),
+    ("dev_tx{}_waits", counters_page::TX_WAITS),
+    ("dev_tx{}_csum", counters_page::TX_CSUM),
+    ("dev_tx{}_segments", counters_page::TX_SEGMENTS),
+    ("dev_tx{}_drop_short", counters_page::TX_DROPS_SHORT),
+    ("dev_tx{}_drop_header", counters_page::TX_DROPS_HEADER),
+    ("dev_tx{}_drop_no_link", counters_page::TX_DROPS_NO_LINK),
+    ("dev_tx{}_drop_refused", counters_page::TX_DROPS_REFUSED),
+    ("dev_tx{}_drop_too_long", counters_page::TX_DROPS_LONG),
+    ("dev_tx{}_drop_spoofed", counters_page::TX_DROPS_SPOOFED),
+    ("dev_tx{}_drop_denied", counters_page::TX_DROPS_DENIED),
+    ("dev_tx{}_drop_storm", counters_page::TX_DROPS_STORM),
+    ("dev_rx{}_frames", counters_page::RX_FRAMES),
+    ("dev_rx{}_bytes", counters_page::RX_BYTES),
+    ("dev_rx{}_posts", counters_page::RX_BATCHES),
+    ("dev_rx{}_waits", counters_page::RX_STARVED),
+    ("dev_rx{}_csum", counters_page::RX_CSUM),
+    ("dev_rx{}_segments", counters_page::RX_SEGMENTS),
+    ("dev_rx{}_filtered", counters_page::RX_FILTERED),
+    ("dev_rx{}_drop_no_buffers", counters_page::RX_DROPS_BUFFERS),
+    ("dev_rx{}_drop_too_long", counters_page::RX_DROPS_LONG),
+    ("dev_rx{}_drop_unconverted", counters_page::RX_DROPS_BAD),
+    ("dev_rx{}_drop_too_slow", counters_page::RX_DROPS_SLOW),
+    ("dev_rx{}_drop_rate", counters_page::RX_DROPS_RATE),
+    ("dev_rx{}_drop_no_ring", counters_page::RX_DROPS_NO_LINK),
 ];
 
 /// Visits all statistics of the interface in their order: with the name, whose `{}` stands for the
@@ -103,7 +101,7 @@ fn visit(net: &Net, mut each: impl FnMut(&str, usize, u64)) {
     for (at, group) in net.groups().iter().enumerate() {
         each("irq{}_interrupts", at, group.interrupts.get());
     }
-    each("faults", 0, net.faults.load(core::sync::atomic::Ordering::Relaxed));
+    each("faults", 0, net.faults.load(Ordering::Relaxed));
 }
 
 #[unsafe(no_mangle)]
@@ -284,7 +282,7 @@ extern "C" fn vbus_net_key_bytes(net: *mut c_void) -> u32 {
 fn entries(control: &Control) -> u16 {
     match &control.settings.rss {
         Some(rss) => rss.entries,
-        None => 1 << control.config.rss_table_max.clamp(1, TABLE).ilog2(),
+        None => 1 << control.config.rss_table_max.clamp(1, TABLE_MAX).ilog2(),
     }
 }
 

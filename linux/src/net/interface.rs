@@ -25,7 +25,7 @@ use super::rx::{Mode, RxQueue, XDP_BUFFER};
 use super::settings::{Rss, Settings};
 use super::tx::TxQueue;
 use crate::connection;
-use crate::device::{Class, Device};
+use crate::device::{Class, Device, report};
 use crate::hal::KernelHal;
 use crate::interrupt::Interrupt;
 use crate::kernel::lock::{Mutex, MutexGuard, SpinLock};
@@ -127,8 +127,9 @@ pub struct Interface {
 
 /// Makes the interface of a device of class `venet`.
 pub fn probe(device: &Device) -> Result<KBox<Interface>, Errno> {
-    let function = device.function()?;
-    let config = venet::config(&function)?;
+    let report = |error| report(device.pci(), error);
+    let function = device.function().map_err(report)?;
+    let config = venet::config(&function).map_err(report)?;
     let offered = function.info().features;
     let vectors = device.interrupts().count();
     // With several vectors the first is for events.

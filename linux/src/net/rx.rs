@@ -24,10 +24,10 @@ use super::ffi::{self, Handle};
 use super::pair::Pair;
 use super::stats::RxStats;
 use crate::hal::KernelHal;
-use crate::kernel::KVec;
+use crate::kernel::{KVec, dma};
 
 /// Bytes of a page.
-const PAGE: u32 = 4096;
+const PAGE: u32 = dma::PAGE as u32;
 /// A frame of up to so many bytes is copied as a whole.
 const COPY_MAX: usize = 256;
 /// So many bytes of a frame's page are copied before they are looked at: the header, and the

@@ -12,8 +12,10 @@ use super::ffi;
 const ENTRIES: u32 = 512;
 /// The fewest entries that can be set: a transmit ring has room for two of the largest frames.
 pub const ENTRIES_MIN: u32 = 64;
-/// Entries of an indirection table.
-const TABLE_MAX: usize = 128;
+/// Entries of the indirection table, if the device takes so many.
+pub const TABLE_MAX: u16 = 128;
+/// An indirection table: the queue pair of each entry.
+type Table = [u16; TABLE_MAX as usize];
 
 /// The indirection table and the key.
 #[derive(Clone)]
@@ -21,7 +23,7 @@ pub struct Rss {
     /// The key.
     pub key: [u8; RSS_KEY_BYTES],
     /// The queue pair of each entry.
-    pub table: [u16; TABLE_MAX],
+    pub table: Table,
     /// Entries in use, a power of two.
     pub entries: u16,
 }
@@ -97,7 +99,7 @@ impl Settings {
 impl Rss {
     /// Spreads over the first `pairs` queue pairs, with `entries` entries, a power of two.
     pub fn spread(key: [u8; RSS_KEY_BYTES], entries: u16, pairs: u16) -> Rss {
-        let mut table = [0; TABLE_MAX];
+        let mut table = [0; TABLE_MAX as usize];
         for (entry, at) in table.iter_mut().zip(0u16..) {
             *entry = at % pairs.max(1);
         }
@@ -105,7 +107,7 @@ impl Rss {
     }
 
     /// The table for a device that has `pairs` queue pairs.
-    pub fn within(&self, pairs: u16) -> [u16; TABLE_MAX] {
+    pub fn within(&self, pairs: u16) -> Table {
         self.table.map(|pair| pair % pairs.max(1))
     }
 

@@ -15,8 +15,7 @@ use vbus_driver::sched::Cpus;
 use vbus_driver::{Error, Events};
 
 use crate::connection::Connection;
-use crate::dev_err;
-use crate::device::{Class, Device};
+use crate::device::{Class, Device, report};
 use crate::hal::KernelHal;
 use crate::interrupt::Interrupt;
 use crate::kernel::lock::Mutex;
@@ -28,10 +27,7 @@ use hook::Hook;
 pub fn probe(device: &Device) -> Result<KBox<Sched>, Errno> {
     let hal = device.hal().clone();
     let doorbell = device.doorbell().kind;
-    let open = Open::new(&hal, doorbell).map_err(|error| {
-        dev_err!(device.pci(), "the device cannot be used: {error}");
-        Errno::from(error)
-    })?;
+    let open = Open::new(&hal, doorbell).map_err(|error| report(device.pci(), error))?;
     let connection = Mutex::new(Connection::Open(open))?;
     let watch = KBox::new(Watch::new(KBox::new(Core { hal, doorbell, connection })?)?)?;
     let name = device.info().name;

@@ -25,14 +25,14 @@ use vbus_driver::state::{Owner, Pages};
 use vbus_driver::{Error, Events};
 
 use crate::connection::Connection;
-use crate::device::{Class, Device};
+use crate::dev_warn;
+use crate::device::{Class, Device, report};
 use crate::hal::KernelHal;
 use crate::interrupt::{Interrupt, Interrupts};
 use crate::kernel::lock::Mutex;
 use crate::kernel::pci::Pci;
 use crate::kernel::{Errno, KBox, KVec, Ref};
 use crate::watch::{Watch, Watched};
-use crate::{dev_err, dev_warn};
 use node::{Folder, Node, PathName};
 use page::Page;
 
@@ -132,12 +132,8 @@ impl Core {
     fn new(device: &Device) -> Result<KBox<Self>, Errno> {
         let (pci, hal) = (device.pci(), device.hal());
         let doorbell = device.doorbell().kind;
-        let report = |error: Error| {
-            dev_err!(pci, "the device cannot be used: {error}");
-            Errno::from(error)
-        };
-        let open = || Pages::open(hal.function(doorbell)?);
-        let mut pages = open().map_err(report)?;
+        let report = |error| report(pci, error);
+        let mut pages = device.function().and_then(Pages::open).map_err(report)?;
         let mut descriptions = KVec::new();
         // There are 256 pages at most.
         for number in 0..pages.count() {

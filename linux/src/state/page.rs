@@ -16,12 +16,10 @@ use vbus_shm::state::{Layout, Overrun, Reader, Writer};
 use super::Shared;
 use super::ffi;
 use crate::hal::{Dma, KernelHal};
+use crate::kernel::dma::PAGE;
 use crate::kernel::lock::{Mutex, SpinLock};
 use crate::kernel::{Errno, Ref};
 use crate::{dev_err_limited, dev_warn_limited};
-
-/// Bytes of a page of memory.
-const PAGE: usize = 4096;
 
 /// A page of the device. Its memory is registered when somebody first opens it, and from then on
 /// as long as the device is there. So a page that nobody uses costs nothing.
