@@ -38,7 +38,13 @@ impl Interrupt {
     /// Counts the kick or its absence. The compiler checks that the kick comes from a device's end,
     /// but not from which ring: keep a ring and its interrupt in one value.
     pub fn kick(&self, kick: Kick<end::Device>) {
-        if kick.is_wanted() {
+        self.notify(kick.is_wanted());
+    }
+
+    /// The device has posted something. Interrupts the driver if `wanted`: the driver asked for
+    /// that. Counts the interrupt or its absence.
+    pub fn notify(&self, wanted: bool) {
+        if wanted {
             self.trigger();
         } else {
             self.counters.interrupts_suppressed.one();

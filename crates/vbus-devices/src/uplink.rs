@@ -9,9 +9,8 @@ use vbus_core::settings::Settings;
 use vbus_core::{
     Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Joined, Metric, Open,
 };
+use vbus_net::front::MTU_RANGE;
 use vbus_net::{Opener, Switches, UPLINK_METRICS, Uplink, UplinkConfig};
-
-use crate::venet::MTU_RANGE;
 
 /// The class of uplinks.
 pub struct UplinkClass {

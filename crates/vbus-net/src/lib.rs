@@ -11,6 +11,9 @@
 //!   into the driver's buffers. If frames come from elsewhere too ([`Backend::shares_sinks`]: the
 //!   switch), the front shares its receive queues instead, each under a lock ([`Port::lanes`]).
 //!
+//! [`front`] has what is the same in all fronts: a queue pair and its task, over rings of any
+//! layout.
+//!
 //! A back end knows neither the front's rings nor its registers. The back ends are the [`Medium`]s
 //! (switch, TAP interface, stream socket and null), [`Captured`], which records the frames that
 //! pass another back end, and [`Limited`], which limits their rate. [`BackendConfig`] reads the
@@ -35,6 +38,7 @@ mod capture;
 mod config;
 mod filter;
 mod frame;
+pub mod front;
 mod inbound;
 mod limited;
 mod limits;

@@ -7,16 +7,17 @@ use std::sync::{Arc, Mutex};
 use vbus_core::shm::abi::venet as abi;
 use vbus_core::shm::ring::{DeviceEnd, Returns, SIGNAL_OFFSET};
 use vbus_core::{Call, Connection, ErrorCode, Open, Region, Task, TaskHandle, Window, lock};
-use vbus_net::{Filter, Mac, Offloads, Plug, Port, Rss, SharedSink, Steering};
+use vbus_net::front::{Receiver, RxQueue, RxSlot, Setting, TxQueue};
+use vbus_net::{Filter, HEADER_BYTES, Mac, Offloads, Plug, Port, Rss, SharedSink, Steering, front};
 
 use super::calls;
-use super::coalesce::Setting;
 use super::device::{RING_MAX, VenetDevice, offloads};
 use super::news::{News, Pending};
 use super::pages::{Pages, PagesTask};
-use super::pair::{Pair, PairTask, Rx};
-use super::rx::{Receiver, RxQueue, RxSlot};
-use super::tx::TxQueue;
+use super::ring::{RxEntries, TxEntries};
+
+type Pair = front::Pair<TxEntries, RxEntries>;
+type Rx = front::Rx<RxEntries>;
 
 /// The rings of one queue pair.
 #[derive(Default)]
@@ -67,7 +68,7 @@ impl VenetConnection {
             steering: Arc::new(Steering::new(device.config.queue_pairs)),
             hash: open.features & abi::F_HASH != 0,
             backpressure: device.config.backpressure,
-            news: News::new(pending, pages_task.clone()),
+            moved: moved(News::new(pending, pages_task.clone())),
         });
         VenetConnection {
             device,
@@ -186,7 +187,9 @@ impl VenetConnection {
                 let pair = Pair::new(rx, queue, memory, receiver, tx_offloads, counters);
                 let pair = Arc::new(Mutex::new(pair));
                 made = Some(pair.clone());
-                Ok::<_, ErrorCode>(Box::new(PairTask { pair, number: index }) as Box<dyn Task>)
+                Ok::<_, ErrorCode>(
+                    Box::new(front::PairTask { pair, number: index }) as Box<dyn Task>
+                )
             },
         )?;
         running.pairs.extend(made.map(|pair| (pair, task)));
@@ -206,8 +209,7 @@ impl VenetConnection {
             (Some(region), true) => {
                 let number = u16::try_from(i).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
                 let queue = RxQueue::new(
-                    attach(region, true)?,
-                    region.interrupt.clone(),
+                    RxEntries::new(attach(region, true)?, region.interrupt.clone()),
                     self.open.memory.clone(),
                     self.receiver.clone(),
                     self.device.pairs[i].clone(),
@@ -216,9 +218,8 @@ impl VenetConnection {
                 lock(pair).set_rx(Some(queue));
             }
             (Some(region), false) => {
-                let (interrupt, coalesce) = (&region.interrupt, &self.coalesce[i].tx);
-                let ring = attach(region, false)?;
-                let queue = TxQueue::new(ring, interrupt.clone(), coalesce.clone());
+                let ring = TxEntries::new(attach(region, false)?, region.interrupt.clone());
+                let queue = TxQueue::new(ring, HEADER_BYTES, self.coalesce[i].tx.clone());
                 lock(pair).set_tx(Some(queue));
             }
         }
@@ -339,6 +340,11 @@ fn spawn(open: &Open, beside: usize, task: Box<dyn Task>) -> TaskHandle {
     let fail = open.fail.clone();
     let worker = open.worker.wrapping_add(beside);
     open.executor.spawn(worker, task, open.counters.clone(), move |error| fail.fail(error))
+}
+
+/// What queue pairs call when frames have passed.
+fn moved(news: News) -> Box<dyn Fn() + Send + Sync> {
+    Box::new(move || news.moved())
 }
 
 /// Attaches the device's end of the transmit or receive ring in a region.

@@ -6,11 +6,9 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use vbus_core::shm::abi::{class, venet as abi};
 use vbus_core::{ErrorCode, Identity};
+use vbus_net::front::{Config, PairCounters};
 use vbus_net::rss::kinds;
 use vbus_net::{Backend, Link, Offloads, show_mac};
-
-use super::config::Config;
-use super::counters::PairCounters;
 
 /// The most entries of a ring.
 pub const RING_MAX: u16 = 4096;

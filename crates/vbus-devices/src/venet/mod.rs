@@ -1,24 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `venet`: an Ethernet controller (spec/venet.md), in front of the back ends of [`vbus_net`].
 //!
-//! How a frame from the driver travels: the doorbell wakes the task of the queue pair (`pair`). The
-//! task takes the frame from the transmit ring (`tx`) and gives it to the device's back end. The
-//! back end puts a frame to the driver through `rx` into the buffers that the driver has posted.
-//! `connection` serves the driver's connection, `calls` parses the calls, and `pages` writes the
-//! status page and the counters page.
+//! How a frame from the driver travels: the doorbell wakes the task of the queue pair
+//! ([`vbus_net::front`]). The task takes the frame from the transmit ring (`ring`) and gives it to
+//! the device's back end. The back end puts a frame to the driver into the buffers that the driver
+//! has posted. `connection` serves the driver's connection, `calls` parses the calls, and `pages`
+//! writes the status page and the counters page.
 
-mod backpressure;
 mod calls;
-mod coalesce;
-mod config;
 mod connection;
-mod counters;
 mod device;
 mod news;
 mod pages;
-mod pair;
-mod rx;
-mod tx;
+mod ring;
 
 use std::sync::Arc;
 
@@ -26,15 +20,11 @@ use serde_json::Value;
 use vbus_core::{
     Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open, settings,
 };
+use vbus_net::front::{Config, METRICS};
 use vbus_net::{BACKEND_METRICS, Direct, Link, Opener, Switches};
 
-use config::Config;
 use connection::VenetConnection;
 use device::VenetDevice;
-
-/// The MTU that a device may have, in bytes. IPv4 needs the least. With an Ethernet header and two
-/// tags, a frame of the largest has 65535 bytes.
-pub const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65_513;
 
 /// The class of Ethernet controllers. The switches of a bus belong to it.
 pub struct VenetClass {
@@ -98,7 +88,7 @@ impl DeviceClass for VenetClass {
     }
 
     fn metrics(&self) -> Vec<Metric> {
-        [counters::METRICS, BACKEND_METRICS].concat()
+        [METRICS, BACKEND_METRICS].concat()
     }
 }
 

@@ -10,9 +10,8 @@ use vbus_core::shm::signal::{Kick, end};
 use vbus_core::shm::state::{SIGNAL_OFFSET, Writer};
 use vbus_core::{ErrorCode, Notifier, Progress, Region, Task, Window, lock};
 use vbus_net::Filter;
+use vbus_net::front::{Duplex, PairCounters};
 
-use super::config::Duplex;
-use super::counters::PairCounters;
 use super::device::VenetDevice;
 use super::news::Pending;
 

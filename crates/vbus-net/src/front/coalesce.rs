@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Interrupt coalescing (SET_COALESCE): a ring holds its interrupt back for a time, or until a
+//! Interrupt coalescing: a ring holds its interrupt back for a time, or until a
 //! number of frames have passed.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use vbus_core::Interrupt;
-use vbus_core::shm::signal::Kick;
-use vbus_core::shm::signal::end::Device;
+use super::ring::Ring;
 
 /// The setting of one ring. The driver may change it at any time. The two words need not fit each
 /// other for the moment of a change, and depend on no other memory: all accesses are relaxed.
@@ -44,20 +42,20 @@ pub struct Held {
 }
 
 impl Held {
-    /// The ring has posted `frames` frames, with this kick. Interrupts, or holds the interrupt
-    /// back. Returns true if it holds one back that it did not hold before: the ring's task must
-    /// look at [`deadline`](Self::deadline) again.
+    /// The ring has posted `frames` frames. `wanted`: the driver asked for an interrupt. This
+    /// interrupts, or holds the interrupt back. Returns true if it holds one back that it did not
+    /// hold before: the ring's task must look at [`deadline`](Self::deadline) again.
     pub fn posted(
         &mut self,
-        kick: Kick<Device>,
+        wanted: bool,
         frames: u64,
         setting: &Setting,
-        interrupt: &Interrupt,
+        ring: &impl Ring,
     ) -> bool {
         let Some((_, passed)) = &mut self.held else {
             let time = setting.time();
-            if !kick.is_wanted() || time.is_zero() || setting.is_enough(frames) {
-                interrupt.kick(kick);
+            if !wanted || time.is_zero() || setting.is_enough(frames) {
+                ring.interrupt(wanted);
                 return false;
             }
             self.held = Some((Instant::now() + time, frames));
@@ -65,28 +63,26 @@ impl Held {
         };
         *passed += frames;
         let passed = *passed;
+        // A second interrupt beside the one that is held would say nothing new.
         if setting.is_enough(passed) {
-            self.release(interrupt);
-        } else {
-            // A second interrupt beside the one that is held would say nothing new.
-            drop(kick);
+            self.release(ring);
         }
         false
     }
 
     /// Interrupts if the time is over, or the driver has switched coalescing off.
-    pub fn poll(&mut self, setting: &Setting, interrupt: &Interrupt) {
+    pub fn poll(&mut self, setting: &Setting, ring: &impl Ring) {
         let is_due =
             |(until, _): (Instant, u64)| setting.time().is_zero() || Instant::now() >= until;
         if self.held.is_some_and(is_due) {
-            self.release(interrupt);
+            self.release(ring);
         }
     }
 
     /// Interrupts now, if an interrupt is held back.
-    pub fn release(&mut self, interrupt: &Interrupt) {
+    pub fn release(&mut self, ring: &impl Ring) {
         if self.held.take().is_some() {
-            interrupt.trigger();
+            ring.interrupt(true);
         }
     }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The settings of a venet device.
+//! The settings of an Ethernet device.
 
 use std::hash::{BuildHasher, Hasher};
 use std::time::Duration;
@@ -9,7 +9,13 @@ use vbus_core::CreateError;
 use vbus_core::settings::Settings;
 use vbus_core::shm::abi::venet::QUEUE_PAIRS_MAX;
 
-use vbus_net::{BackendConfig, Mac, is_group, parse_mac};
+use vbus_tap::{Mac, is_group, parse_mac};
+
+use crate::config::BackendConfig;
+
+/// The MTU that a device may have, in bytes. IPv4 needs the least. With an Ethernet header and two
+/// tags, a frame of the largest has 65535 bytes.
+pub const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65_513;
 
 /// The highest speed of a link that the settings may give, in Mb/s: a petabit a second.
 const SPEED_MAX: u32 = 1_000_000_000;
@@ -53,11 +59,22 @@ impl Config {
     /// Checks the settings of a device.
     pub fn parse(value: &Value) -> Result<Config, CreateError> {
         let mut settings = Settings::new(value)?;
+        let config = Config::take(&mut settings)?;
+        settings.finish()?;
+        Ok(config)
+    }
+
+    /// Takes the settings of an Ethernet device out of `settings`. A front that has further
+    /// settings takes those itself, and then ends with [`Settings::finish`].
+    ///
+    /// # Errors
+    /// The setting at fault, and what to write.
+    pub fn take(settings: &mut Settings) -> Result<Config, CreateError> {
         let mac = settings.text("mac")?;
-        let mac = mac.map_or_else(|| Ok(random_mac()), |text| device_mac(&settings, &text))?;
-        let mtu = settings.integer("mtu", super::MTU_RANGE)?.unwrap_or(1500);
+        let mac = mac.map_or_else(|| Ok(random_mac()), |text| device_mac(settings, &text))?;
+        let mtu = settings.integer("mtu", MTU_RANGE)?.unwrap_or(1500);
         let queue_pairs = settings.integer("queue-pairs", 1..=QUEUE_PAIRS_MAX)?.unwrap_or(1);
-        let backend = BackendConfig::parse(&mut settings, queue_pairs, mtu)?;
+        let backend = BackendConfig::parse(settings, queue_pairs, mtu)?;
         let backpressure =
             settings.integer("backpressure-ms", 0..=BACKPRESSURE_MS_MAX)?.unwrap_or(50);
         let mac_changes = settings.flag("mac-changes")?.unwrap_or(true);
@@ -66,7 +83,6 @@ impl Config {
         if duplex.is_some() && speed.is_none() {
             return Err(settings.error("duplex", "needs speed = MBIT_PER_SECOND"));
         }
-        settings.finish()?;
         Ok(Config {
             mac,
             mtu,
@@ -104,7 +120,7 @@ fn random_mac() -> Mac {
 mod tests {
     use super::*;
     use serde_json::json;
-    use vbus_net::show_mac;
+    use vbus_tap::show_mac;
 
     #[test]
     fn defaults() {

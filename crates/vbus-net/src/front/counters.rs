@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Serialize, Serializer};
 use vbus_core::{Counter, Metric, Role};
-use vbus_net::{RxDrop, TxDrop};
+
+use crate::backend::TxDrop;
+use crate::sink::RxDrop;
 
 /// What a frame that the device did not send on has in common with others.
 const TX_DROPS: &str = "Frames from the driver that were dropped";
@@ -14,7 +16,7 @@ const RX_DROPS: &str = "Frames to the driver that were dropped";
 
 /// A frame from the driver that was dropped for a reason.
 const fn tx_drop(path: &'static str, reason: &'static str, help: &'static str) -> Metric {
-    Metric::counter(path, "venet_tx_drops", help)
+    Metric::counter(path, "nic_tx_drops", help)
         .unit("frames")
         .role(Role::OutDrop)
         .reason(reason, TX_DROPS)
@@ -22,67 +24,64 @@ const fn tx_drop(path: &'static str, reason: &'static str, help: &'static str) -
 
 /// A frame to the driver that was dropped for a reason.
 const fn rx_drop(path: &'static str, reason: &'static str, help: &'static str) -> Metric {
-    Metric::counter(path, "venet_rx_drops", help)
+    Metric::counter(path, "nic_rx_drops", help)
         .unit("frames")
         .role(Role::InDrop)
         .reason(reason, RX_DROPS)
 }
 
-/// What the numbers of a device mean, except those of its back end.
+/// What the numbers of an Ethernet device mean, except those of its back end. The device shows its
+/// [`PairCounters`] as `pairs`.
 pub const METRICS: &[Metric] = &[
-    Metric::flag("link", "venet_link", "Whether the driver has a link"),
-    Metric::flag(
-        "link-off",
-        "venet_link_off",
-        "Whether a control client has switched the link off",
-    ),
-    Metric::counter("pcap.records", "venet_pcap_records", "Frames that the capture file has")
+    Metric::flag("link", "nic_link", "Whether the driver has a link"),
+    Metric::flag("link-off", "nic_link_off", "Whether a control client has switched the link off"),
+    Metric::counter("pcap.records", "nic_pcap_records", "Frames that the capture file has")
         .unit("frames"),
     Metric::counter(
         "pcap.left-out",
-        "venet_pcap_left_out",
+        "nic_pcap_left_out",
         "Frames that the capture file lacks, because it could not be written fast enough",
     )
     .unit("frames"),
     Metric::counter(
         "pairs.{queue}.tx.frames",
-        "venet_tx_frames",
+        "nic_tx_frames",
         "Frames from the driver that went on",
     )
     .unit("frames")
     .role(Role::OutFrames),
     Metric::counter(
         "pairs.{queue}.tx.bytes",
-        "venet_tx_bytes",
+        "nic_tx_bytes",
         "Bytes of the frames from the driver that went on",
     )
     .unit("bytes")
     .role(Role::OutBytes),
-    Metric::counter("pairs.{queue}.tx.batches", "venet_tx_batches", "Polls that sent something")
+    Metric::counter("pairs.{queue}.tx.batches", "nic_tx_batches", "Polls that sent something")
         .unit("polls")
         .advice("`tx.frames` divided by it is the mean batch"),
     Metric::counter(
         "pairs.{queue}.tx.csum",
-        "venet_tx_csum",
+        "nic_tx_csum",
         "Frames from the driver whose checksum was left to the device",
     )
     .unit("frames"),
     Metric::counter(
         "pairs.{queue}.tx.segments",
-        "venet_tx_segments",
+        "nic_tx_segments",
         "Frames from the driver whose segmentation was left to the device",
     )
     .unit("frames"),
     Metric::gauge(
         "pairs.{queue}.tx.ring_fill",
-        "venet_tx_ring_fill",
+        "nic_tx_ring_fill",
         "Entries in the transmit ring after the last poll",
     )
     .unit("entries")
     .role(Role::OutFill),
     Metric::counter(
         "pairs.{queue}.tx.waits",
-        "venet_tx_waits",
+        "nic_tx_waits",
         "Times that sending stopped because the other side had no room",
     ),
     tx_drop("pairs.{queue}.tx.drops.short", "short", "Frames below 14 bytes"),
@@ -110,50 +109,50 @@ pub const METRICS: &[Metric] = &[
         "storm",
         "Broadcasts above `broadcast-rate`, and frames in a loop",
     ),
-    Metric::counter("pairs.{queue}.rx.frames", "venet_rx_frames", "Frames that the driver got")
+    Metric::counter("pairs.{queue}.rx.frames", "nic_rx_frames", "Frames that the driver got")
         .unit("frames")
         .role(Role::InFrames),
     Metric::counter(
         "pairs.{queue}.rx.bytes",
-        "venet_rx_bytes",
+        "nic_rx_bytes",
         "Bytes of the frames that the driver got",
     )
     .unit("bytes")
     .role(Role::InBytes),
     Metric::counter(
         "pairs.{queue}.rx.batches",
-        "venet_rx_batches",
+        "nic_rx_batches",
         "Posts that showed frames to the driver",
     )
     .unit("posts"),
     Metric::counter(
         "pairs.{queue}.rx.csum",
-        "venet_rx_csum",
+        "nic_rx_csum",
         "Frames to the driver whose checksum was left to it",
     )
     .unit("frames"),
     Metric::counter(
         "pairs.{queue}.rx.segments",
-        "venet_rx_segments",
+        "nic_rx_segments",
         "Frames to the driver whose segmentation was left to it",
     )
     .unit("frames"),
     Metric::gauge(
         "pairs.{queue}.rx.ring_fill",
-        "venet_rx_ring_fill",
+        "nic_rx_ring_fill",
         "Buffers that the driver had posted after the last batch",
     )
     .unit("buffers")
     .role(Role::InFill),
     Metric::counter(
         "pairs.{queue}.rx.starved",
-        "venet_rx_starved",
+        "nic_rx_starved",
         "Times that a frame found too few buffers",
     )
     .advice("the driver posts its buffers late, or has few of them"),
     Metric::counter(
         "pairs.{queue}.rx.filtered",
-        "venet_rx_filtered",
+        "nic_rx_filtered",
         "Frames that the driver's filter did not want; they are not drops",
     )
     .unit("frames"),

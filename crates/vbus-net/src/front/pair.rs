@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A queue pair's task. It moves the driver's frames to the back end, and the back end's frames to
-//! the driver.
+//! A queue pair and its task. The task moves the driver's frames to the back end, and the back
+//! end's frames to the driver.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -8,26 +8,29 @@ use std::time::Instant;
 use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{ErrorCode, MemoryContext, Progress, Task, lock};
-use vbus_net::{Body, CHAIN_MAX, Offloads, Packet, Queue, Sent};
+use vbus_tap::Offloads;
 
 use super::counters::PairCounters;
+use super::ring::{RxRing, TxRing};
 use super::rx::{Lent, Receiver, RxQueue, RxSlot};
 use super::tx::{Next, TxQueue};
+use crate::backend::{Queue, Sent};
+use crate::frame::{Body, CHAIN_MAX, Packet};
 
 /// The receive ring of a pair, while there is one.
 #[expect(
     clippy::large_enum_variant,
     reason = "there is one for each pair, and every frame passes it"
 )]
-pub enum Rx {
+pub enum Rx<R: RxRing> {
     /// Only the pair's own task delivers to it.
-    Own(RxSlot),
+    Own(RxSlot<R>),
     /// Other devices deliver to it.
-    Shared(Arc<Mutex<RxSlot>>),
+    Shared(Arc<Mutex<RxSlot<R>>>),
 }
 
-impl Rx {
-    fn with<R>(&mut self, work: impl FnOnce(&mut RxQueue) -> R) -> Option<R> {
+impl<R: RxRing> Rx<R> {
+    fn with<O>(&mut self, work: impl FnOnce(&mut RxQueue<R>) -> O) -> Option<O> {
         match self {
             Rx::Own(slot) => slot.queue.as_mut().map(work),
             Rx::Shared(slot) => lock(slot).queue.as_mut().map(work),
@@ -42,7 +45,7 @@ impl Rx {
         }
     }
 
-    fn set(&mut self, queue: Option<RxQueue>) {
+    fn set(&mut self, queue: Option<RxQueue<R>>) {
         match self {
             Rx::Own(slot) => slot.queue = queue,
             Rx::Shared(slot) => lock(slot).queue = queue,
@@ -51,9 +54,9 @@ impl Rx {
 }
 
 /// A queue pair of a connection that has started. Calls of the driver change it between two polls.
-pub struct Pair {
-    tx: Option<TxQueue>,
-    rx: Rx,
+pub struct Pair<T, R: RxRing> {
+    tx: Option<TxQueue<T>>,
+    rx: Rx<R>,
     queue: Box<dyn Queue>,
     memory: Arc<MemoryContext>,
     receiver: Arc<Receiver>,
@@ -66,16 +69,16 @@ pub struct Pair {
     until: Option<Instant>,
 }
 
-impl Pair {
+impl<T: TxRing, R: RxRing> Pair<T, R> {
     /// A pair without rings.
     pub fn new(
-        rx: Rx,
+        rx: Rx<R>,
         queue: Box<dyn Queue>,
         memory: Arc<MemoryContext>,
         receiver: Arc<Receiver>,
         tx_offloads: Offloads,
         counters: Arc<PairCounters>,
-    ) -> Pair {
+    ) -> Pair<T, R> {
         Pair {
             tx: None,
             rx,
@@ -92,18 +95,18 @@ impl Pair {
 
     /// Sets the transmit ring; `None`: the pair has none from now on. The pair does not send the
     /// waiting frame, or the rest of a frame, of the former ring.
-    pub fn set_tx(&mut self, tx: Option<TxQueue>) {
+    pub fn set_tx(&mut self, tx: Option<TxQueue<T>>) {
         self.tx = tx;
         self.queue.forget();
         (self.waiting, self.moved, self.until) = (false, false, None);
     }
 
     /// Sets the receive ring; `None`: the pair has none from now on.
-    pub fn set_rx(&mut self, rx: Option<RxQueue>) {
+    pub fn set_rx(&mut self, rx: Option<RxQueue<R>>) {
         self.rx.set(rx);
     }
 
-    /// SET_QUEUES has changed which pairs are in use.
+    /// The driver has changed which pairs are in use.
     pub fn queues_changed(&mut self) {
         self.rx.with(RxQueue::queues_changed);
     }
@@ -120,7 +123,7 @@ impl Pair {
         let counters = &self.counters.tx;
         let (mut frames, mut bytes, mut taken, mut spent) = (0, 0, 0, 0_u32);
         let mut parts: Vec<DriverSlice<'_>> = Vec::with_capacity(CHAIN_MAX);
-        tx.took = false;
+        tx.ring.took(); // What came before was a poll's of its own.
         while spent < budget {
             parts.clear();
             match tx.next(view, &mut parts, self.tx_offloads, self.receiver.mtu)? {
@@ -170,9 +173,9 @@ impl Pair {
                 }
             }
             taken += 1;
-            tx.done();
+            tx.done(view)?;
         }
-        self.moved |= tx.took;
+        self.moved |= tx.ring.took();
         if taken != 0 {
             counters.frames.add(frames);
             counters.bytes.add(bytes);
@@ -214,7 +217,7 @@ impl Pair {
         });
         let woke = served.transpose()?.unwrap_or(false);
         if sent != 0 {
-            self.receiver.news.moved();
+            (self.receiver.moved)();
         }
         let busy = sent + received != 0 || woke || self.moved;
         Ok(if busy { Progress::Busy } else { Progress::Idle })
@@ -240,12 +243,14 @@ impl Pair {
 }
 
 /// The task of a pair.
-pub struct PairTask {
-    pub pair: Arc<Mutex<Pair>>,
+pub struct PairTask<T, R: RxRing> {
+    /// The pair.
+    pub pair: Arc<Mutex<Pair<T, R>>>,
+    /// Its number, for the log.
     pub number: u16,
 }
 
-impl Task for PairTask {
+impl<T: TxRing, R: RxRing> Task for PairTask<T, R> {
     fn work(&self) -> String {
         format!("queue pair {}", self.number)
     }

@@ -9,29 +9,29 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use vbus_core::io_vec::IoVecMut;
 use vbus_core::memory::{DriverSlice, View};
-use vbus_core::shm::abi::venet::{HASH_HEADER_BYTES, HEADER_BYTES};
-use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT, Return};
 use vbus_core::shm::signal::Armed;
-use vbus_core::{ErrorCode, Interrupt, MemoryContext, TaskHandle, Window};
-use vbus_net::{
-    Body, CHAIN_MAX, Delivery, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Filter, Hash, Header, Offloads,
-    OnFull, PIECES_MAX, Packet, Read, Reserved, RxDrop, RxSink, Steering, TAG_BYTES, Waiter,
-    dhcp_checksum,
-};
+use vbus_core::{ErrorCode, MemoryContext, TaskHandle};
+use vbus_tap::{HEADER_BYTES, Offloads};
 
 use super::backpressure::Backpressure;
 use super::coalesce::{Held, Setting};
 use super::counters::{PairCounters, RxCounters};
-use super::news::News;
+use super::ring::RxRing;
+use crate::filter::Filter;
+use crate::frame::{
+    Body, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Hash, Header, PIECES_MAX, Packet, TAG_BYTES,
+};
+use crate::offload::dhcp_checksum;
+use crate::sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, Waiter};
+use crate::steering::Steering;
 
-/// The least bytes of a receive buffer. The header and the Ethernet header, which the device writes
-/// in one piece, fit in it.
-pub const BUFFER_MIN: u32 = 64;
-/// The most bytes that the device writes in one piece.
-const HEAD_MAX: usize = HASH_HEADER_BYTES + FRONT_MAX;
+/// Bytes of the header before a frame with its hash: value and kind follow the virtio-net header.
+const HASH_HEADER_BYTES: usize = HEADER_BYTES + 8;
+/// The most bytes that the device writes before the body of a frame: the header, and the Ethernet
+/// header with a tag that the switch has put in.
+pub const HEAD_MAX: usize = HASH_HEADER_BYTES + FRONT_MAX;
 /// An Ethernet header with a tag that the switch has put in.
 const FRONT_MAX: usize = ETH_BYTES + TAG_BYTES;
-const _: () = assert!(HEAD_MAX <= BUFFER_MIN as usize);
 
 /// Which frames the driver of a connection accepts. All its receive rings share this.
 pub struct Receiver {
@@ -48,13 +48,13 @@ pub struct Receiver {
     pub hash: bool,
     /// The backpressure budget.
     pub backpressure: Duration,
-    /// Told when frames have been delivered.
-    pub news: News,
+    /// Called when frames have passed, in either direction.
+    pub moved: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Receiver {
     /// Bytes of the header before each frame.
-    fn header_bytes(&self) -> usize {
+    pub fn header_bytes(&self) -> usize {
         if self.hash { HASH_HEADER_BYTES } else { HEADER_BYTES }
     }
 
@@ -89,9 +89,8 @@ impl Receiver {
 }
 
 /// The receive ring of a queue pair. Several senders may deliver to it, but only one at a time.
-pub struct RxQueue {
-    ring: DeviceEnd<Window>,
-    interrupt: Interrupt,
+pub struct RxQueue<R: RxRing> {
+    ring: R,
     memory: Arc<MemoryContext>,
     receiver: Arc<Receiver>,
     counters: Arc<PairCounters>,
@@ -102,9 +101,9 @@ pub struct RxQueue {
     coalesce: Arc<Setting>,
     held: Held,
     /// Buffers taken from the ring and not yet filled.
-    stash: VecDeque<Entry>,
-    /// Bytes of the largest buffer so far.
-    largest: u32,
+    stash: VecDeque<R::Buffer>,
+    /// Bytes of the largest buffer so far. 0: there was none.
+    largest: usize,
     /// Bytes of the last frame that found too few buffers.
     wanted: usize,
     /// Frames and bytes since the last post.
@@ -114,19 +113,18 @@ pub struct RxQueue {
     backpressure: Backpressure,
 }
 
-impl RxQueue {
+impl<R: RxRing> RxQueue<R> {
+    /// The queue of `ring`, for pair `number`, which `task` serves.
     pub fn new(
-        ring: DeviceEnd<Window>,
-        interrupt: Interrupt,
+        ring: R,
         memory: Arc<MemoryContext>,
         receiver: Arc<Receiver>,
         counters: Arc<PairCounters>,
         (number, task, coalesce): (u16, TaskHandle, Arc<Setting>),
-    ) -> RxQueue {
+    ) -> RxQueue<R> {
         let backpressure = Backpressure::new(receiver.backpressure);
         RxQueue {
             ring,
-            interrupt,
             memory,
             receiver,
             counters,
@@ -135,7 +133,7 @@ impl RxQueue {
             coalesce,
             held: Held::default(),
             stash: VecDeque::new(),
-            largest: BUFFER_MIN,
+            largest: 0,
             wanted: 0,
             unposted: (0, 0),
             waiters: Vec::new(),
@@ -154,7 +152,7 @@ impl RxQueue {
             return delivery;
         }
         let len = self.receiver.header_bytes() + packet.bytes();
-        match self.gather(len) {
+        match self.gather(view, len) {
             Gathered::Buffers(count) => {
                 self.backpressure.fed(count);
                 if let Err(error) = self.fill(view, packet, count, len) {
@@ -208,7 +206,7 @@ impl RxQueue {
     fn reserve(&mut self, view: &View<'_>, read: &mut Read<'_>) -> Reserved {
         let header_bytes = self.receiver.header_bytes();
         let longest = header_bytes + self.longest();
-        let count = match self.gather(longest) {
+        let count = match self.gather(view, longest) {
             Gathered::Buffers(count) => count,
             Gathered::TooMany => return Reserved::Unfit,
             // The driver cannot post more buffers.
@@ -222,28 +220,26 @@ impl RxQueue {
         let mut head = [0; HEADER_BYTES + ETH_BYTES];
         let mut spill = [0; 1];
         let (mut room, mut slots) = (0, 2);
-        // Looked up once for the read and for the delivery.
+        // Looked up once for the read and for the delivery. Offer only the bytes that the frame can
+        // need, so that the pieces are counted for it alone.
         let mut slices = Vec::with_capacity(count);
-        for entry in self.stash.iter().take(count) {
-            match view.slice(entry.addr, u64::from(entry.len), true) {
-                Ok(slice) => slices.push(slice),
-                Err(error) => {
-                    self.fail(error);
-                    return Reserved::Nothing;
-                }
+        for buffer in self.stash.iter().take(count) {
+            let len = R::bytes(buffer).min(longest - room.min(longest));
+            if let Err(error) = R::slices(buffer, view, len, |slice| slices.push(slice)) {
+                self.fail(error);
+                return Reserved::Nothing;
             }
+            room += len;
         }
         let received = {
             let mut vector = [const { IoVecMut::EMPTY }; PIECES_MAX + 2];
-            for (i, slice) in slices.iter().enumerate() {
-                // Offer only the bytes that the frame can need, so that the pieces are counted for
-                // it alone.
-                let slice = slice.split_at(longest.saturating_sub(room)).0;
-                room += slice.len();
-                let rest = if i == 0 { slice.split_at(header_bytes + ETH_BYTES).1 } else { slice };
+            let mut skip = header_bytes + ETH_BYTES;
+            for slice in &slices {
+                let (front, rest) = slice.split_at(skip);
+                skip -= front.len();
                 for piece in rest.io_vecs_mut() {
                     if slots == vector.len() {
-                        return Reserved::Nothing;
+                        return Reserved::Unfit; // The back end reads the frame in one piece.
                     }
                     vector[slots - 1] = piece;
                     slots += 1;
@@ -273,13 +269,18 @@ impl RxQueue {
             self.refused(RxDrop::TooLong);
             return Reserved::Frame;
         }
-        self.return_read(slices, (Header::parse(front), eth), len);
-        Reserved::Frame
+        match self.return_read(view, slices, (Header::parse(front), eth), len) {
+            Ok(()) => Reserved::Frame,
+            Err(error) => {
+                self.fail(error);
+                Reserved::Nothing
+            }
+        }
     }
 
     /// Whether the device holds as many buffers as the ring has entries.
     fn holds_all(&self) -> bool {
-        self.ring.held() == self.ring.layout().entries()
+        self.ring.holds_all()
     }
 
     fn longest(&self) -> usize {
@@ -292,23 +293,25 @@ impl RxQueue {
     /// `parts`, the buffers at the front of the stash, except for its headers.
     fn return_read(
         &mut self,
+        view: &View<'_>,
         mut parts: Vec<DriverSlice<'_>>,
         (header, eth): (Header, &[u8]),
         len: usize,
-    ) {
-        let (mut left, mut count) = (len, 0);
-        for part in &mut parts {
-            if left == 0 {
-                break;
-            }
+    ) -> Result<(), ErrorCode> {
+        let (mut left, mut skip) = (len, self.receiver.header_bytes() + ETH_BYTES);
+        // The bytes of the header and of the Ethernet header, and then those of the body.
+        let mut front = Vec::with_capacity(1);
+        parts.retain_mut(|part| {
             *part = part.split_at(left).0;
             left -= part.len();
-            count += 1;
-        }
-        parts.truncate(count);
-        let Some(first) = parts.first_mut() else { return };
-        let (front, rest) = first.split_at(self.receiver.header_bytes() + ETH_BYTES);
-        *first = rest;
+            let (of_front, of_body) = part.split_at(skip);
+            skip -= of_front.len();
+            if !of_front.is_empty() {
+                front.push(of_front);
+            }
+            *part = of_body;
+            !part.is_empty()
+        });
         let mut packet = Packet::new(header, [0; ETH_BYTES], Body::Driver(&parts));
         packet.eth.copy_from_slice(eth);
         match self.refuse(&packet) {
@@ -322,31 +325,42 @@ impl RxQueue {
                 None => {
                     // The driver changed its offloads after the frame was sent.
                     self.refused(RxDrop::BadFrame);
-                    return;
+                    return Ok(());
                 }
             },
-            Some(_) => return,
+            Some(_) => return Ok(()),
         }
+        let count = self.buffers_for(len);
         let (head, head_bytes) = self.receiver.head(&packet, count);
-        front.copy_from(&head[..head_bytes]);
-        let mut left = len;
-        for i in 0..count {
-            let Some(entry) = self.stash.pop_front() else { break };
-            let filled = left.min(entry.len as usize);
-            left -= filled;
-            let flags = if i + 1 < count { NEXT } else { 0 };
-            self.ring.give_back(Return {
-                len: u32::try_from(filled).unwrap_or(entry.len),
-                id: entry.id,
-                flags,
-            });
+        let mut head = &head[..head_bytes];
+        for part in front {
+            head = &head[part.copy_from(head)..];
         }
         let (header, bytes) = (packet.header, len - self.receiver.header_bytes());
+        let mut left = len;
+        for i in 0..count {
+            let Some(buffer) = self.stash.pop_front() else { break };
+            let filled = left.min(R::bytes(&buffer));
+            left -= filled;
+            self.ring.give_back(view, buffer, filled, i + 1 < count)?;
+        }
         self.count(&header, bytes);
+        Ok(())
     }
 
-    fn has_room(&mut self, bytes: usize) -> bool {
-        let gathered = self.gather(self.receiver.header_bytes() + bytes);
+    /// The number of buffers at the front of the stash that hold `len` bytes. They are there.
+    fn buffers_for(&self, len: usize) -> usize {
+        let mut left = len;
+        let full = self.stash.iter().take_while(|buffer| {
+            let is_full = left > R::bytes(buffer);
+            left = left.saturating_sub(R::bytes(buffer));
+            is_full
+        });
+        full.count() + 1
+    }
+
+    fn has_room(&mut self, view: &View<'_>, bytes: usize) -> bool {
+        let gathered = self.gather(view, self.receiver.header_bytes() + bytes);
         let lacks = matches!(gathered, Gathered::TooFew) && !self.holds_all();
         if lacks {
             self.tell();
@@ -358,7 +372,7 @@ impl RxQueue {
     /// gives their buffers back: no interrupt is held back.
     fn tell(&mut self) {
         self.post();
-        self.held.release(&self.interrupt);
+        self.held.release(&self.ring);
     }
 
     fn count(&mut self, header: &Header, bytes: usize) {
@@ -374,34 +388,33 @@ impl RxQueue {
 
     /// Takes one more buffer from the ring into the stash. Returns false if there is none, or if
     /// the driver broke the protocol.
-    fn refill(&mut self) -> bool {
+    fn refill(&mut self, view: &View<'_>) -> bool {
         if self.fault.is_some() {
             return false;
         }
-        match self.ring.take() {
-            Ok(Some(entry)) if entry.len < BUFFER_MIN => self.fail(ErrorCode::BAD_LENGTH),
-            Ok(Some(entry)) => {
-                self.largest = self.largest.max(entry.len);
-                self.stash.push_back(entry);
+        match self.ring.take(view) {
+            Ok(Some(buffer)) => {
+                self.largest = self.largest.max(R::bytes(&buffer));
+                self.stash.push_back(buffer);
                 return true;
             }
             Ok(None) => {}
-            Err(corrupt) => self.fail(corrupt.into()),
+            Err(error) => self.fail(error),
         }
         false
     }
 
     /// Fills the stash until the buffers at its front hold `len` bytes. Returns how many buffers
     /// that takes. Whoever writes to the buffers looks up where they are.
-    fn gather(&mut self, len: usize) -> Gathered {
+    fn gather(&mut self, view: &View<'_>, len: usize) -> Gathered {
         let mut room = 0;
-        for count in 0..CHAIN_MAX {
-            if self.stash.len() == count && !self.refill() {
+        for count in 0..self.ring.buffers_max() {
+            if self.stash.len() == count && !self.refill(view) {
                 self.wanted = len;
                 return if self.fault.is_some() { Gathered::Fault } else { Gathered::TooFew };
             }
-            let Some(entry) = self.stash.get(count) else { return Gathered::TooFew };
-            room += entry.len as usize;
+            let Some(buffer) = self.stash.get(count) else { return Gathered::TooFew };
+            room += R::bytes(buffer);
             if room >= len {
                 return Gathered::Buffers(count + 1);
             }
@@ -418,54 +431,49 @@ impl RxQueue {
         len: usize,
     ) -> Result<(), ErrorCode> {
         let (head, head_bytes) = self.receiver.head(packet, count);
+        let mut head = &head[..head_bytes];
         let mut source = Source { body: packet.body, part: 0, at: 0 };
         let mut left = len;
         for i in 0..count {
-            let Some(entry) = self.stash.pop_front() else { break };
-            let filled = left.min(entry.len as usize);
-            let mut to = view.slice(entry.addr, filled as u64, true)?;
-            if i == 0 {
-                let (front, rest) = to.split_at(head_bytes);
-                front.copy_from(&head[..head_bytes]);
-                to = rest;
-            }
-            source.copy(to);
+            let Some(buffer) = self.stash.pop_front() else { break };
+            let filled = left.min(R::bytes(&buffer));
+            R::slices(&buffer, view, filled, |slice| {
+                let copied = slice.copy_from(head);
+                head = &head[copied..];
+                source.copy(slice.split_at(copied).1);
+            })?;
             left -= filled;
-            let flags = if i + 1 < count { NEXT } else { 0 };
-            self.ring.give_back(Return {
-                len: u32::try_from(filled).unwrap_or(entry.len),
-                id: entry.id,
-                flags,
-            });
+            self.ring.give_back(view, buffer, filled, i + 1 < count)?;
         }
         Ok(())
     }
 
     /// Makes the delivered frames visible, and interrupts the driver if it has armed.
-    pub fn post(&mut self) {
+    pub(super) fn post(&mut self) {
         if self.unposted.0 != 0 {
             let (frames, bytes) = std::mem::take(&mut self.unposted);
-            let held = self.ring.pending() + u32::try_from(self.stash.len()).unwrap_or(0);
+            let held = u32::try_from(self.stash.len()).unwrap_or(0);
+            let held = self.ring.pending().saturating_add(held);
             let rx = self.rx();
             rx.frames.add(frames);
             rx.bytes.add(bytes);
             rx.batches.one();
             rx.ring_fill.set(held);
-            let kick = self.ring.post();
-            if self.held.posted(kick, frames, &self.coalesce, &self.interrupt) {
+            let wanted = self.ring.post();
+            if self.held.posted(wanted, frames, &self.coalesce, &self.ring) {
                 self.task.wake(); // It sends the interrupt in time.
             }
-            self.receiver.news.moved();
+            (self.receiver.moved)();
         }
     }
 
     /// Sends the interrupt that is held back, if it is due.
-    pub fn poll_held(&mut self) {
-        self.held.poll(&self.coalesce, &self.interrupt);
+    pub(super) fn poll_held(&mut self) {
+        self.held.poll(&self.coalesce, &self.ring);
     }
 
     /// When [`poll_held`](Self::poll_held) must be called.
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(super) fn deadline(&self) -> Option<Instant> {
         self.held.deadline()
     }
 
@@ -489,10 +497,10 @@ impl RxQueue {
         self.number < self.receiver.steering.queues()
     }
 
-    /// SET_QUEUES has changed which pairs are in use. Senders that wait for one that is not choose
+    /// The driver has changed which pairs are in use. Senders that wait for one that is not choose
     /// another queue. A sender that has chosen this queue, but does not wait yet, finds that out in
     /// [`wait`](Self::wait).
-    pub fn queues_changed(&mut self) {
+    pub(super) fn queues_changed(&mut self) {
         if !self.is_used() {
             self.wake_waiters();
         }
@@ -516,8 +524,11 @@ impl RxQueue {
 
     /// Wakes all waiters if there are new buffers. Returns whether it did. If the driver broke the
     /// protocol, returns that error: the caller is the poll of its own device.
-    pub fn serve_waiters(&mut self) -> Result<bool, ErrorCode> {
-        let woken = !self.waiters.is_empty() && self.refill();
+    pub(super) fn serve_waiters(&mut self) -> Result<bool, ErrorCode> {
+        let woken = !self.waiters.is_empty() && {
+            let memory = self.memory.clone();
+            self.refill(&memory.view())
+        };
         if woken || self.fault.is_some() {
             self.wake_waiters();
         }
@@ -528,10 +539,12 @@ impl RxQueue {
     /// frame lacks. [`Armed::Missed`]: the buffers are there, and the next delivery succeeds. Then
     /// this call has woken all waiters, because it took the buffers out of the ring and nothing
     /// else would wake them.
-    pub fn arm(&mut self) -> Armed {
+    pub(super) fn arm(&mut self) -> Armed {
         if self.waiters.is_empty() {
             return Armed::Waiting;
         }
+        let memory = self.memory.clone();
+        let view = memory.view();
         loop {
             let lacking = self.lacking();
             if lacking == 0 || self.fault.is_some() {
@@ -540,30 +553,34 @@ impl RxQueue {
             }
             // The driver's count says that there is a buffer, but there is none. The driver is
             // hostile or broken, so the loop ends.
-            if self.ring.arm(lacking - 1) == Armed::Waiting || !self.refill() {
+            if self.ring.arm(lacking - 1) == Armed::Waiting || !self.refill(&view) {
                 return Armed::Waiting;
             }
-            while self.refill() {}
+            while self.refill(&view) {}
         }
     }
 
     /// The least number of buffers that the waiting frame lacks, if each is as large as the largest
     /// buffer so far.
     fn lacking(&self) -> u32 {
-        let room: usize = self.stash.iter().take(CHAIN_MAX).map(|entry| entry.len as usize).sum();
-        if self.stash.len() >= CHAIN_MAX {
+        let max = self.ring.buffers_max();
+        if self.stash.len() >= max {
             return 0;
         }
-        u32::try_from(self.wanted.saturating_sub(room).div_ceil(self.largest as usize)).unwrap_or(1)
+        let room: usize = self.stash.iter().take(max).map(R::bytes).sum();
+        if self.largest == 0 {
+            return 1;
+        }
+        u32::try_from(self.wanted.saturating_sub(room).div_ceil(self.largest)).unwrap_or(1)
     }
 
     /// Asks for no doorbell.
-    pub fn disarm(&mut self) {
+    pub(super) fn disarm(&mut self) {
         self.ring.disarm();
     }
 }
 
-impl Drop for RxQueue {
+impl<R: RxRing> Drop for RxQueue<R> {
     fn drop(&mut self) {
         self.wake_waiters();
     }
@@ -582,18 +599,18 @@ enum Gathered {
 
 /// A receive queue that the front lends to the back end for one poll, with a view of the driver's
 /// memory.
-pub struct Lent<'a> {
-    pub queue: &'a mut RxQueue,
+pub(super) struct Lent<'a, R: RxRing> {
+    pub queue: &'a mut RxQueue<R>,
     pub view: &'a View<'a>,
 }
 
-impl RxSink for Lent<'_> {
+impl<R: RxRing> RxSink for Lent<'_, R> {
     fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
         self.queue.deliver(self.view, packet, on_full)
     }
 
     fn has_room(&mut self, bytes: usize) -> bool {
-        self.queue.has_room(bytes)
+        self.queue.has_room(self.view, bytes)
     }
 
     fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {
@@ -623,26 +640,26 @@ impl RxSink for Lent<'_> {
 
 /// A receive queue that other devices deliver to; `None` while there is no ring. Each call takes
 /// its own view of the driver's memory.
-pub struct RxSlot {
-    pub queue: Option<RxQueue>,
+pub struct RxSlot<R: RxRing> {
+    pub(super) queue: Option<RxQueue<R>>,
     counters: Arc<PairCounters>,
 }
 
-impl RxSlot {
+impl<R: RxRing> RxSlot<R> {
     /// A slot without a ring. It counts the frames that come meanwhile as dropped.
-    pub fn new(counters: Arc<PairCounters>) -> RxSlot {
+    pub fn new(counters: Arc<PairCounters>) -> RxSlot<R> {
         RxSlot { queue: None, counters }
     }
 
     /// Calls `work` with the queue and a view of the driver's memory. `None`: there is no ring.
-    fn look<R>(&mut self, work: impl FnOnce(&mut RxQueue, &View<'_>) -> R) -> Option<R> {
+    fn look<O>(&mut self, work: impl FnOnce(&mut RxQueue<R>, &View<'_>) -> O) -> Option<O> {
         let queue = self.queue.as_mut()?;
         let memory = queue.memory.clone();
         Some(work(queue, &memory.view()))
     }
 }
 
-impl RxSink for RxSlot {
+impl<R: RxRing> RxSink for RxSlot<R> {
     fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
         let delivery = self.look(|queue, view| queue.deliver(view, packet, on_full));
         delivery.unwrap_or_else(|| {
@@ -652,7 +669,7 @@ impl RxSink for RxSlot {
     }
 
     fn has_room(&mut self, bytes: usize) -> bool {
-        self.queue.as_mut().is_some_and(|queue| queue.has_room(bytes))
+        self.look(|queue, view| queue.has_room(view, bytes)).unwrap_or(false)
     }
 
     fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {

@@ -4,35 +4,27 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use vbus_core::ErrorCode;
 use vbus_core::memory::{DriverSlice, View};
-use vbus_core::shm::abi::venet::HEADER_BYTES;
-use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
-use vbus_core::{ErrorCode, Interrupt, Window};
-use vbus_net::{Body, CHAIN_MAX, ETH_BYTES, FRAME_MAX, Header, Offloads, Packet};
+use vbus_tap::{HEADER_BYTES, Offloads};
 
 use super::coalesce::{Held, Setting};
+use super::ring::TxRing;
+use crate::frame::{Body, ETH_BYTES, Header, Packet};
 
-/// The next frame of the transmit ring: its entries and, once they are complete, its header.
-#[derive(Default)]
-struct Chain {
-    entries: Vec<Entry>,
-    bytes: usize,
+/// The transmit ring of a queue pair, with the frame that waits.
+pub struct TxQueue<T> {
+    pub(super) ring: T,
+    /// Bytes of the header before each frame, at least [`HEADER_BYTES`].
+    header_bytes: usize,
+    coalesce: Arc<Setting>,
+    held: Held,
+    /// The checked header and the Ethernet header of the frame that the ring holds.
     head: Option<(Header, [u8; ETH_BYTES])>,
 }
 
-/// The transmit ring of a queue pair.
-pub struct TxQueue {
-    pub ring: DeviceEnd<Window>,
-    interrupt: Interrupt,
-    coalesce: Arc<Setting>,
-    held: Held,
-    chain: Chain,
-    /// Whether the device took entries since [`begin`](Self::begin).
-    pub took: bool,
-}
-
 /// What the transmit ring holds next.
-pub enum Next {
+pub(super) enum Next {
     /// No complete frame.
     Nothing,
     /// A frame.
@@ -45,86 +37,78 @@ pub enum Next {
     TooLong,
 }
 
-impl TxQueue {
-    pub fn new(ring: DeviceEnd<Window>, interrupt: Interrupt, coalesce: Arc<Setting>) -> TxQueue {
-        let chain = Chain { entries: Vec::with_capacity(CHAIN_MAX), ..Chain::default() };
-        TxQueue { ring, interrupt, coalesce, held: Held::default(), chain, took: false }
+/// The longest header before a frame: with a hash, which means nothing in a frame from the driver.
+const HEADER_MAX: usize = HEADER_BYTES + 8;
+
+impl<T: TxRing> TxQueue<T> {
+    /// The queue of `ring`. A header of `header_bytes` bytes precedes each frame: 12, or 20 with
+    /// the fields of a hash. `coalesce` may hold interrupts back.
+    pub fn new(ring: T, header_bytes: usize, coalesce: Arc<Setting>) -> TxQueue<T> {
+        let header_bytes = header_bytes.clamp(HEADER_BYTES, HEADER_MAX);
+        TxQueue { ring, header_bytes, coalesce, held: Held::default(), head: None }
     }
 
     /// Returns the next frame of the ring, or the frame that had to wait. `parts` gets the bytes
     /// after its Ethernet header. `offloads` are those that the driver may use.
-    pub fn next<'v>(
+    pub(super) fn next<'v>(
         &mut self,
         view: &'v View<'_>,
         parts: &mut Vec<DriverSlice<'v>>,
         offloads: Offloads,
         mtu: usize,
     ) -> Result<Next, ErrorCode> {
-        let chain = &mut self.chain;
-        while chain.entries.last().is_none_or(|last| last.flags & NEXT != 0) {
-            let Some(entry) = self.ring.take()? else { return Ok(Next::Nothing) };
-            chain.bytes = chain.bytes.saturating_add(entry.len as usize);
-            if entry.len == 0 || chain.entries.len() == CHAIN_MAX || chain.bytes > FRAME_MAX {
-                return Err(ErrorCode::BAD_LENGTH);
-            }
-            chain.entries.push(entry);
-            // A part of a frame is progress too. The driver has rung for it, so the task must arm
-            // again before it sleeps.
-            self.took = true;
-        }
-        const HEAD: usize = HEADER_BYTES + ETH_BYTES;
-        let mut head = [0; HEAD];
+        let Some(bytes) = self.ring.take(view)? else { return Ok(Next::Nothing) };
+        let mut head = [0; HEADER_MAX + ETH_BYTES];
+        let head = &mut head[..self.header_bytes + ETH_BYTES];
         let mut at = 0;
-        for entry in &chain.entries {
-            let slice = view.slice(entry.addr, u64::from(entry.len), false)?;
-            let (front, rest) = slice.split_at(HEAD - at);
+        self.ring.slices(view, |slice| {
+            let (front, rest) = slice.split_at(head.len() - at);
             at += front.copy_to(&mut head[at..]);
             if !rest.is_empty() {
                 parts.push(rest);
             }
-        }
-        if at < HEAD {
+        })?;
+        if at < head.len() {
             return Ok(Next::Short);
         }
         // The device reads and checks the header once. A frame that waits keeps the checked header,
         // whatever the driver writes later.
-        if let Some((header, eth)) = chain.head {
+        if let Some((header, eth)) = self.head {
             return Ok(Next::Frame(header, eth));
         }
         let (mut front, mut eth) = ([0; HEADER_BYTES], [0; ETH_BYTES]);
         front.copy_from_slice(&head[..HEADER_BYTES]);
-        eth.copy_from_slice(&head[HEADER_BYTES..]);
+        eth.copy_from_slice(&head[self.header_bytes..]);
         let mut header = Header::parse(&front);
-        if !header.check(chain.bytes - HEADER_BYTES, offloads) {
+        if !header.check(bytes.saturating_sub(self.header_bytes), offloads) {
             return Ok(Next::BadHeader);
         }
         if !Packet::new(header, eth, Body::Driver(parts)).fits_mtu(mtu) {
             return Ok(Next::TooLong);
         }
-        chain.head = Some((header, eth));
+        self.head = Some((header, eth));
         Ok(Next::Frame(header, eth))
     }
 
     /// Makes the returns of `frames` frames visible.
-    pub fn post(&mut self, frames: u32) {
-        let kick = self.ring.post();
-        self.held.posted(kick, frames.into(), &self.coalesce, &self.interrupt);
+    pub(super) fn post(&mut self, frames: u32) {
+        let wanted = self.ring.post();
+        self.held.posted(wanted, frames.into(), &self.coalesce, &self.ring);
     }
 
     /// Sends the interrupt that is held back, if it is due.
-    pub fn poll_held(&mut self) {
-        self.held.poll(&self.coalesce, &self.interrupt);
+    pub(super) fn poll_held(&mut self) {
+        self.held.poll(&self.coalesce, &self.ring);
     }
 
     /// When [`poll_held`](Self::poll_held) must be called.
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(super) fn deadline(&self) -> Option<Instant> {
         self.held.deadline()
     }
 
-    /// The frame was sent or dropped: returns its entries to the driver.
-    pub fn done(&mut self) {
-        self.ring.give_back_all(self.chain.entries.drain(..).map(Into::into));
-        self.chain.bytes = 0;
-        self.chain.head = None;
+    /// The frame was sent or dropped: returns its buffers to the driver.
+    pub(super) fn done(&mut self, view: &View<'_>) -> Result<(), ErrorCode> {
+        self.head = None;
+        self.ring.done(view)
     }
 }
