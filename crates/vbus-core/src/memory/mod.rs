@@ -24,6 +24,7 @@
 
 mod budget;
 mod file;
+mod integer;
 mod slice;
 mod table;
 mod window;
@@ -45,6 +46,7 @@ use self::budget::{Account, Share};
 pub use self::budget::{Exceeded, METRICS, Resource};
 pub use self::file::IOCTLS;
 use self::file::{FileKey, Found, SharedFile};
+pub use self::integer::SharedInteger;
 pub use self::slice::DriverSlice;
 use self::table::{EMPTY, Map, Place, Run, Table};
 use self::window::Keep;

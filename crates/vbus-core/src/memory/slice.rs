@@ -77,6 +77,31 @@ impl<'a> DriverSlice<'a> {
         }
     }
 
+    /// Whether the peer lets the device write here.
+    pub(super) fn is_for_writing(&self) -> bool {
+        self.write
+    }
+
+    /// The `count` bytes at byte `at`, if they lie in the first of the slice's pieces.
+    #[inline(always)]
+    pub(super) fn near(&self, at: usize, count: usize) -> Option<NonNull<u8>> {
+        let near = at.checked_add(count).is_some_and(|end| end <= self.run);
+        // SAFETY: `at` lies within the first piece.
+        near.then(|| unsafe { self.base.add(at) })
+    }
+
+    /// The `count` bytes at byte `at`. `None`: the slice has fewer, or they lie in two pieces.
+    #[inline(always)]
+    pub(super) fn place(&self, at: usize, count: usize) -> Option<NonNull<u8>> {
+        self.near(at, count).or_else(|| self.far(at, count))
+    }
+
+    #[cold]
+    fn far(&self, at: usize, count: usize) -> Option<NonNull<u8>> {
+        let end = at.checked_add(count)?;
+        (end <= self.len).then(|| self.skip(at)).and_then(|rest| rest.near(0, count))
+    }
+
     /// The pieces of the slice, in order. Each is contiguous in this process's memory. A slice has
     /// more than one piece only if it crosses from one map into the next.
     pub fn pieces(&self) -> impl Iterator<Item = DriverSlice<'a>> + use<'a> {

@@ -44,6 +44,32 @@ fn scattered(pages: u64) -> MemoryContext {
 }
 
 #[test]
+fn integers_are_loaded_and_stored_by_one_access_each() {
+    let context = scattered(2);
+    let view = context.view();
+    let slice = view.slice(PAGE - 16, 32, true).unwrap();
+    assert!(slice.store(0, 0x1122_3344_5566_7788_u64, Ordering::Relaxed));
+    assert!(slice.store(16, 0xaabb_ccdd_u32, Ordering::Release), "in the second page");
+    assert_eq!(slice.load::<u16>(2, Ordering::Relaxed), Some(0x5566));
+    assert_eq!(slice.load::<u32>(16, Ordering::Acquire), Some(0xaabb_ccdd));
+    let mut bytes = [0; 20];
+    view.read(PAGE - 16, &mut bytes).unwrap();
+    assert_eq!(bytes[..8], 0x1122_3344_5566_7788_u64.to_le_bytes());
+    assert_eq!(bytes[16..], 0xaabb_ccdd_u32.to_le_bytes());
+
+    assert_eq!(slice.load::<u32>(30, Ordering::Relaxed), None, "beyond the end");
+    assert_eq!(slice.load::<u64>(usize::MAX, Ordering::Relaxed), None, "beyond the end");
+    assert_eq!(slice.load::<u32>(2, Ordering::Relaxed), None, "not aligned");
+    let odd = view.slice(PAGE - 13, 16, true).unwrap();
+    assert_eq!(odd.load::<u16>(0, Ordering::Relaxed), None, "not aligned");
+    assert_eq!(odd.load::<u64>(12, Ordering::Relaxed), None, "in two pages, and not aligned");
+    let read_only = view.slice(PAGE - 16, 32, false).unwrap();
+    assert!(!read_only.store(0, 0_u16, Ordering::Relaxed));
+    assert_eq!(read_only.load::<u16>(0, Ordering::Relaxed), Some(0x7788), "nothing was stored");
+    (0..40).for_each(|at| slice.prefetch(at));
+}
+
+#[test]
 fn a_buffer_may_span_maps_that_adjoin() {
     let context = scattered(4);
     let bytes: Vec<u8> = (0..3 * PAGE as u32 + 7).map(|i| (i % 251) as u8).collect();

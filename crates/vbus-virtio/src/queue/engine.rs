@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A queue of either format, its turns, and its state in and out.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use vbus_core::View;
+use vbus_core::memory::DriverSlice;
+use vbus_core::shm::signal::Armed;
+
+use super::chain::{Chain, Head};
+use super::layout::{BadLayout, Format, Layout, RingFeatures};
+use super::memory::{Areas, areas};
+use super::order::{Order, Taken};
+use super::packed::Packed;
+use super::split::Split;
+use super::state::{BadState, InFlight, Position, State, Unsettled};
+use super::violation::Violation;
+
+/// The queue objects of this process, counted. A chain of an object that is gone is of no other.
+static QUEUES: AtomicU32 = AtomicU32::new(0);
+
+#[derive(Debug)]
+enum Ring {
+    Split(Split),
+    Packed(Packed),
+}
+
+/// Calls a method of either format.
+macro_rules! either {
+    ($ring:expr, $format:ident => $call:expr) => {
+        match $ring {
+            Ring::Split($format) => $call,
+            Ring::Packed($format) => $call,
+        }
+    };
+}
+
+/// Whether the driver wants an interrupt for used buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a driver that waits for an interrupt waits for ever without it"]
+pub struct Notification {
+    wanted: bool,
+}
+
+impl Notification {
+    /// Whether the driver wants it.
+    pub fn is_wanted(self) -> bool {
+        self.wanted
+    }
+}
+
+/// The device end of a queue.
+#[derive(Debug)]
+pub struct Queue {
+    layout: Layout,
+    ring: Ring,
+    /// The buffers in flight of a queue with IN_ORDER.
+    order: Option<Order>,
+    number: u32,
+    /// The sequence number of the next chain.
+    sequence: u16,
+    /// Chains that were given out and not returned.
+    held: u16,
+    retired: Option<Violation>,
+}
+
+impl Queue {
+    /// A fresh queue: the driver has just enabled it.
+    pub fn new(layout: Layout, features: RingFeatures) -> Result<Queue, BadLayout> {
+        layout.check()?;
+        Ok(Queue::at(layout, features, Position::start(layout.format), true))
+    }
+
+    fn at(layout: Layout, features: RingFeatures, position: Position, is_new: bool) -> Queue {
+        let size = layout.size;
+        let ring = match layout.format {
+            Format::Split => Ring::Split(Split::new(size, features, position, is_new)),
+            Format::Packed => Ring::Packed(Packed::new(size, features, position, is_new)),
+        };
+        Queue {
+            layout,
+            ring,
+            order: features.in_order.then(|| Order::new(size)),
+            number: QUEUES.fetch_add(1, Ordering::Relaxed),
+            sequence: 0,
+            held: 0,
+            retired: None,
+        }
+    }
+
+    /// Takes up a queue where `state` says. Returns the queue, and the chains that are in flight:
+    /// the device must return them. The driver may get one interrupt for nothing, because nobody
+    /// knows whether the last one was sent.
+    ///
+    /// `state` may come from a process that died, or from anybody: it is checked.
+    pub fn resume(
+        layout: Layout,
+        features: RingFeatures,
+        state: &State,
+    ) -> Result<(Queue, Vec<Chain>), BadState> {
+        layout.check()?;
+        state.check(&layout, features)?;
+        let mut queue = Queue::at(layout, features, state.position, false);
+        let mut chains = Vec::new();
+        for InFlight { id, slots, parts, readable, written } in &state.in_flight {
+            let (id, slots, sequence) = (*id, *slots, queue.sequence);
+            if let Ring::Split(ring) = &mut queue.ring {
+                if ring.mark(id, true) {
+                    return Err(Violation::InFlight(id).into());
+                }
+            }
+            if let Some(order) = &mut queue.order {
+                order.take(Taken { id, slots, written: *written });
+            }
+            queue.sequence = sequence.wrapping_add(1);
+            if written.is_none() {
+                let head = Head { queue: queue.number, id, slots, sequence };
+                chains.push(Chain::of(head, parts, *readable)?);
+                queue.held += 1;
+            }
+        }
+        Ok((queue, chains))
+    }
+
+    /// The queue's state. `held` are the chains that the device has not returned, all of them, in
+    /// any order. All that was returned must be published.
+    pub fn state(&self, held: &[Chain]) -> Result<State, Unsettled> {
+        if let Some(violation) = self.retired {
+            return Err(Unsettled::Retired(violation));
+        }
+        if !either!(&self.ring, ring => ring.is_published()) {
+            return Err(Unsettled::Unpublished);
+        }
+        let age = |head: &Head| self.sequence.wrapping_sub(head.sequence);
+        let own = |chain: &'_ &Chain| chain.head.is_some_and(|head| head.queue == self.number);
+        let mut chains: Vec<_> =
+            held.iter().filter(own).filter_map(|c| c.head.map(|head| (head, c))).collect();
+        if chains.len() != usize::from(self.held) || chains.len() != held.len() {
+            let held = chains.len();
+            return Err(Unsettled::Held { held, in_flight: self.held.into() });
+        }
+        chains.sort_by_key(|(head, _)| std::cmp::Reverse(age(head)));
+        let in_flight = |(head, chain): &(Head, &Chain)| InFlight {
+            id: head.id,
+            slots: head.slots,
+            parts: [chain.readable(), chain.writable()].concat(),
+            readable: chain.readable().len(),
+            written: None,
+        };
+        let mut in_flight: Vec<_> = chains.iter().map(in_flight).collect();
+        if let Some(order) = &self.order {
+            // Those that are complete and wait have their places between the others.
+            for (at, taken) in order.iter().enumerate().filter(|(_, taken)| taken.written.is_some())
+            {
+                let Taken { id, slots, written } = *taken;
+                let (parts, readable) = (Vec::new(), 0);
+                in_flight.insert(at, InFlight { id, slots, parts, readable, written });
+            }
+        }
+        Ok(State { position: self.position(), in_flight })
+    }
+
+    /// The queue's place and size.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// How far the queue is.
+    pub fn position(&self) -> Position {
+        either!(&self.ring, ring => ring.position())
+    }
+
+    /// Chains that the device has and must return.
+    pub fn held(&self) -> u16 {
+        self.held
+    }
+
+    /// Why the queue is retired. `None`: it is not.
+    pub fn retired(&self) -> Option<Violation> {
+        self.retired
+    }
+
+    /// Retires the queue, as if it had found `why` itself. A device does this if a chain's part is
+    /// not in the driver's memory, or if the chain makes no sense to it. An earlier reason stays.
+    pub fn retire(&mut self, why: Violation) {
+        self.retired.get_or_insert(why);
+    }
+
+    /// The queue with its memory, for one poll. Fails once if the device cannot reach the queue's
+    /// areas; the queue is retired then. The turn of a retired queue does nothing.
+    pub fn turn<'t>(&'t mut self, view: &'t View<'_>) -> Result<Turn<'t>, Violation> {
+        let areas = match self.retired {
+            Some(_) => None,
+            None => match areas(&self.layout, view) {
+                Ok(areas) => Some(areas),
+                Err(violation) => {
+                    self.retire(violation);
+                    return Err(violation);
+                }
+            },
+        };
+        Ok(Turn { queue: self, areas, view })
+    }
+}
+
+/// A queue with its memory at hand, for one poll.
+///
+/// A turn keeps the view. What was returned and not published stays with the queue, and a later
+/// turn publishes it.
+pub struct Turn<'t> {
+    queue: &'t mut Queue,
+    /// `None`: the queue is retired.
+    areas: Option<Areas<DriverSlice<'t>>>,
+    view: &'t View<'t>,
+}
+
+impl Turn<'_> {
+    /// Takes the next chain that the driver has made available. False: there is none, and `chain`
+    /// is empty. After an error the queue is retired. `chain` must not be taken.
+    #[inline]
+    pub fn next(&mut self, chain: &mut Chain) -> Result<bool, Violation> {
+        debug_assert!(!chain.is_taken(), "a taken chain is lost");
+        chain.clear();
+        let Some(areas) = &self.areas else { return Ok(false) };
+        let queue = &mut *self.queue;
+        match either!(&mut queue.ring, ring => ring.take(areas, self.view, chain)) {
+            Ok(None) => Ok(false),
+            Ok(Some((id, slots))) => {
+                let sequence = queue.sequence;
+                chain.head = Some(Head { queue: queue.number, id, slots, sequence });
+                if let Some(order) = &mut queue.order {
+                    order.take(Taken { id, slots, written: None });
+                }
+                queue.sequence = sequence.wrapping_add(1);
+                queue.held += 1;
+                Ok(true)
+            }
+            Err(violation) => {
+                chain.clear();
+                self.retire(violation);
+                Err(violation)
+            }
+        }
+    }
+
+    /// The head of a chain of this queue, which is not taken from now on.
+    fn head(&self, chain: &mut Chain) -> Option<Head> {
+        chain.head.take().filter(|head| head.queue == self.queue.number)
+    }
+
+    /// Puts the chain back that was taken last: the next one will be this one, read anew. False:
+    /// the chain is not the one that was taken last, of those that were not put back. It is still
+    /// taken then.
+    pub fn put_back(&mut self, chain: &mut Chain) -> bool {
+        let queue = &mut *self.queue;
+        let newest = queue.sequence.wrapping_sub(1);
+        let Some(head) = chain.head.filter(|h| h.queue == queue.number && h.sequence == newest)
+        else {
+            return false;
+        };
+        either!(&mut queue.ring, ring => ring.put_back(head));
+        if let Some(order) = &mut queue.order {
+            order.put_back();
+        }
+        queue.sequence = newest;
+        queue.held -= 1;
+        chain.clear();
+        true
+    }
+
+    /// Returns a chain to the driver, of whose writable parts the device has written the first
+    /// `written` bytes. It goes back with the next [`publish`](Self::publish). Chains may come back
+    /// in any order; with IN_ORDER the queue keeps a chain until those before it are complete.
+    ///
+    /// A chain that is not taken, or that is of another queue object, does nothing.
+    #[inline]
+    pub fn complete(&mut self, chain: &mut Chain, written: u32) {
+        let Some(head) = self.head(chain) else { return };
+        let queue = &mut *self.queue;
+        queue.held -= 1;
+        let Some(areas) = &self.areas else { return };
+        let mut put_used = |id, slots, written| match &mut queue.ring {
+            Ring::Split(ring) => ring.put_used(areas, id, written),
+            Ring::Packed(ring) => ring.put_used(areas, id, slots, written),
+        };
+        match &mut queue.order {
+            None => put_used(head.id, head.slots, written),
+            Some(order) => {
+                order.complete(head.sequence, written);
+                while let Some((taken, written)) = order.pop() {
+                    put_used(taken.id, taken.slots, written);
+                }
+            }
+        }
+    }
+
+    /// Lets the driver see what was returned, all at once.
+    #[inline]
+    pub fn publish(&mut self) {
+        if let Some(areas) = &self.areas {
+            either!(&mut self.queue.ring, ring => ring.publish(areas));
+        }
+    }
+
+    /// Whether the driver wants an interrupt for what was published since the last call. A device
+    /// that holds interrupts back (NOTF_COAL) publishes at once, and asks later.
+    #[inline]
+    pub fn notification(&mut self) -> Notification {
+        let wanted = match &self.areas {
+            Some(areas) => either!(&mut self.queue.ring, ring => ring.notification(areas)),
+            None => false,
+        };
+        Notification { wanted }
+    }
+
+    /// [`publish`](Self::publish), then [`notification`](Self::notification).
+    #[inline]
+    pub fn flush(&mut self) -> Notification {
+        self.publish();
+        self.notification()
+    }
+
+    /// Asks for a kick with the next available chain. [`Armed::Missed`]: there is one already, and
+    /// its kick may not come. A retired queue waits for ever.
+    pub fn arm(&mut self) -> Armed {
+        match &self.areas {
+            Some(areas) => either!(&mut self.queue.ring, ring => ring.arm(areas)),
+            None => Armed::Waiting,
+        }
+    }
+
+    /// Asks for no kicks, until the queue is armed again. The driver may still send one.
+    pub fn disarm(&mut self) {
+        if let Some(areas) = &self.areas {
+            either!(&mut self.queue.ring, ring => ring.disarm(areas));
+        }
+    }
+
+    /// [`Queue::retire`]: the turn does nothing from now on.
+    pub fn retire(&mut self, why: Violation) {
+        self.queue.retire(why);
+        self.areas = None;
+    }
+}

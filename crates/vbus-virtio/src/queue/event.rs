@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Whether a notification is due (VIRTIO 1.3, 2.7.7.1, 2.7.10 and 2.8.21.3.1).
+
+/// Whether an index between `old` and `new`, `old` included, is `event`. All are modulo 2^16.
+pub(super) fn need_event(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_due_if_the_index_passes_it() {
+        for old in [0_u16, 1, 100, u16::MAX - 1, u16::MAX] {
+            for count in [1_u16, 2, 7, 32_768] {
+                let new = old.wrapping_add(count);
+                for distance in [0, 1, 2, 6, 7, 8, 32_767, 32_768, 40_000, u16::MAX] {
+                    let due = need_event(old.wrapping_add(distance), new, old);
+                    assert_eq!(due, distance < count, "{old} {count} {distance}");
+                }
+            }
+            assert!(!need_event(old, old, old), "nothing happened");
+        }
+    }
+}
