@@ -13,7 +13,8 @@ use std::ptr::{null_mut, read_unaligned, write_unaligned};
 
 use vbus_shm::abi::{error_code, reg};
 
-use crate::rings::{Random, Rings, Write as RegisterWrite};
+use crate::random::Random;
+use crate::rings::{Rings, Write as RegisterWrite};
 
 /// The numbers of commands.
 const DMA_MAP: u16 = 2;
@@ -227,12 +228,13 @@ enum Act {
 }
 
 /// Turns `reply`, the answer to `command`, into the lie `name`. `late` means that the server has
-/// answered everything that a client asks when a device is plugged. None: there is no such lie.
+/// answered everything that a client asks when a device is plugged. None: this answer is no lie.
 fn falsify(
     name: &str,
     command: &Message,
     reply: &mut Message,
     late: bool,
+    random: &mut Random,
 ) -> io::Result<Option<Act>> {
     // Most requests have the index of their subject in the third word.
     let (asked, index) = (command.command(), command.word(HEADER + 8));
@@ -244,13 +246,20 @@ fn falsify(
         "none" => {}
         // Whatever the driver does, the device says that it has ended the connection.
         "breaks" if asked == REGION_READ && index == 0 => {
-            let offset =
-                u64::from(command.word(HEADER)) | u64::from(command.word(HEADER + 4)) << 32;
-            if offset != reg::CONNECTION {
+            if command.long(HEADER) != reg::CONNECTION {
                 return Ok(None);
             }
             let broken = reg::CONNECTION_BROKEN | error_code::REVOKED << 16;
             reply.put(HEADER + 16, &broken.to_le_bytes());
+        }
+        // One of eight registers reads as anything.
+        "words" if asked == REGION_READ && index == 0 => {
+            if random.next() % 8 != 0 {
+                return Ok(None);
+            }
+            let noise = random.next().to_le_bytes();
+            let length = reply.bytes.len().saturating_sub(HEADER + 16).min(noise.len());
+            reply.put(HEADER + 16, &noise[..length]);
         }
         "bar-none" if bar => reply.put(SIZE, &0u64.to_le_bytes()),
         "bar-odd" if bar => reply.put(SIZE, &0x4001u64.to_le_bytes()),
@@ -342,6 +351,8 @@ fn question(command: u16, flags: u32, address: u64, length: u32) -> Message {
 
 /// Lets the lie `rings` see a command before the server does.
 fn follow(rings: &mut Rings, message: &Message) -> io::Result<()> {
+    /// Bytes of one of several writes.
+    const WRITE: usize = 24;
     rings.settle();
     let body = HEADER;
     match message.command() {
@@ -362,16 +373,12 @@ fn follow(rings: &mut Rings, message: &Message) -> io::Result<()> {
         }
         REGION_WRITE_MULTI => {
             // Each write has its place and room for 8 bytes.
-            for one in message.bytes.get(body + 8..).unwrap_or_default().chunks_exact(24) {
-                let word = |at: usize| {
-                    one[at..at + 4]
-                        .iter()
-                        .rev()
-                        .fold(0u32, |word, byte| word << 8 | u32::from(*byte))
-                };
-                let offset = u64::from(word(0)) | u64::from(word(4)) << 32;
-                let count = (word(12) as usize).min(8);
-                rings.write(&RegisterWrite { region: word(8), offset, data: &one[16..16 + count] });
+            let writes = message.bytes.len().saturating_sub(body + 8) / WRITE;
+            for at in (body + 8..).step_by(WRITE).take(writes) {
+                let (region, offset) = (message.word(at + 8), message.long(at));
+                let count = (message.word(at + 12) as usize).min(8);
+                let data = &message.bytes[at + 16..at + 16 + count];
+                rings.write(&RegisterWrite { region, offset, data });
             }
         }
         _ => {}
@@ -389,7 +396,7 @@ pub fn lie(socket: &str, server: &str, name: &str) -> io::Result<()> {
     let server = UnixStream::connect(server)?;
     let mut late = false;
     let mut rings = if name == "rings" { Some(Rings::start()?) } else { None };
-    let mut random = Random::new()?;
+    let mut random = Random::of_system()?;
     while let Some(command) = Message::receive(&client)? {
         if let Some(rings) = &mut rings {
             follow(rings, &command)?;
@@ -399,21 +406,7 @@ pub fn lie(socket: &str, server: &str, name: &str) -> io::Result<()> {
             continue;
         }
         let Some(mut reply) = Message::receive(&server)? else { break };
-        let act = if rings.is_some() {
-            None
-        } else if name == "words" && command.command() == REGION_READ {
-            // One of eight registers reads as anything.
-            let of_bar = command.word(HEADER + 8) == 0;
-            (of_bar && random.next() % 8 == 0).then(|| {
-                let noise = random.next().to_le_bytes();
-                let end = reply.bytes.len().min(HEADER + 16 + noise.len());
-                let length = end.saturating_sub(HEADER + 16);
-                reply.put(HEADER + 16, &noise[..length]);
-                Act::Send
-            })
-        } else {
-            falsify(name, &command, &mut reply, late)?
-        };
+        let act = falsify(name, &command, &mut reply, late, &mut random)?;
         // The client asks twice: the first time for the length.
         late |= command.command() == GET_IO_FDS && reply.bytes.len() > HEADER + 16;
         if act.is_some() {

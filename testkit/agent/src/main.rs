@@ -7,7 +7,7 @@
 //!   agent of an L2 through it;
 //! - `guest-agent send|receive` moves a stream over TCP, and each end prints the hash;
 //! - `guest-agent latency PERIOD COUNT` measures how late it wakes;
-//! - `guest-agent switches COUNT` measures what a switch between two tasks costs;
+//! - `guest-agent switches COUNT PRIORITY` measures what a switch between two tasks costs;
 //! - `guest-agent spin` uses processor time for ever;
 //! - `guest-agent hold-kvm` keeps an idle virtual machine;
 //! - `guest-agent fifo PRIORITY COMMAND` runs a command as a real-time task;
@@ -23,8 +23,10 @@ mod hold;
 mod join;
 mod latency;
 mod lie;
+mod map;
 mod nonsense;
 mod page;
+mod random;
 mod rings;
 mod scribble;
 mod serve;
@@ -61,8 +63,8 @@ fn main() -> ExitCode {
             eprintln!(
                 "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | \
                  receive ADDRESS:PORT | latency MICROSECONDS COUNT | hold-kvm | spin | \
-                 switches COUNT PRIORITY | fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory | \
-                 map-read PATH COUNT | map-write PATH VALUE... | \
+                 switches COUNT PRIORITY | fifo PRIORITY COMMAND | \
+                 scribble PID COUNT SEED all|memory | map-read PATH COUNT | map-write PATH VALUE... | \
                  nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME | \
                  watch MIB SECONDS | xdp INTERFACE pass|drop|back|around"
             );

@@ -7,22 +7,21 @@
 #![allow(unsafe_code)] // Maps configuration space, and accesses it with any width and at any address.
 
 use std::arch::asm;
-use std::ffi::{c_int, c_long, c_ulong, c_void};
+use std::ffi::{c_int, c_ulong};
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use crate::map::map;
+use crate::random::Random;
 use crate::stream::number;
 
 /// `O_SYNC`. The mapping of `/dev/mem` is then not cached.
 const SYNC: i32 = 0o4010000;
-const READ_AND_WRITE: c_int = 1 | 2;
-const SHARED: c_int = 1;
 /// The ports of conventional configuration space: the address register, and the first of the 4 data
 /// ports.
 const PORTS: (u16, u16) = (0xcf8, 0xcfc);
@@ -32,43 +31,7 @@ const DEADLY: u32 = 64;
 const CHECKED: usize = 32 << 20;
 
 unsafe extern "C" {
-    fn mmap(
-        address: *mut c_void,
-        length: usize,
-        protection: c_int,
-        flags: c_int,
-        fd: c_int,
-        offset: c_long,
-    ) -> *mut c_void;
     fn ioperm(from: c_ulong, count: c_ulong, on: c_int) -> c_int;
-}
-
-/// Pseudo-random numbers.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 >> 7
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    fn index(&mut self, end: usize) -> usize {
-        usize::try_from(self.below(end as u64)).unwrap_or(0)
-    }
-
-    fn one_of<T: Copy>(&mut self, values: &[T]) -> T {
-        values[self.index(values.len())]
-    }
-
-    fn word(&mut self) -> u32 {
-        (self.next() & 0xffff_ffff) as u32
-    }
 }
 
 /// The address of a function.
@@ -117,16 +80,8 @@ impl Ecam {
         let (first, last) =
             bounds.ok_or_else(|| io::Error::other("the kernel knows of no ECAM"))?;
         let memory = File::options().read(true).write(true).custom_flags(SYNC).open("/dev/mem")?;
-        let (bytes, offset) =
-            (last + 1 - first, c_long::try_from(first).map_err(io::Error::other)?);
-        // SAFETY: the mapping is new and replaces none. It is not memory of this process.
-        let base = unsafe {
-            mmap(std::ptr::null_mut(), bytes, READ_AND_WRITE, SHARED, memory.as_raw_fd(), offset)
-        };
-        if base.addr() == usize::MAX {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { base: base.cast(), bytes })
+        let bytes = last + 1 - first;
+        Ok(Self { base: map(&memory, first as u64, bytes, true)?.cast(), bytes })
     }
 
     fn at(&self, address: PciAddress, offset: usize, len: usize) -> Option<*mut u8> {
@@ -326,9 +281,9 @@ pub fn nonsense(seed: &str, count: &str, wild: bool, functions: &[&str]) -> io::
     }
     let targets =
         functions.iter().map(|name| Target::new(name, &ecam)).collect::<io::Result<Vec<_>>>()?;
-    let random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let random = Random::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let mut nonsense = Nonsense { random, ecam, wild, targets, sum: Sum::default() };
-    let mut pattern = Random(seed | 1);
+    let mut pattern = Random::new(seed);
     let checked: Vec<u64> = (0..CHECKED / 8).map(|_| pattern.next()).collect();
     println!("begun");
     for _ in 0..count {
@@ -349,7 +304,7 @@ pub fn nonsense(seed: &str, count: &str, wild: bool, functions: &[&str]) -> io::
     if wild {
         (0..DEADLY).for_each(|_| nonsense.deadly());
     }
-    let mut pattern = Random(seed | 1);
+    let mut pattern = Random::new(seed);
     if let Some(at) = checked.iter().position(|value| *value != pattern.next()) {
         return Err(io::Error::other(format!(
             "memory has changed, {} bytes from its beginning",

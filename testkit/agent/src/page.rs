@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! State pages by a mapping of their files, `/dev/vbus/DEVICE/PAGE`.
-#![allow(unsafe_code)] // The standard library has neither mappings nor poll.
+#![allow(unsafe_code)] // The memory is shared, and the standard library has no poll.
 
-use std::ffi::{c_int, c_long, c_short, c_ulong, c_void};
+use std::ffi::{c_int, c_short, c_ulong};
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::ptr;
 
 use vbus_shm::signal::end::{Device, Driver};
 use vbus_shm::state::{DEFAULT_SLOTS, Layout, Reader, Writer};
 use vbus_shm::sync::Word;
 
+use crate::map::map;
 use crate::stream::number;
 
 #[repr(C)]
@@ -24,20 +24,9 @@ struct PollFd {
 
 const POLLIN: c_short = 1;
 const POLLHUP: c_short = 16;
-const PROT_READ: c_int = 1;
-const PROT_WRITE: c_int = 2;
-const MAP_SHARED: c_int = 1;
 
-// Functions of the C library, which the standard library links.
 unsafe extern "C" {
-    fn mmap(
-        at: *mut c_void,
-        bytes: usize,
-        protection: c_int,
-        flags: c_int,
-        fd: c_int,
-        offset: c_long,
-    ) -> *mut c_void;
+    /// A function of the C library, which the standard library links.
     fn poll(fds: *mut PollFd, count: c_ulong, timeout: c_int) -> c_int;
 }
 
@@ -54,13 +43,7 @@ impl Page {
         // A file has the size of a value, and a mapping that of the page.
         let bytes = u32::try_from(file.seek(SeekFrom::End(0))?).map_err(io::Error::other)?;
         let layout = Layout::new(bytes, DEFAULT_SLOTS).map_err(|_| io::Error::other("no page"))?;
-        let protection = if writable { PROT_READ | PROT_WRITE } else { PROT_READ };
-        let fd = file.as_raw_fd();
-        // SAFETY: a new mapping at a place of the kernel's choice.
-        let at = unsafe { mmap(ptr::null_mut(), layout.bytes(), protection, MAP_SHARED, fd, 0) };
-        if at.addr() == usize::MAX {
-            return Err(io::Error::last_os_error());
-        }
+        let at = map(&file, 0, layout.bytes(), writable)?;
         // SAFETY: the mapping has as many bytes and is never unmapped. Words are atomics, and a
         // reader does not write them.
         let words = unsafe { std::slice::from_raw_parts(at.cast(), layout.words()) };

@@ -6,45 +6,31 @@
 //!
 //! The honest device behind it must never write to the driver's buffers (`backend = "null"`): it
 //! would believe the lies, and write where they lead.
-#![allow(unsafe_code)] // The standard library maps no memory.
+#![allow(unsafe_code)] // The memory is shared.
 
 use std::ffi::{c_int, c_void};
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsRawFd, RawFd};
-use std::ptr::null_mut;
+use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Registers of BAR 0 (spec/pci.md).
-const ARGUMENT: u64 = 0x80;
-const COMMAND: u64 = 0xa0;
-/// Commands of a driver.
-const REGION_ADD: u32 = 3;
-const CALL: u32 = 5;
+use vbus_shm::abi::command::{CALL, REGION_ADD};
+use vbus_shm::abi::reg::{ARGUMENT, COMMAND};
+use vbus_shm::ring::{ENTRIES_OFFSET, ENTRY_BYTES, MAGIC, RETURNED, SIGNAL_OFFSET};
+use vbus_shm::signal::DEVICE_SEQ;
 
-/// What a ring begins with (spec/shared-memory.md).
-const RING: u64 = 0x0001_6972_7375_6276;
-/// The device's words of a ring: `seq`, and beside it `returning`.
-const SEQ: usize = 256;
-const RETURNING: usize = 264;
-const SLOTS: usize = 384;
-/// Bits of a tag.
-const RETURNED: u64 = 1 << 62;
+use crate::map::map;
+use crate::random::Random;
+
+/// The device's words of a ring: `seq`, and beside it `returning` (spec/shared-memory.md).
+const SEQ: usize = SIGNAL_OFFSET + DEVICE_SEQ;
+const RETURNING: usize = SEQ + 8;
 
 /// The pause between two lies.
 const PAUSE: Duration = Duration::from_micros(200);
 
 unsafe extern "C" {
-    fn mmap(
-        at: *mut c_void,
-        bytes: usize,
-        protection: c_int,
-        flags: c_int,
-        fd: RawFd,
-        offset: i64,
-    ) -> *mut c_void;
     fn munmap(at: *mut c_void, bytes: usize) -> c_int;
 }
 
@@ -61,16 +47,8 @@ unsafe impl Sync for Memory {}
 
 impl Memory {
     fn map(fd: &impl AsRawFd, offset: u64, bytes: u64) -> io::Result<Self> {
-        let wrong = |_| io::Error::other("a map is too large");
-        let (bytes, offset) =
-            (usize::try_from(bytes).map_err(wrong)?, i64::try_from(offset).map_err(wrong)?);
-        // PROT_READ and PROT_WRITE, MAP_SHARED.
-        // SAFETY: the kernel chooses the address, so the map replaces nothing.
-        let at = unsafe { mmap(null_mut(), bytes, 3, 1, fd.as_raw_fd(), offset) };
-        if at.addr() == usize::MAX {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { at, bytes })
+        let bytes = usize::try_from(bytes).map_err(io::Error::other)?;
+        Ok(Self { at: map(fd, offset, bytes, true)?, bytes })
     }
 
     /// The word at an offset that is a multiple of 8.
@@ -124,29 +102,6 @@ impl Region {
     }
 }
 
-/// Random numbers: xorshift64.
-pub struct Random(u64);
-
-impl Random {
-    pub fn new() -> io::Result<Self> {
-        let mut seed = [0; 8];
-        File::open("/dev/urandom")?.read_exact(&mut seed)?;
-        Ok(Self(u64::from_ne_bytes(seed) | 1))
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    /// A number below `limit`, which is not 0.
-    fn below(&mut self, limit: usize) -> usize {
-        usize::try_from(self.next() % (limit as u64).max(1)).unwrap_or(0)
-    }
-}
-
 /// Follows a driver's commands, and lies in the memory that it registers.
 pub struct Rings {
     maps: Vec<Map>,
@@ -170,14 +125,14 @@ impl Rings {
     /// Begins to lie as soon as there is a region.
     pub fn start() -> io::Result<Self> {
         let regions: Arc<Mutex<Vec<Region>>> = Arc::default();
-        let (shared, mut random) = (Arc::clone(&regions), Random::new()?);
+        let (shared, mut random) = (Arc::clone(&regions), Random::of_system()?);
         std::thread::spawn(move || {
             let mut told = false;
             loop {
                 std::thread::sleep(PAUSE);
                 let regions = lock(&shared);
                 if !regions.is_empty() {
-                    lie(&regions[random.below(regions.len())], &mut random);
+                    lie(&regions[random.index(regions.len())], &mut random);
                     if !told {
                         println!("lies");
                         told = true;
@@ -271,7 +226,7 @@ impl Rings {
             }
         }
         let mut region = Region { pieces, entries: None };
-        let is_ring = region.word(0)?.load(Ordering::Relaxed) == RING;
+        let is_ring = region.word(0)?.load(Ordering::Relaxed) == MAGIC;
         region.entries = is_ring.then(|| Some(region.word(8)?.load(Ordering::Relaxed))).flatten();
         Some(region)
     }
@@ -309,11 +264,12 @@ fn lie(region: &Region, random: &mut Random) {
         }
         // An entry returns: in any lap, with any length, id and flags.
         (Some(entries), 1 | 2) => {
-            let slot = random.below(usize::try_from(entries).unwrap_or(1));
-            put(SLOTS + 16 * slot + 8, random.next() | RETURNED);
+            let slot = random.below(entries.max(1));
+            let tag = ENTRIES_OFFSET + ENTRY_BYTES * usize::try_from(slot).unwrap_or(0) + 8;
+            put(tag, random.next() | u64::from(RETURNED) << 48);
         }
         // Any word.
-        _ => put(8 * random.below(region.bytes() / 8), random.next()),
+        _ => put(8 * random.index((region.bytes() / 8).max(1)), random.next()),
     }
 }
 
@@ -324,6 +280,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
+    use std::fs::File;
     use std::time::Instant;
 
     use super::*;
@@ -335,7 +292,7 @@ mod tests {
         const LENGTH: usize = 0x1000;
         let path = std::env::temp_dir().join(format!("vbus-rings-{}", std::process::id()));
         let mut memory = vec![0u8; BYTES];
-        memory[AT..AT + 8].copy_from_slice(&RING.to_le_bytes());
+        memory[AT..AT + 8].copy_from_slice(&MAGIC.to_le_bytes());
         memory[AT + 8..AT + 16].copy_from_slice(&64u64.to_le_bytes());
         std::fs::write(&path, &memory).unwrap();
         let file = File::options().read(true).write(true).open(&path).unwrap();
