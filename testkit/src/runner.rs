@@ -78,12 +78,17 @@ fn in_guests(lab: &Lab, scenario: &Scenario, test: fn(&Scene) -> Result<()>) -> 
     let scene = lab.scene(&folder(scenario))?;
     match test(&scene) {
         Ok(()) => Ok(Outcome::Passed),
-        Err(error) if error.is::<Skip>() => Ok(Outcome::Skipped(error.to_string())),
+        Err(error) if error.is::<Skip>() => Ok(skipped(&error)),
         Err(error) => {
             let logs = scene.save_logs()?;
             Ok(Outcome::Failed(format!("{error:#}\n    logs: {}", logs.display())))
         }
     }
+}
+
+/// The outcome of a scenario with a [`Skip`]. The reason may come after what the scenario was at.
+fn skipped(error: &anyhow::Error) -> Outcome {
+    Outcome::Skipped(format!("{error:#}"))
 }
 
 /// How one attempt at a scenario failed.
@@ -120,7 +125,7 @@ fn attempt<'a>(
         }
         Err(error) if error.is::<Skip>() => {
             *l1 = Some(running);
-            Ok(Outcome::Skipped(error.to_string()))
+            Ok(skipped(&error))
         }
         Err(error) => {
             if running.hung() {
@@ -130,5 +135,19 @@ fn attempt<'a>(
             let error = anyhow!("{error:#}\n    logs: {}", logs.display());
             Err(Failed { error, proof: running.proof() })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_skip_has_its_reason_whatever_the_scenario_was_at() {
+        let error = anyhow::Error::from(Skip("no such kernel".into())).context("Linux 6.1");
+        assert!(error.is::<Skip>());
+        assert!(
+            matches!(skipped(&error), Outcome::Skipped(why) if why == "Linux 6.1: no such kernel")
+        );
     }
 }

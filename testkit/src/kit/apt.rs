@@ -156,7 +156,7 @@ pub struct Packages {
 ///
 /// # Errors
 /// apt or dpkg-deb fails, and the error has its words. It is a [`Skip`] if the mirror lacks a suite
-/// or a package. Or those of `choose`.
+/// or a package, or does not hand it out. Or those of `choose`.
 pub fn fetch(
     dir: &Path,
     source: &Source,
@@ -375,6 +375,7 @@ impl Apt {
             .map(str::to_owned)
             .collect())
     }
+
     /// The error for a program of apt that failed.
     fn failed(
         &self,
@@ -389,10 +390,46 @@ impl Apt {
             args.join(" "),
             self.source
         );
-        let lacks = ["does not have a Release file", "Unable to locate package"];
+        let lacks = [
+            "does not have a Release file",
+            "Unable to locate package",
+            // What HTTP says of a file that the mirror, or a proxy before it, does not hand out.
+            "403  Forbidden",
+            "404  Not Found",
+        ];
         if lacks.iter().any(|words| said.contains(words)) {
             return Skip(text).into();
         }
         anyhow!(text)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    #[test]
+    fn what_a_mirror_lacks_is_a_skip_and_what_is_wrong_with_it_a_failure() {
+        let apt = Apt { config: PathBuf::new(), log: PathBuf::new(), source: "mirror".into() };
+        let status = ExitStatus::from_raw(100 << 8);
+        for (said, is_skip) in [
+            ("E: The repository 'mirror bookworm Release' does not have a Release file.", true),
+            (
+                "E: Failed to fetch mirror/InRelease  403  Forbidden [IP: 192.0.2.1 80]\n\
+                 E: The repository 'mirror bookworm InRelease' is not signed.",
+                true,
+            ),
+            ("E: Failed to fetch mirror/a.deb  404  Not Found [IP: 192.0.2.1 80]", true),
+            ("E: Unable to locate package gcc", true),
+            ("E: The repository 'mirror bookworm InRelease' is not signed.", false),
+            ("E: Failed to fetch mirror/a.deb  Hash Sum mismatch", false),
+        ] {
+            let error = apt.failed("apt-get", &["update"], status, said);
+            assert_eq!(error.is::<Skip>(), is_skip, "{said}");
+            assert!(error.to_string().contains(said));
+        }
     }
 }
