@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::toolchain;
@@ -55,7 +55,6 @@ pub fn get(target: &Path, kernel: DebianKernel, mirror: Option<&str>) -> Result<
         Ok(Stamp { release, packages })
     })?;
     let release = stamp.release;
-    ensure!(kernel.is(&release), "the mirror has Linux {release}, and no Linux {kernel}");
     let own = root.join("usr/src").join(format!("{PACKAGE}{release}"));
     let common = common(&root)?;
     Ok(Headers { release, own, common })

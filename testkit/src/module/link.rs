@@ -95,14 +95,8 @@ pub(super) fn build(
     check_relocations(toolchain, &built)?;
     check_info(&fs::read(&built)?, &headers.release)?;
     // What a debugger reads stays in `build`.
-    let status = toolchain
-        .command("x86_64-linux-gnu-strip")
-        .arg("--strip-debug")
-        .arg("-o")
-        .args([&module, &built])
-        .status()
-        .context("cannot run the kit's strip")?;
-    ensure!(status.success(), "strip could not read {}", built.display());
+    let args = ["--strip-debug".as_ref(), "-o".as_ref(), module.as_os_str(), built.as_os_str()];
+    toolchain.run("x86_64-linux-gnu-strip", args)?;
     super::note(&module, &fingerprint)?;
     Ok(module)
 }
@@ -111,15 +105,10 @@ pub(super) fn build(
 fn check_relocations(toolchain: &Toolchain, module: &Path) -> Result<()> {
     // Those of apply_relocate_add in arch/x86/kernel/module.c.
     const KNOWN: [&str; 7] = ["NONE", "64", "32", "32S", "PC32", "PLT32", "PC64"];
-    let output = toolchain
-        .command("x86_64-linux-gnu-readelf")
-        .args(["--relocs", "--wide"])
-        .arg(module)
-        .output()
-        .context("cannot run the kit's readelf")?;
-    ensure!(output.status.success(), "readelf could not read {}", module.display());
+    let args = ["--relocs".as_ref(), "--wide".as_ref(), module.as_os_str()];
+    let relocations = toolchain.run("x86_64-linux-gnu-readelf", args)?;
     // Lines of the form "OFFSET INFO R_X86_64_PLT32 VALUE NAME - 4".
-    for line in String::from_utf8_lossy(&output.stdout).lines() {
+    for line in relocations.lines() {
         let kind = line.split_whitespace().nth(2).and_then(|word| word.strip_prefix("R_X86_64_"));
         ensure!(
             kind.is_none_or(|kind| KNOWN.contains(&kind)),

@@ -134,14 +134,8 @@ pub fn build(toolchain: &Toolchain) -> Result<PathBuf> {
 /// Checks that no function takes so much of the kernel's small stack that a chain of calls could
 /// run out of it.
 fn check_stack(toolchain: &Toolchain, object: &Path) -> Result<()> {
-    let output = toolchain
-        .command("x86_64-linux-gnu-objdump")
-        .args(["--disassemble", "--no-show-raw-insn"])
-        .arg(object)
-        .output()
-        .context("cannot run the kit's objdump")?;
-    ensure!(output.status.success(), "objdump could not read {}", object.display());
-    let frames = frames(&String::from_utf8_lossy(&output.stdout));
+    let args = ["--disassemble".as_ref(), "--no-show-raw-insn".as_ref(), object.as_os_str()];
+    let frames = frames(&toolchain.run("x86_64-linux-gnu-objdump", args)?);
     ensure!(!frames.is_empty(), "objdump shows no function of {}", object.display());
     for (function, bytes) in frames {
         ensure!(

@@ -6,6 +6,7 @@
 //! small script takes the place of each program (`wrap`). It starts the program with the kit's
 //! loader and libraries, which it finds by its own place. So the kit may be moved.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
@@ -81,19 +82,29 @@ impl Toolchain {
         command
     }
 
-    /// The rustc's version, in one line.
-    pub fn rustc_version(&self) -> Result<String> {
-        let output = self
-            .command("rustc")
-            .arg("--version")
-            .output()
-            .context("cannot run the kit's rustc")?;
+    /// Runs `/usr/bin/PROGRAM`. Returns what it prints.
+    ///
+    /// # Errors
+    /// It does not run, or it fails. The error has its words.
+    pub fn run<S: AsRef<OsStr>>(
+        &self,
+        program: &str,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<String> {
+        let output = self.command(program).args(args).output();
+        let output = output.with_context(|| format!("cannot run the kit's {program}"))?;
         ensure!(
             output.status.success(),
-            "the kit's rustc does not run: {}",
+            "the kit's {program} failed ({}): {}",
+            output.status,
             String::from_utf8_lossy(&output.stderr).trim()
         );
-        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// The rustc's version, in one line.
+    pub fn rustc_version(&self) -> Result<String> {
+        Ok(self.run("rustc", ["--version"])?.trim().to_owned())
     }
 
     /// The folder of the sources of Rust's libraries.
