@@ -40,7 +40,7 @@ pub fn bus<'a>(l1: &'a L1<'a>, more: &str) -> Result<L1Bus<'a>> {
 
 /// Gives L1's end of the wire its address.
 pub fn address_tap(l1: &L1) -> Result<()> {
-    l1.guest.ok(&format!("ip addr add {OUTER}/24 dev {TAP} && ip link set {TAP} up")).map(drop)
+    nic::set_up(&l1.guest, TAP, &format!("{OUTER}/24"))
 }
 
 /// Starts the driver of `net` in the guest.

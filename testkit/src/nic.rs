@@ -36,10 +36,22 @@ impl Nic {
         options: &str,
     ) -> Result<Self> {
         let driver = driver(guest, device, interface, options)?;
-        guest
-            .ok(&format!("ip addr add {address} dev {interface} && ip link set {interface} up"))?;
+        set_up(guest, interface, address)?;
         Ok(Self { driver, interface: interface.to_owned() })
     }
+}
+
+/// Gives an interface an address, such as `10.0.0.1/24`, and sets it up.
+pub fn set_up(guest: &Guest, interface: &str, address: &str) -> Result<()> {
+    set_up_in(guest, "", interface, address)
+}
+
+/// The same in a network namespace of the guest. `place` is the beginning of a command there.
+pub fn set_up_in(guest: &Guest, place: &str, interface: &str, address: &str) -> Result<()> {
+    let commands = format!(
+        "{place}ip addr add {address} dev {interface} && {place}ip link set {interface} up"
+    );
+    guest.ok(&commands).map(drop)
 }
 
 /// Starts the driver of the NIC `device`, `vbus-guest net`, and waits for its interface

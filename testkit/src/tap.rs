@@ -10,6 +10,7 @@ use crate::bus::Bus;
 use crate::guest::Guest;
 use crate::iperf::{Load, Received};
 use crate::lab::Scene;
+use crate::nic;
 use crate::pair::TRANSFER;
 use crate::process::Process;
 use crate::report::Skip;
@@ -65,10 +66,7 @@ impl Tap {
     /// # Errors
     /// The guest has no such interface.
     pub fn up_in(&self, guest: &Guest, interface: &str) -> Result<()> {
-        let address = self.guest();
-        guest
-            .ok(&format!("ip addr add {address}/24 dev {interface} && ip link set {interface} up"))
-            .map(drop)
+        nic::set_up(guest, interface, &format!("{}/24", self.guest()))
     }
 
     /// The words for QEMU's virtio-net at this interface, with `queues` queue pairs. `device` has

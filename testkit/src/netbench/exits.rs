@@ -8,16 +8,17 @@ use serde_json::{Map, Value, json};
 use super::contender::Contender;
 use crate::guest::Guest;
 use crate::l1::L1;
-use crate::l1_wire::{Cost, INNER, MIB, TAP, address_tap, bus, nic};
+use crate::l1_wire::{self, Cost, INNER, MIB, TAP, address_tap, bus};
 use crate::l2::{L2Spec, Vmm};
 use crate::linux;
+use crate::nic;
 
 /// Bytes of one measurement.
 const BYTES: u64 = 16 * MIB;
 
 /// A NIC, its driver, and the program that runs the guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Setup {
+pub enum Setup {
     /// vbus's NIC under `vbus-vmm`, driven by the kernel module.
     Driver,
     /// The same under QEMU, which passes doorbells on as messages.
@@ -46,7 +47,10 @@ impl Setup {
     }
 
     /// Measures TCP out of the guest and into it.
-    fn measure(self, l1: &L1) -> Result<[Cost; 2]> {
+    ///
+    /// # Errors
+    /// Those of [`Costs::measure`].
+    pub fn measure(self, l1: &L1) -> Result<[Cost; 2]> {
         let both = |guest: &Guest, interface: &str| -> Result<[Cost; 2]> {
             Ok([
                 Cost::of(l1, guest, interface, true, BYTES)?,
@@ -55,16 +59,17 @@ impl Setup {
         };
         let vmm = if matches!(self, Self::Driver | Self::Program) { Vmm::Vbus } else { Vmm::Qemu };
         let spec = L2Spec { vmm, ..L2Spec::new(self.name()) };
+        let inner = format!("{INNER}/24");
         if !matches!(self, Self::VirtioNet | Self::VhostNet) {
             let bus = bus(l1, "")?;
             let l2 = spec.device("net", &bus.socket("net")).boot(l1)?;
             let costs = if self == Self::Program {
-                let _nic = nic(&l2.guest)?;
+                let _nic = l1_wire::nic(&l2.guest)?;
                 both(&l2.guest, "vbus0")?
             } else {
                 linux::insert(&l2.guest, "")?;
                 let interface = linux::only_interface(&l2.guest)?;
-                address(&l2.guest, &interface)?;
+                nic::set_up(&l2.guest, &interface, &inner)?;
                 both(&l2.guest, &interface)?
             };
             l2.power_off()?;
@@ -75,18 +80,11 @@ impl Setup {
         let device = "virtio-net-pci,netdev=net,romfile=";
         let l2 = spec.args(&format!("-netdev {netdev} -device {device}")).boot(l1)?;
         address_tap(l1)?;
-        address(&l2.guest, "eth0")?;
+        nic::set_up(&l2.guest, "eth0", &inner)?;
         let costs = both(&l2.guest, "eth0")?;
         l2.power_off()?;
         Ok(costs)
     }
-}
-
-/// Gives the guest's interface its address.
-fn address(guest: &Guest, interface: &str) -> Result<()> {
-    guest
-        .ok(&format!("ip addr add {INNER}/24 dev {interface} && ip link set {interface} up"))
-        .map(drop)
 }
 
 /// The costs of all contenders.

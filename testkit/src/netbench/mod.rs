@@ -7,12 +7,13 @@
 
 mod chart;
 mod contender;
-mod exits;
+pub mod exits;
 mod figures;
 mod instructions;
 mod traffic;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
@@ -103,7 +104,7 @@ pub fn run(lab: &Lab, spec: &Spec) -> Result<Report> {
     for (at, &queues) in spec.queues.iter().enumerate() {
         let scene = lab.scene(&format!("net-{queues}"))?;
         let rig = contender::Spec { queues, ..rig.clone() };
-        let rounds = keep_logs(&scene, |scene| compare(scene, spec, &rig, &Traffic::ALL))?;
+        let rounds = logged(compare(&scene, spec, &rig, &Traffic::ALL), || scene.save_logs())?;
         if at == 0 {
             headlines(&rounds, &mut report.figures);
         }
@@ -116,44 +117,35 @@ pub fn run(lab: &Lab, spec: &Spec) -> Result<Report> {
     if spec.iommu {
         let scene = lab.scene("net-iommu")?;
         let rig = contender::Spec { iommu: Some(Iommu::Intel), ..rig.clone() };
-        let behind = keep_logs(&scene, |scene| compare(scene, spec, &rig, &TCP))?;
+        let behind = logged(compare(&scene, spec, &rig, &TCP), || scene.save_logs())?;
         report.text += &format!("behind intel-iommu, 1 queue pair, 1 CPU\n{}\n", behind.table());
         details.insert("iommu".into(), behind.json());
         let chart = behind.chart("NICs of a guest behind intel-iommu");
         report.charts.push(("net-iommu.svg".into(), chart));
         let losses = plain.map(|plain| losses(&plain, &behind)).unwrap_or_default();
         for (contender, loss) in losses {
-            let key = if contender == Contender::Driver {
-                "net_iommu_loss".to_owned()
-            } else {
-                format!("net_{}_iommu_loss", contender.name())
-            };
-            report.figures.insert(key, round(loss).into());
+            report.figures.insert(key(contender, "iommu_loss"), round(loss).into());
         }
     }
     if spec.instructions {
         let scene = lab.scene("net-instructions")?;
-        let counts = keep_logs(&scene, |scene| count_instructions(scene, &rig, spec.rounds))?;
+        let counts = logged(count_instructions(&scene, &rig, spec.rounds), || scene.save_logs())?;
         details.insert("instructions_per_packet".into(), counts.json());
         report.text += &counts.table();
         for ours in [Contender::Driver, Contender::Program] {
             if let Some(ratio) = counts.against_virtio(ours) {
-                report.figures.insert(key(ours, "insn_per_packet"), round(ratio).into());
+                report.figures.insert(ratio_key(ours, "insn_per_packet"), round(ratio).into());
             }
         }
     }
     if spec.exits {
         let l2 = system.as_ref().unwrap_or(lab.system());
         let l1 = L1::start_with(lab.scene("net-exits")?, Clock::Time, &[], l2)?;
-        let costs =
-            Costs::measure(&l1, system.is_some()).map_err(|error| match l1.save_logs() {
-                Ok(logs) => error.context(format!("logs: {}", logs.display())),
-                Err(_) => error,
-            })?;
+        let costs = logged(Costs::measure(&l1, system.is_some()), || l1.save_logs())?;
         details.insert("exits".into(), costs.json());
         report.text += &costs.table();
         for (contender, ratio) in costs.against_virtio() {
-            report.figures.insert(key(contender, "exits_per_packet"), round(ratio).into());
+            report.figures.insert(ratio_key(contender, "exits_per_packet"), round(ratio).into());
         }
     }
     let bars = costs(&report.figures);
@@ -166,21 +158,25 @@ pub fn run(lab: &Lab, spec: &Spec) -> Result<Report> {
     Ok(report)
 }
 
-/// Runs something in a scene. If it fails, the error says where the logs are.
-fn keep_logs<T>(scene: &Scene, run: impl FnOnce(&Scene) -> Result<T>) -> Result<T> {
-    run(scene).map_err(|error| match scene.save_logs() {
+/// If something has failed, the error says where the logs are, which `save` saves.
+fn logged<T>(result: Result<T>, save: impl FnOnce() -> Result<PathBuf>) -> Result<T> {
+    result.map_err(|error| match save() {
         Ok(logs) => error.context(format!("logs: {}", logs.display())),
         Err(_) => error,
     })
 }
 
-/// The key of a ratio to virtio-net.
+/// The key of a figure. The driver is what vbus stands for.
 fn key(contender: Contender, what: &str) -> String {
     match contender {
-        Contender::Driver => format!("net_{what}_vs_virtio"),
-        Contender::Program => format!("net_program_{what}_vs_virtio"),
-        Contender::VirtioNet => format!("net_virtio_{what}_vs_virtio"),
+        Contender::Driver => format!("net_{what}"),
+        other => format!("net_{}_{what}", other.name()),
     }
+}
+
+/// The key of a ratio to virtio-net.
+fn ratio_key(contender: Contender, what: &str) -> String {
+    key(contender, &format!("{what}_vs_virtio"))
 }
 
 /// The ratios that stand for all others.
@@ -191,7 +187,7 @@ fn headlines(rounds: &Rounds, figures: &mut Map<String, Value>) {
         }
         let mut enter = |what: &str, ratio: Option<f64>| {
             if let Some(ratio) = ratio {
-                figures.insert(key(contender, what), round(ratio).into());
+                figures.insert(ratio_key(contender, what), round(ratio).into());
             }
         };
         let ratio = |traffic| Some(rounds.against_virtio(traffic, contender)?.median);
@@ -215,7 +211,7 @@ fn costs(figures: &Map<String, Value>) -> Vec<Bar> {
     let mut bars = Vec::new();
     for (what, name) in [("insn", "instructions"), ("irqs", "interrupts"), ("exits", "exits")] {
         for contender in [Contender::Driver, Contender::Program] {
-            let ratio = figures.get(&key(contender, &format!("{what}_per_packet")));
+            let ratio = figures.get(&ratio_key(contender, &format!("{what}_per_packet")));
             if let Some(median) = ratio.and_then(Value::as_f64) {
                 bars.push(Bar {
                     name: format!("{name}, {}", contender.about()),

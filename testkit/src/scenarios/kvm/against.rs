@@ -4,45 +4,19 @@
 use anyhow::{Result, ensure};
 use serde_json::json;
 
-use crate::guest::Guest;
 use crate::l1::L1;
-use crate::l1_wire::{Cost, INNER, MIB, TAP, address_tap, bus, nic};
-use crate::l2::{L2Spec, Vmm};
+use crate::l1_wire::Cost;
+use crate::netbench::exits::Setup;
 use crate::report::Figures;
 
 /// Measures the exits and interrupts of the same traffic through the NIC of the bus and through
 /// QEMU's virtio-net on TAP. The goal is half of virtio-net's.
 pub fn against_virtio(l1: &L1, figures: &mut Figures) -> Result<()> {
-    const BYTES: u64 = 16 * MIB;
     // How often an end sleeps and is woken depends on how the host's other work divides the
     // processors, and that may differ for the two guests, which run one after the other. An exit
     // for each frame or an interrupt for each frame would be more than this.
     const MOST: f64 = 4.0;
-    let both = |l1: &L1, guest: &Guest, interface: &str| -> Result<[Cost; 2]> {
-        Ok([
-            Cost::of(l1, guest, interface, true, BYTES)?,
-            Cost::of(l1, guest, interface, false, BYTES)?,
-        ])
-    };
-    let ours = {
-        let bus = bus(l1, "")?;
-        let l2 = L2Spec::new("venet").device("net", &bus.socket("net")).boot(l1)?;
-        let _nic = nic(&l2.guest)?;
-        let costs = both(l1, &l2.guest, "vbus0")?;
-        l2.power_off()?;
-        costs
-    };
-    let theirs = {
-        let netdev = format!("-netdev tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off");
-        let spec = L2Spec { vmm: Vmm::Qemu, ..L2Spec::new("virtio") };
-        let l2 =
-            spec.args(&format!("{netdev} -device virtio-net-pci,netdev=net,romfile=")).boot(l1)?;
-        address_tap(l1)?;
-        l2.guest.ok(&format!("ip addr add {INNER}/24 dev eth0 && ip link set eth0 up"))?;
-        let costs = both(l1, &l2.guest, "eth0")?;
-        l2.power_off()?;
-        costs
-    };
+    let (ours, theirs) = (Setup::Program.measure(l1)?, Setup::VirtioNet.measure(l1)?);
     let all = json!({
         "vbus": {"out": ours[0], "in": ours[1]}, "virtio_net": {"out": theirs[0], "in": theirs[1]},
     });

@@ -43,7 +43,7 @@ pub fn stream(scene: &Scene) -> Result<()> {
     let b = VmSpec::new("b")
         .args(&["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net,romfile="])
         .boot(scene)?;
-    b.guest.ok(&format!("ip addr add {}/24 dev eth0 && ip link set eth0 up", ADDRESS[1]))?;
+    nic::set_up(&b.guest, "eth0", &format!("{}/24", ADDRESS[1]))?;
     nic::ping(&a.guest, ADDRESS[1], 3)?;
     nic::transfer(&a.guest, &b.guest, ADDRESS[1], 5001, 32 * MIB, 1, TRANSFER)?;
     nic::transfer(&b.guest, &a.guest, ADDRESS[0], 5002, 32 * MIB, 2, TRANSFER)
