@@ -98,10 +98,11 @@ pub fn kernel(scene: &Scene) -> Result<()> {
     let mut boots = 1;
     for time in 1..=scene.lab.times().unwrap_or(TIMES) {
         for (what, command) in [
+            // kexec would set the interface down, and the driver would have nothing to shut down.
             (
                 "kexec",
                 "kexec -s -l /boot/kernel --initrd=/boot/initramfs --reuse-cmdline && \
-                 exec kexec -e",
+                 exec kexec --exec --no-ifdown",
             ),
             ("reboot", "exec reboot -f"),
         ] {
