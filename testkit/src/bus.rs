@@ -195,12 +195,12 @@ impl Bus {
             .context("vbus stats --json printed no JSON")
     }
 
-    /// The bytes that this NIC has sent since its driver opened it.
+    /// The bytes that this NIC has sent since it was made, over all connections.
     pub fn sent_bytes(&self, nic: &str) -> Result<u64> {
         self.sum_of_pairs(nic, |pair| pair["tx"]["bytes"].as_u64())
     }
 
-    /// The frames that this NIC has received since its driver opened it.
+    /// The frames that this NIC has received since it was made, over all connections.
     pub fn received_frames(&self, nic: &str) -> Result<u64> {
         self.sum_of_pairs(nic, |pair| pair["rx"]["frames"].as_u64())
     }

@@ -56,7 +56,7 @@ pub fn system(scene: &Scene, kernel: DebianKernel) -> Result<System> {
     ensure!(
         module.release == release,
         "the module is for Linux {}, and the guest has {release}: the mirror got a newer kernel \
-         meanwhile; remove target/kit/kernels/{kernel} and target/kit/headers/{kernel}",
+         meanwhile; remove target/kit, and it is fetched anew",
         module.release
     );
     let mut archive = Archive::default();
@@ -101,10 +101,15 @@ pub fn remove(guest: &Guest) -> Result<()> {
     guest.start("rmmod vbus")?.ok(LIMIT).map(drop)
 }
 
-/// The folder in the guest's sysfs of the PCI function behind root port `slot` of a
-/// [`VmSpec`](crate::vm::VmSpec): the first port leads to bus 1.
+/// The PCI address of the function behind root port `slot` of a [`VmSpec`](crate::vm::VmSpec): the
+/// first port leads to bus 1.
+pub fn address(slot: usize) -> String {
+    format!("0000:{:02x}:00.0", slot + 1)
+}
+
+/// The folder of that function in the guest's sysfs.
 pub fn function(slot: usize) -> String {
-    format!("/sys/bus/pci/devices/0000:{:02x}:00.0", slot + 1)
+    format!("/sys/bus/pci/devices/{}", address(slot))
 }
 
 /// The network interface of the function behind root port `slot`, once the driver has made it.

@@ -79,9 +79,7 @@ fn grow_weary(vm: &Vm) -> Result<()> {
     linux::insert(guest, "")?;
     let interface = linux::interface(guest, BREAKS)?;
     guest.ok(&format!("ip link set {interface} up"))?;
-    let address = linux::function(BREAKS);
-    let address = address.rsplit('/').next().unwrap_or_default();
-    let says = format!("dmesg | grep '{address}: {AGAIN}'");
+    let says = format!("dmesg | grep '{}: {AGAIN}'", linux::address(BREAKS));
     let waits = format!("until [ $({says} | wc -l) -ge {TRIES} ]; do sleep 0.2; done; {says}");
     let lines = guest.start(&waits)?.ok(LIMIT * 2)?;
     let times = lines.lines().take(TRIES).map(said_at).collect::<Result<Vec<_>>>()?;

@@ -1,25 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The driver's network interfaces, with the tools that a user has. One guest has two of them on
-//! one switch, the second in a network namespace of its own.
+//! The driver's network interfaces, with the tools that a user has. They are called `near` and
+//! `far` in the guest of a [`Wire`].
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::bus::{Bus, device};
+use super::wire::{FAR, NICS, Wire};
 use crate::guest::Guest;
 use crate::iperf::{Load, Received};
 use crate::kit::kernels::{DebianKernel, Flavour, Series};
 use crate::lab::Scene;
-use crate::linux;
+use crate::linux::{self, IP};
 use crate::nic;
+use crate::pair::ADDRESS;
 use crate::report::Skip;
 use crate::vm::VmSpec;
 
-/// The beginning of a command in the second interface's namespace.
-const FAR: &str = "nsenter -t $(cat /far) -n ";
-/// iproute2's ip: the shell takes busybox's for `ip`.
-const IP: &str = "/usr/local/bin/ip";
 /// A group.
 const GROUP: &str = "33:33:00:00:00:42";
 /// How long a transfer or a load may take on a loaded machine.
@@ -56,39 +53,29 @@ pub fn long(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-/// The guest, and its bus.
-struct Station {
-    bus: Bus,
-    vm: crate::vm::Vm,
-}
+/// A wire whose interfaces have names.
+struct Station(Wire);
 
 impl Station {
     fn boot(scene: &Scene, series: Series) -> Result<Self> {
         let kernel = DebianKernel { series, flavour: Flavour::Cloud };
-        let settings = |last: u8, more: &str| {
-            format!("backend = \"switch\"\nmac = \"02:00:00:00:00:0{last}\"\n{more}")
-        };
-        let near = settings(1, "queue-pairs = 4\nspeed = 10000\nmsix = true\n");
-        let config = device("net0", "venet", &near) + &device("net1", "venet", &settings(2, ""));
-        let bus = Bus::start(scene, &config)?;
-        let mut machine = VmSpec::new(&kernel.to_string());
-        machine.cpus = 2;
-        machine = machine.device(bus.socket("net0")).device(bus.socket("net1"));
-        machine.system = Some(linux::system(scene, kernel)?);
-        let vm = machine.boot(scene)?;
-        let guest = &vm.guest;
-        // The namespace lasts as long as this command.
-        guest
-            .start("exec unshare -n sh -c 'echo $$ > /far.new; mv /far.new /far; exec sleep 1d'")?;
-        guest.ok("until [ -e /far ]; do sleep 0.05; done")?;
-        guest.ok(&format!("{FAR} ip link set lo up"))?;
-        let station = Station { bus, vm };
+        let settings = [
+            "mac = \"02:00:00:00:00:01\"\nqueue-pairs = 4\nspeed = 10000\nmsix = true",
+            "mac = \"02:00:00:00:00:02\"",
+        ];
+        let system = linux::system(scene, kernel)?;
+        let name = kernel.to_string();
+        let station = Self(Wire::start(scene, &system, settings, |machine| VmSpec {
+            name,
+            cpus: 2,
+            ..machine
+        })?);
         station.load()?;
         Ok(station)
     }
 
     fn guest(&self) -> &Guest {
-        &self.vm.guest
+        self.0.guest()
     }
 
     /// Loads the module, and sets both interfaces up.
@@ -98,21 +85,12 @@ impl Station {
     }
 
     fn ping(&self) -> Result<()> {
-        nic::ping(self.guest(), "10.0.0.2", 3).map(drop)
+        nic::ping(self.guest(), ADDRESS[1], 3).map(drop)
     }
 
     /// Moves bytes both ways, and compares their hashes.
     fn transfers(&self) -> Result<()> {
-        let guest = self.guest();
-        for (from, to, address) in [("", FAR, "10.0.0.2"), (FAR, "", "10.0.0.1")] {
-            let receiver = guest.start(&format!("{to} guest-agent receive {address}:4000"))?;
-            nic::wait_port_in(guest, to, 4000)?;
-            let command = format!("{from} guest-agent send {address}:4000 {BYTES} 7");
-            let sent = guest.start(&command)?.ok(LIMIT)?;
-            let received = receiver.ok(LIMIT)?;
-            ensure!(sent == received, "sent {}, received {}", sent.trim(), received.trim());
-        }
-        Ok(())
+        self.0.exchange(BYTES)
     }
 
     /// A run of iperf3 to the far interface.
@@ -120,7 +98,7 @@ impl Station {
         let guest = self.guest();
         let server = guest.start(&format!("{FAR} iperf3 --server --one-off"))?;
         nic::wait_port_in(guest, FAR, 5201)?;
-        let load = Load { server: "10.0.0.2", port: 5201, seconds: 1, words };
+        let load = Load { server: ADDRESS[1], port: 5201, seconds: 1, words };
         let report = guest.start(&load.command())?.ok(LIMIT)?;
         server.ok(LIMIT)?;
         // The report of UDP has other members.
@@ -253,7 +231,7 @@ impl Station {
     fn link(&self) -> Result<()> {
         for (state, up) in [("0", "false"), ("1", "true")] {
             let request = format!("{{\"op\": \"link\", \"up\": {up}}}");
-            self.bus.run(&["device", "request", "net0", &request])?;
+            self.0.bus.run(&["device", "request", NICS[0], &request])?;
             self.guest().ok(&format!(
                 "until [ $(cat /sys/class/net/near/carrier) = {state} ]; do sleep 0.05; done"
             ))?;
@@ -271,37 +249,35 @@ impl Station {
             guest.ok(&command)?.trim().parse().with_context(|| format!("no counter {counter}"))
         };
         for what in ["pass", "back", "around"] {
-            let program = guest.start(&format!("exec guest-agent xdp near {what}"))?;
-            program.wait_for("on", LIMIT)?;
-            guest.ok(&format!("{FAR} ping -c 3 -W 60 10.0.0.1")).with_context(|| what)?;
-            if what == "pass" {
-                self.transfers().context("with a program")?;
-            }
-            program.kill()?;
-            guest.ok(&format!("while {IP} link show near | grep -q xdp; do sleep 0.05; done"))?;
+            self.0.with_program(what, || {
+                self.0.ping_near().context(what)?;
+                if what == "pass" {
+                    self.transfers().context("with a program")?;
+                }
+                Ok(())
+            })?;
         }
         ensure!(of("xdp_tx")? >= 6, "no frames were sent back");
         ensure!(of("xdp_redirects")? >= 6 && of("xdp")? >= 6, "no frames were redirected");
-        let program = guest.start("exec guest-agent xdp near drop")?;
-        program.wait_for("on", LIMIT)?;
-        self.refused(&["ping -c 1 -W 1 10.0.0.2"])?;
-        ensure!(of("xdp_drops")? >= 1, "no frames were dropped");
-        program.kill()?;
-        guest.ok(&format!("while {IP} link show near | grep -q xdp; do sleep 0.05; done"))?;
+        self.0.with_program("drop", || {
+            self.refused(&["ping -c 1 -W 1 10.0.0.2"])?;
+            ensure!(of("xdp_drops")? >= 1, "no frames were dropped");
+            Ok(())
+        })?;
         self.transfers().context("after the programs")
     }
 
     /// The driver leaves in the middle of traffic, and comes back.
     fn leaves_under_load(&self) -> Result<()> {
         let guest = self.guest();
-        let pci = "0000:01:00.0";
+        let pci = linux::address(0);
         for command in [
             format!("cd /sys/bus/pci/drivers/vbus && echo {pci} > unbind && echo {pci} > bind"),
-            "rmmod vbus && insmod /lib/vbus.ko".to_owned(),
+            format!("rmmod vbus && insmod {}", linux::MODULE),
         ] {
             let server = guest.start(&format!("{FAR} iperf3 --server --one-off"))?;
             nic::wait_port_in(guest, FAR, 5201)?;
-            let load = Load { server: "10.0.0.2", port: 5201, seconds: 600, words: "--bidir" };
+            let load = Load { server: ADDRESS[1], port: 5201, seconds: 600, words: "--bidir" };
             let client = guest.start(&load.command())?;
             let many = "[ $(cat /sys/class/net/near/statistics/tx_packets) -gt 2000 ]";
             guest.ok(&format!("until {many}; do sleep 0.05; done"))?;
@@ -324,12 +300,9 @@ impl Station {
             let interface = linux::interface(guest, slot)?;
             guest.ok(&format!("ip link set {interface} name {name}"))?;
             if !place.is_empty() {
-                guest.ok(&format!("ip link set {name} netns $(cat /far)"))?;
+                guest.ok(&format!("{IP} link set {name} netns far"))?;
             }
-            guest.ok(&format!(
-                "{place} ip addr add 10.0.0.{}/24 dev {name} && {place} ip link set {name} up",
-                slot + 1
-            ))?;
+            nic::set_up_in(guest, place, name, &format!("{}/24", ADDRESS[slot]))?;
         }
         Ok(())
     }
@@ -339,6 +312,6 @@ impl Station {
         linux::check_kernel(self.guest())?;
         linux::remove(self.guest())?;
         linux::check_kernel(self.guest())?;
-        self.vm.power_off()
+        self.0.vm.power_off()
     }
 }

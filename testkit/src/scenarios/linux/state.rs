@@ -28,12 +28,6 @@ fn as_user(command: &str) -> String {
     format!("exec su {USER} -c 'exec {command}'")
 }
 
-/// The PCI address of the function behind root port `slot`.
-fn address(slot: usize) -> String {
-    let function = linux::function(slot);
-    function.rsplit('/').next().unwrap_or_default().to_owned()
-}
-
 /// The file of a page.
 fn file(page: &str) -> String {
     format!("/dev/vbus/values/{page}")
@@ -63,7 +57,7 @@ pub fn pages(scene: &Scene) -> Result<()> {
     // The guest program has bound the function to uio_pci_generic.
     let function = linux::function(0);
     guest.ok(&format!("echo > {function}/driver_override"))?;
-    guest.ok(&format!("echo {} > {function}/driver/unbind", address(0)))?;
+    guest.ok(&format!("echo {} > {function}/driver/unbind", linux::address(0)))?;
     linux::insert(&guest, "")?;
     guest.ok(&format!("until [ -e {} ]; do sleep 0.05; done", file("a%2fb")))?;
     permissions(&guest)?;
@@ -105,7 +99,7 @@ pub fn pages(scene: &Scene) -> Result<()> {
 
     // The module cannot go while somebody has a page open; a device can leave its driver.
     ensure!(linux::remove(&guest).is_err(), "the module was unloaded while it was in use");
-    guest.ok(&format!("echo {} > /sys/bus/pci/drivers/vbus/unbind", address(1)))?;
+    guest.ok(&format!("echo {} > /sys/bus/pci/drivers/vbus/unbind", linux::address(1)))?;
     all_go(&watchers, "again")?;
     linux::remove(&guest)?;
     linux::insert(&guest, "")?;

@@ -19,8 +19,8 @@ use crate::vm::{Vm, VmSpec};
 /// The names of the two NICs. They are behind root ports 0 and 1.
 pub const NICS: [&str; 2] = ["net-a", "net-b"];
 
-/// The namespace of the second NIC.
-const FAR: &str = "/usr/local/bin/ip netns exec far ";
+/// The beginning of a command in the namespace of the second NIC.
+pub const FAR: &str = "/usr/local/bin/ip netns exec far ";
 
 /// The port of the load, one way and the other.
 const LOAD: [u16; 2] = [5000, 5001];
@@ -40,7 +40,7 @@ pub struct Load {
 }
 
 impl Wire {
-    /// Boots the guest. The module is not loaded yet. `device` has more lines for both NICs in the
+    /// Boots the guest. The module is not loaded yet. `settings` are more lines for each NIC in the
     /// bus's configuration; `change` changes the machine.
     ///
     /// # Errors
@@ -48,11 +48,13 @@ impl Wire {
     pub fn start(
         scene: &Scene,
         system: &System,
-        settings: &str,
+        settings: [&str; 2],
         change: impl FnOnce(VmSpec) -> VmSpec,
     ) -> Result<Self> {
-        let settings = format!("backend = \"switch\"\n{settings}");
-        let bus = Bus::start(scene, &NICS.map(|name| device(name, "venet", &settings)).concat())?;
+        let one = |at: usize| {
+            device(NICS[at], "venet", &format!("backend = \"switch\"\n{}", settings[at]))
+        };
+        let bus = Bus::start(scene, &(one(0) + &one(1)))?;
         let mut machine = VmSpec::new("a");
         for name in NICS {
             machine = machine.device(bus.socket(name));
@@ -77,13 +79,8 @@ impl Wire {
         let guest = self.guest();
         let [near, far] = [linux::interface(guest, 0)?, linux::interface(guest, 1)?];
         self.up_near(&near)?;
-        guest
-            .ok(&format!(
-                "{IP} link set {far} netns far && {IP} -n far addr add {}/24 dev {far} && \
-                 {IP} -n far link set {far} up",
-                ADDRESS[1]
-            ))
-            .map(drop)
+        guest.ok(&format!("{IP} link set {far} netns far"))?;
+        nic::set_up_in(guest, FAR, &far, &format!("{}/24", ADDRESS[1]))
     }
 
     /// Gives the first NIC its address.
@@ -91,9 +88,7 @@ impl Wire {
     /// # Errors
     /// There is no such interface.
     pub fn up_near(&self, interface: &str) -> Result<()> {
-        let command =
-            format!("ip addr add {}/24 dev {interface} && ip link set {interface} up", ADDRESS[0]);
-        self.guest().ok(&command).map(drop)
+        nic::set_up(self.guest(), interface, &format!("{}/24", ADDRESS[0]))
     }
 
     /// Sends bytes from the first NIC to the second, and as many back. Both ends compare the hash.
@@ -137,20 +132,28 @@ impl Wire {
         count.trim().parse().with_context(|| format!("no counter {name} of the NIC {slot}"))
     }
 
-    /// Pings the first NIC, where a program of XDP answers in place of the system: the kernel
-    /// redirects the frames to the same NIC.
+    /// Lets a program of XDP (`guest-agent xdp`) run on the first NIC while `act` does something.
     ///
     /// # Errors
-    /// The program does not run, or no ping is answered.
-    pub fn redirect(&self) -> Result<()> {
+    /// The program does not run, or those of `act`.
+    pub fn with_program(&self, program: &str, act: impl FnOnce() -> Result<()>) -> Result<()> {
         let guest = self.guest();
         let near = linux::interface(guest, 0)?;
-        let program = guest.start(&format!("exec guest-agent xdp {near} around"))?;
-        program.wait_for("on", TRANSFER)?;
-        guest.start(&format!("{FAR} ping -c 3 -W 60 {}", ADDRESS[0]))?.ok(TRANSFER)?;
-        program.kill()?;
+        let running = guest.start(&format!("exec guest-agent xdp {near} {program}"))?;
+        running.wait_for("on", TRANSFER)?;
+        act()?;
+        running.kill()?;
         let gone = format!("while {IP} link show {near} | grep -q xdp; do sleep 0.05; done");
         guest.start(&gone)?.ok(TRANSFER).map(drop)
+    }
+
+    /// Pings the first NIC.
+    ///
+    /// # Errors
+    /// No ping is answered.
+    pub fn ping_near(&self) -> Result<()> {
+        let ping = format!("{FAR}ping -c 3 -W 60 {}", ADDRESS[0]);
+        self.guest().start(&ping)?.ok(TRANSFER).map(drop)
     }
 
     /// Pings the second NIC until an answer comes.
@@ -194,12 +197,7 @@ impl Wire {
         let (before, began) = (sent()?, std::time::Instant::now());
         loop {
             let now = sent()?;
-            // A device that was opened anew counts from the beginning.
-            let more = now
-                .iter()
-                .zip(&before)
-                .all(|(now, before)| *now >= before + bytes || (*now < *before && *now >= bytes));
-            if more {
+            if now.iter().zip(&before).all(|(now, before)| *now >= before + bytes) {
                 return Ok(());
             }
             ensure!(
