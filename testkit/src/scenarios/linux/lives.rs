@@ -27,8 +27,8 @@ const WARM: u32 = 2;
 /// The pages of one receive ring, in KiB: the least that a connection would leave behind.
 const RING_KIB: u64 = 2 << 10;
 
-/// How much more kernel memory may be in use after so many rounds, in KiB. A ring that leaks in each
-/// round is more. Caches grow and shrink by 3 MiB from round to round, and grow in long runs.
+/// How much more kernel memory may be in use after so many rounds, in KiB. A ring that leaks in
+/// each round is more. Caches grow and shrink by 3 MiB from round to round, and grow in long runs.
 fn growth_max(rounds: u32) -> u64 {
     (u64::from(rounds) * RING_KIB * 3 / 4).clamp(6 << 10, 32 << 10)
 }
