@@ -59,6 +59,9 @@ pub struct Queue {
     number: u32,
     /// The sequence number of the next chain.
     sequence: u16,
+    /// How many chains this object gave out, up to 2^16 - 1, without those that were put back. One
+    /// that another object gave out cannot be put back: later ones may be complete already.
+    given: u16,
     /// Chains that were given out and not returned.
     held: u16,
     retired: Option<Violation>,
@@ -83,6 +86,7 @@ impl Queue {
             order: features.in_order.then(|| Order::new(size)),
             number: QUEUES.fetch_add(1, Ordering::Relaxed),
             sequence: 0,
+            given: 0,
             held: 0,
             retired: None,
         }
@@ -232,6 +236,7 @@ impl Turn<'_> {
                     order.take(Taken { id, slots, written: None });
                 }
                 queue.sequence = sequence.wrapping_add(1);
+                queue.given = queue.given.saturating_add(1);
                 queue.held += 1;
                 Ok(true)
             }
@@ -249,13 +254,13 @@ impl Turn<'_> {
     }
 
     /// Puts the chain back that was taken last: the next one will be this one, read anew. False:
-    /// the chain is not the one that was taken last, of those that were not put back. It is still
-    /// taken then.
+    /// the chain is not the one that was taken last, of those that were not put back, or another
+    /// queue object gave it out. It is still taken then.
     pub fn put_back(&mut self, chain: &mut Chain) -> bool {
         let queue = &mut *self.queue;
         let newest = queue.sequence.wrapping_sub(1);
-        let Some(head) = chain.head.filter(|h| h.queue == queue.number && h.sequence == newest)
-        else {
+        let is_newest = |h: &Head| h.queue == queue.number && h.sequence == newest;
+        let Some(head) = chain.head.filter(|head| queue.given > 0 && is_newest(head)) else {
             return false;
         };
         either!(&mut queue.ring, ring => ring.put_back(head));
@@ -263,6 +268,7 @@ impl Turn<'_> {
             order.put_back();
         }
         queue.sequence = newest;
+        queue.given -= 1;
         queue.held -= 1;
         chain.clear();
         true

@@ -37,6 +37,7 @@ pub(super) fn append(
     }
     let table = tables.table(addr, len).ok_or(Violation::IndirectUnmapped)?;
     let count = len as usize / DESCRIPTOR_BYTES;
+    let size = len / 16;
     let mut number = 0;
     for left in (0..count).rev() {
         let descriptor = table.descriptor(number);
@@ -49,10 +50,9 @@ pub(super) fn append(
             Format::Packed => number += 1,
             Format::Split if !descriptor.has(Descriptor::NEXT) => break,
             Format::Split if usize::from(next) >= count => {
-                let size = len / 16;
                 return Err(Violation::Descriptor { number: next, size });
             }
-            Format::Split if left == 0 => return Err(Violation::Loop(len / 16)),
+            Format::Split if left == 0 => return Err(Violation::Loop(size)),
             Format::Split => number = next.into(),
         }
     }

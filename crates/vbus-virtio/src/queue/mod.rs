@@ -75,13 +75,19 @@
 //! base of a queue.
 
 mod chain;
+#[cfg(test)]
+mod driver;
 mod engine;
 mod event;
 mod indirect;
 mod layout;
 mod memory;
+#[cfg(test)]
+mod model;
 mod order;
 mod packed;
+#[cfg(test)]
+mod property;
 mod split;
 mod state;
 mod violation;

@@ -1,0 +1,511 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Both ends of a queue against a plain model, over memory as a device has it.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+
+use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vbus_core::memory::PAGE;
+use vbus_core::shm::signal::Armed;
+use vbus_core::{Access, MemoryContext, View};
+
+use super::driver::{Driver, INDIRECT, Raw, WRITE};
+use super::memory::Areas;
+use super::{Chain, Format, Layout, Part, Position, Queue, RingFeatures, State, Violation};
+use vbus_core::memory::DriverSlice;
+
+const PAGES: u64 = 64;
+/// Where the areas and the tables are. Each area has some pages.
+const DESCRIPTORS: u64 = 0;
+const DRIVER_AREA: u64 = 8 * PAGE;
+const DEVICE_AREA: u64 = 16 * PAGE;
+const TABLES: u64 = 32 * PAGE;
+/// Bytes between two tables.
+const TABLE_STRIDE: u64 = 256;
+
+/// The guest's memory. `scattered`: each page is a map of its own, at another place of the file.
+pub fn memory(scattered: bool) -> MemoryContext {
+    let file: OwnedFd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, PAGES * PAGE).unwrap();
+    let context = MemoryContext::new();
+    if scattered {
+        for page in 0..PAGES {
+            let place = (file.try_clone().unwrap(), (PAGES - 1 - page) * PAGE);
+            context.map(page * PAGE, PAGE, Some(place), Access::BOTH).unwrap();
+        }
+    } else {
+        context.map(0, PAGES * PAGE, Some((file, 0)), Access::BOTH).unwrap();
+    }
+    context
+}
+
+/// The driver's areas of a queue.
+pub fn driver_areas<'v>(layout: &Layout, view: &'v View<'_>) -> Areas<DriverSlice<'v>> {
+    let [descriptors, driver, device] =
+        layout.ranges().map(|(addr, len)| view.slice(addr, len, true).unwrap());
+    Areas { descriptors, driver, device }
+}
+
+/// A queue's shape.
+#[derive(Clone, Debug)]
+struct Shape {
+    layout: Layout,
+    features: RingFeatures,
+    start: Position,
+    scattered: bool,
+    /// Bytes from a multiple of 16 to each table.
+    skew: u64,
+}
+
+fn shape() -> impl Strategy<Value = Shape> {
+    let size = prop_oneof![
+        (0..8_u32).prop_map(|log| (Format::Split, 1 << log)),
+        (1..40_u16).prop_map(|size| (Format::Packed, size)),
+        Just((Format::Packed, 600)),
+        Just((Format::Split, 512)),
+    ];
+    let bools = any::<[bool; 6]>();
+    // Areas that begin anywhere in a page, and cross into the next.
+    let places = [0..200_u64, 0..2000, 0..1000];
+    (size, bools, any::<(u16, u16)>(), places, 0..16_u64).prop_map(
+        |((format, size), bools, (start, near), places, skew)| {
+            let [event_idx, indirect, in_order, scattered, wrap, aligned] = bools;
+            let [a, b, c] = places;
+            let (align, skew) = if aligned { (2, 0) } else { (1, skew) };
+            let layout = Layout {
+                format,
+                size,
+                descriptors: DESCRIPTORS + a * 16,
+                driver_area: DRIVER_AREA + b * if format == Format::Split { 2 } else { 4 } * align,
+                device_area: DEVICE_AREA + c * 4,
+            };
+            let start = match format {
+                // Often shortly before the index wraps around.
+                Format::Split => {
+                    let at = if wrap { start } else { 0_u16.wrapping_sub(near % 40) };
+                    Position { available: at, used: at, ..Position::default() }
+                }
+                Format::Packed => {
+                    let at = start % size;
+                    Position { available: at, used: at, available_wrap: wrap, used_wrap: wrap }
+                }
+            };
+            let features = RingFeatures { event_idx, indirect, in_order };
+            Shape { layout, features, start, scattered, skew }
+        },
+    )
+}
+
+/// A buffer of the driver.
+#[derive(Clone, Debug)]
+struct Buffer {
+    parts: Vec<(Part, bool)>,
+    /// How many of the parts come before the indirect table. `None`: there is no table.
+    direct: Option<usize>,
+}
+
+fn buffer() -> impl Strategy<Value = Buffer> {
+    let part = (any::<u64>(), 1..100_000_u32)
+        .prop_map(|(addr, len)| Part { addr: addr.min(u64::MAX - u64::from(len)), len });
+    let parts = proptest::collection::vec(part, 1..9);
+    (parts, 0..9_usize, any::<bool>(), 0..4_usize).prop_map(|(parts, readable, table, direct)| {
+        let parts: Vec<_> =
+            parts.into_iter().enumerate().map(|(i, part)| (part, i >= readable)).collect();
+        let direct = table.then(|| direct.min(parts.len() - 1));
+        Buffer { parts, direct }
+    })
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Add(Buffer),
+    /// As many of the same.
+    AddMany(u8, Buffer),
+    DriverPublish,
+    DriverArm,
+    DriverDisarm,
+    Reap(u8),
+    Take(u8),
+    PutBack,
+    /// Completes one of those in work, with so many bytes written.
+    Complete(prop::sample::Index, u32),
+    /// Completes so many, the oldest first.
+    CompleteOldest(u8),
+    Flush,
+    DeviceArm,
+    DeviceDisarm,
+    /// Another process takes up the queue.
+    HandOver,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let many = || prop_oneof![3 => 1..4_u8, 1 => 1..60_u8];
+    prop_oneof![
+        6 => buffer().prop_map(Op::Add),
+        3 => (many(), buffer()).prop_map(|(n, buffer)| Op::AddMany(n, buffer)),
+        6 => Just(Op::DriverPublish),
+        3 => Just(Op::DriverArm),
+        1 => Just(Op::DriverDisarm),
+        6 => many().prop_map(Op::Reap),
+        8 => many().prop_map(Op::Take),
+        1 => Just(Op::PutBack),
+        4 => (any::<prop::sample::Index>(), prop_oneof![Just(0), any::<u32>()])
+            .prop_map(|(at, written)| Op::Complete(at, written)),
+        4 => many().prop_map(Op::CompleteOldest),
+        6 => Just(Op::Flush),
+        3 => Just(Op::DeviceArm),
+        1 => Just(Op::DeviceDisarm),
+        1 => Just(Op::HandOver),
+    ]
+}
+
+/// The plain model: which buffers are where, and who sleeps.
+#[derive(Default)]
+struct Model {
+    /// Added and not published.
+    added: VecDeque<(u16, Buffer)>,
+    /// Published and not taken.
+    available: VecDeque<(u16, Buffer)>,
+    /// Taken, oldest first; the bytes written once complete.
+    taken: VecDeque<(u16, Buffer, Option<u32>)>,
+    /// Given back and not published.
+    complete: VecDeque<(u16, u32)>,
+    /// Used and not reaped.
+    used: VecDeque<(u16, u32)>,
+    device_sleeps: bool,
+    driver_sleeps: bool,
+    /// Interrupts, and how many the driver may have got.
+    interrupts: u32,
+    allowed: u32,
+}
+
+struct World<'v> {
+    shape: Shape,
+    view: &'v View<'v>,
+    areas: Areas<DriverSlice<'v>>,
+    driver: Driver,
+    queue: Queue,
+    /// What the device has, in the order of taking.
+    held: Vec<Chain>,
+    model: Model,
+    tables: u64,
+}
+
+impl World<'_> {
+    fn add(&mut self, buffer: &Buffer) {
+        let raw = |part: &(Part, bool)| Raw {
+            addr: part.0.addr,
+            len: part.0.len,
+            flags: if part.1 { WRITE } else { 0 },
+        };
+        let mut raws: Vec<_> = buffer.parts.iter().map(raw).collect();
+        if let Some(direct) = buffer.direct.filter(|_| self.shape.features.indirect) {
+            let indirect = raws.split_off(direct);
+            // Buffers in flight have tables of their own.
+            let addr = TABLES + self.tables % 400 * TABLE_STRIDE + self.shape.skew;
+            self.tables += 1;
+            let packed = self.shape.layout.format == Format::Packed;
+            // A split queue's table may have any order. This one has every second entry first.
+            let count = indirect.len();
+            let order: Vec<usize> = if packed {
+                (0..count).collect()
+            } else {
+                let rest = (1..count).step_by(2).rev();
+                (0..count).step_by(2).chain(rest).collect()
+            };
+            for (i, raw) in indirect.iter().enumerate() {
+                let next = (!packed).then(|| order.get(i + 1)).flatten();
+                let next = next.map(|next| u16::try_from(*next).unwrap());
+                let at = addr + 16 * order[i] as u64;
+                let words = [raw.addr.to_le_bytes(), raw.second_word(next).to_le_bytes()];
+                self.view.write(at, words.as_flattened()).unwrap();
+            }
+            // WRITE has no meaning here.
+            let flags = INDIRECT | if count % 2 == 0 { WRITE } else { 0 };
+            raws.push(Raw { addr, len: u32::try_from(count * 16).unwrap(), flags });
+        }
+        if let Some(id) = self.driver.add(&self.areas, &raws) {
+            self.model.added.push_back((id, buffer.clone()));
+        }
+    }
+
+    fn publish(&mut self) {
+        self.driver.publish(&self.areas);
+        let any = !self.model.added.is_empty();
+        self.model.available.append(&mut self.model.added);
+        let kick = self.driver.wants_kick(&self.areas);
+        if self.model.device_sleeps && any {
+            assert!(kick, "a kick is lost");
+        }
+        self.model.device_sleeps &= !kick;
+    }
+
+    fn reap(&mut self, most: u8) {
+        for _ in 0..most {
+            let reaped = self.driver.reap(&self.areas);
+            assert_eq!(reaped, self.model.used.pop_front());
+            if reaped.is_none() {
+                break;
+            }
+        }
+    }
+
+    fn take(&mut self, most: u8) {
+        let mut turn = self.queue.turn(self.view).unwrap();
+        for _ in 0..most {
+            let mut chain = Chain::new();
+            let taken = turn.next(&mut chain).unwrap();
+            let expected = self.model.available.pop_front();
+            assert_eq!(taken, expected.is_some());
+            let Some((id, buffer)) = expected else { break };
+            let parts = |write| buffer.parts.iter().filter(move |p| p.1 == write).map(|p| p.0);
+            assert_eq!(chain.id(), Some(id));
+            assert_eq!(chain.readable(), parts(false).collect::<Vec<_>>());
+            assert_eq!(chain.writable(), parts(true).collect::<Vec<_>>());
+            self.held.push(chain);
+            self.model.taken.push_back((id, buffer, None));
+        }
+    }
+
+    fn put_back(&mut self) {
+        let mut turn = self.queue.turn(self.view).unwrap();
+        // Only the one that was taken last can go back, and only while it is not complete.
+        let newest = self.model.taken.back().map(|(id, ..)| *id);
+        let Some(mut chain) = self.held.pop() else { return };
+        let is_newest =
+            chain.id() == newest && self.model.taken.back().is_some_and(|t| t.2.is_none());
+        if turn.put_back(&mut chain) {
+            assert!(is_newest && !chain.is_taken());
+            let (id, buffer, _) = self.model.taken.pop_back().unwrap();
+            self.model.available.push_front((id, buffer));
+        } else {
+            assert!(chain.is_taken());
+            self.held.push(chain);
+        }
+    }
+
+    fn complete(&mut self, at: usize, written: u32) {
+        let mut chain = self.held.remove(at);
+        let id = chain.id().unwrap();
+        self.queue.turn(self.view).unwrap().complete(&mut chain, written);
+        assert!(!chain.is_taken());
+        let taken = &mut self.model.taken;
+        let at = taken.iter().position(|(other, ..)| *other == id).unwrap();
+        if self.shape.features.in_order {
+            taken[at].2 = Some(written);
+            while let Some((id, _, Some(written))) = taken.front().cloned() {
+                taken.pop_front();
+                self.model.complete.push_back((id, written));
+            }
+        } else {
+            taken.remove(at);
+            self.model.complete.push_back((id, written));
+        }
+    }
+
+    fn flush(&mut self) {
+        let interrupt = self.queue.turn(self.view).unwrap().flush().is_wanted();
+        let any = !self.model.complete.is_empty();
+        self.model.used.append(&mut self.model.complete);
+        if self.model.driver_sleeps && any {
+            assert!(interrupt, "an interrupt is lost");
+        }
+        self.model.driver_sleeps &= !interrupt;
+        if interrupt {
+            self.model.interrupts += 1;
+            // An index of a packed queue comes again after two laps, and passes an old event again.
+            let split = self.shape.layout.format == Format::Split;
+            if split && self.shape.features.event_idx {
+                assert!(self.model.interrupts <= self.model.allowed, "an interrupt too many");
+            }
+        }
+    }
+
+    fn run(&mut self, op: &Op) {
+        match op {
+            Op::Add(buffer) => self.add(buffer),
+            Op::AddMany(count, buffer) => (0..*count).for_each(|_| self.add(buffer)),
+            Op::DriverPublish => self.publish(),
+            Op::DriverArm => {
+                let waits = self.driver.arm(&self.areas);
+                assert_eq!(waits, self.model.used.is_empty());
+                self.model.driver_sleeps = waits;
+                self.model.allowed += 1;
+            }
+            Op::DriverDisarm => {
+                self.driver.disarm(&self.areas);
+                self.model.driver_sleeps = false;
+            }
+            Op::Reap(most) => self.reap(*most),
+            Op::Take(most) => self.take(*most),
+            Op::PutBack => self.put_back(),
+            Op::Complete(..) | Op::CompleteOldest(_) if self.held.is_empty() => {}
+            Op::Complete(at, written) => self.complete(at.index(self.held.len()), *written),
+            Op::CompleteOldest(most) => {
+                for i in 0..usize::from(*most).min(self.held.len()) {
+                    self.complete(0, u32::try_from(i).unwrap());
+                }
+            }
+            Op::Flush => self.flush(),
+            Op::DeviceArm => {
+                let armed = self.queue.turn(self.view).unwrap().arm();
+                let none = self.model.available.is_empty();
+                assert_eq!(armed, if none { Armed::Waiting } else { Armed::Missed });
+                self.model.device_sleeps = armed == Armed::Waiting;
+            }
+            Op::DeviceDisarm => {
+                self.queue.turn(self.view).unwrap().disarm();
+                self.model.device_sleeps = false;
+            }
+            Op::HandOver => self.hand_over(),
+        }
+        assert_eq!(usize::from(self.queue.held()), self.held.len());
+    }
+
+    fn hand_over(&mut self) {
+        self.flush();
+        let state = self.queue.state(&self.held).unwrap();
+        assert!(self.held.is_empty() || self.queue.state(&[]).is_err());
+        let resumed = Queue::resume(self.shape.layout, self.shape.features, &state).unwrap();
+        let mut stale = std::mem::take(&mut self.held);
+        (self.queue, self.held) = resumed;
+        assert_eq!(self.queue.state(&self.held).unwrap(), state);
+        // The interrupt for nothing.
+        self.model.allowed += 1;
+        // Chains of the former object do nothing.
+        let mut turn = self.queue.turn(self.view).unwrap();
+        for chain in &mut stale {
+            assert!(!turn.put_back(chain));
+            turn.complete(chain, 0);
+        }
+    }
+}
+
+fn run(shape: &Shape, ops: &[Op]) {
+    let memory = memory(shape.scattered);
+    let view = memory.view();
+    let areas = driver_areas(&shape.layout, &view);
+    let Layout { format, size, .. } = shape.layout;
+    // Ids and descriptors in some order that is not the plain one.
+    let free = (0..size).map(|i| (size - 1 - i) ^ u16::from(size.is_power_of_two() && size > 1));
+    let driver = Driver::new(format, size, shape.features.event_idx, shape.start, free);
+    driver.format(&areas);
+    if format == Format::Split {
+        view.write(shape.layout.device_area + 2, &shape.start.used.to_le_bytes()).unwrap();
+    }
+    let state = State::at(shape.start);
+    let (queue, chains) = Queue::resume(shape.layout, shape.features, &state).unwrap();
+    assert!(chains.is_empty());
+    let model = Model { allowed: 2, ..Model::default() };
+    let shape = shape.clone();
+    let mut world =
+        World { shape, view: &view, areas, driver, queue, held: Vec::new(), model, tables: 0 };
+    for op in ops {
+        world.run(op);
+    }
+    // At the end everything comes back.
+    world.publish();
+    world.take(u8::MAX);
+    world.take(u8::MAX);
+    world.take(u8::MAX);
+    while !world.held.is_empty() {
+        world.complete(world.held.len() / 2, 1);
+    }
+    world.flush();
+    while !world.model.used.is_empty() {
+        world.reap(u8::MAX);
+    }
+    assert!(world.model.available.is_empty() && world.model.taken.is_empty());
+    assert_eq!(world.driver.room(), usize::from(size));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 400,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn a_queue_is_a_list_of_buffers(
+        shape in shape(),
+        ops in proptest::collection::vec(op(), 1..120),
+    ) {
+        run(&shape, &ops);
+    }
+
+    /// Whatever the driver's memory has, and however it changes, the queue gives out only chains
+    /// within its bounds, and at most as many as it is long. After a violation it does nothing.
+    #[test]
+    fn any_memory_is_borne(
+        shape in shape(),
+        steps in proptest::collection::vec((0..3_u8, any::<u16>(), any::<u64>(), 0..8_u8), 1..200),
+    ) {
+        let memory = memory(shape.scattered);
+        let view = memory.view();
+        let mut queue = Queue::new(shape.layout, shape.features).unwrap();
+        let mut held = Vec::new();
+        for (area, at, value, action) in steps {
+            let (addr, len) = shape.layout.ranges()[usize::from(area)];
+            // Small values are likely to be sizes, flags and indexes that mean something.
+            let value = if value % 3 == 0 { value } else { value & 0x0003_0007_8087_0007 };
+            let at = addr + u64::from(at) % len & !1;
+            view.write(at, &value.to_le_bytes()[..2 << (value % 3)]).unwrap();
+            let was_retired = queue.retired().is_some();
+            let mut turn = queue.turn(&view).unwrap();
+            match action {
+                0..=3 => {
+                    let mut chain = Chain::new();
+                    match turn.next(&mut chain) {
+                        Ok(true) => held.push(chain),
+                        Ok(false) => prop_assert!(!chain.is_taken()),
+                        Err(_) => prop_assert!(!was_retired, "an error comes once"),
+                    }
+                }
+                4 => if let Some(mut chain) = held.pop() { turn.complete(&mut chain, 3); },
+                5 => _ = turn.flush(),
+                6 => _ = turn.arm(),
+                _ => turn.disarm(),
+            }
+            prop_assert!(held.len() <= usize::from(shape.layout.size));
+            prop_assert_eq!(usize::from(queue.held()), held.len());
+            for chain in &held {
+                prop_assert!(!chain.readable().is_empty() || !chain.writable().is_empty());
+                prop_assert!(chain.readable().len() + chain.writable().len() <= super::PARTS_MAX);
+            }
+        }
+        if let Some(violation) = queue.retired() {
+            prop_assert!(!violation.to_string().is_empty());
+            let mut turn = queue.turn(&view).unwrap();
+            prop_assert_eq!(turn.next(&mut Chain::new()), Ok(false));
+            prop_assert!(!turn.flush().is_wanted());
+            prop_assert_eq!(turn.arm(), Armed::Waiting);
+        }
+    }
+}
+
+#[test]
+fn a_queue_whose_areas_go_away_is_retired_once() {
+    for format in [Format::Split, Format::Packed] {
+        let layout = Layout {
+            format,
+            size: 8,
+            descriptors: 0,
+            driver_area: DRIVER_AREA,
+            device_area: PAGES * PAGE - 4,
+        };
+        let mut queue = Queue::new(layout, RingFeatures::default()).unwrap();
+        let memory = memory(false);
+        let view = memory.view();
+        match format {
+            Format::Packed => assert!(queue.turn(&view).is_ok(), "it has just room"),
+            Format::Split => {
+                let error = queue.turn(&view).err();
+                assert_eq!(error, Some(Violation::Unmapped("used ring")));
+                assert!(queue.turn(&view).is_ok());
+                assert_eq!(queue.retired(), error);
+            }
+        }
+    }
+}
