@@ -44,7 +44,11 @@ pub fn classes() -> Vec<Box<dyn DeviceClass>> {
 /// The device classes of this crate. `opener` opens the files, sockets and interfaces of their
 /// devices.
 pub fn classes_opening(opener: Arc<dyn Opener>) -> Vec<Box<dyn DeviceClass>> {
-    let switches = Switches::default();
+    classes_on(Switches::default(), opener)
+}
+
+/// The same on these switches, which they share with other classes.
+pub fn classes_on(switches: Switches, opener: Arc<dyn Opener>) -> Vec<Box<dyn DeviceClass>> {
     vec![
         Box::new(venet::VenetClass::on(switches.clone(), opener.clone())),
         Box::new(uplink::UplinkClass::new(switches, opener)),

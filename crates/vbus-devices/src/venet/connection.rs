@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver's connection to a venet device: its regions, its calls, and the tasks that serve it.
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
 
 use vbus_core::shm::abi::venet as abi;
 use vbus_core::shm::ring::{DeviceEnd, Returns, SIGNAL_OFFSET};
-use vbus_core::{Call, Connection, ErrorCode, Open, Region, Task, TaskHandle, Window, lock};
-use vbus_net::front::{Receiver, RxQueue, RxSlot, Setting, TxQueue};
-use vbus_net::{Filter, HEADER_BYTES, Mac, Offloads, Plug, Port, Rss, SharedSink, Steering, front};
+use vbus_core::{Call, Connection, ErrorCode, Open, Region, Task, TaskHandle, Window};
+use vbus_net::front::{Receiver, Setting, Setup};
+use vbus_net::{Filter, HEADER_BYTES, Mac, Offloads, Rss, Steering};
 
 use super::calls;
 use super::device::{RING_MAX, VenetDevice, offloads};
@@ -16,8 +16,8 @@ use super::news::{News, Pending};
 use super::pages::{Pages, PagesTask};
 use super::ring::{RxEntries, TxEntries};
 
-type Pair = front::Pair<TxEntries, RxEntries>;
-type Rx = front::Rx<RxEntries>;
+/// The queue pairs of a connection.
+type Pairs = vbus_net::front::Pairs<TxEntries, RxEntries>;
 
 /// The rings of one queue pair.
 #[derive(Default)]
@@ -42,32 +42,27 @@ pub struct VenetConnection {
     receiver: Arc<Receiver>,
     pages: Arc<Pages>,
     pages_task: TaskHandle,
-    running: Option<Running>,
-}
-
-/// The state of a connection after START.
-struct Running {
-    plug: Arc<dyn Plug>,
-    pairs: Vec<(Arc<Mutex<Pair>>, TaskHandle)>,
+    /// After START.
+    running: Option<Pairs>,
 }
 
 impl VenetConnection {
     pub fn new(device: Arc<VenetDevice>, open: Open) -> VenetConnection {
-        let filter = Arc::new(Filter::new(device.config.mac));
+        let filter = Arc::new(Filter::new(device.nic.config.mac));
         let pending = Pending::default();
         let told = (open.incarnation, open.notifier.clone());
         let pages = Arc::new(Pages::new(device.clone(), filter.clone(), pending.clone(), told));
         let pages_task = spawn(&open, 0, Box::new(PagesTask::new(pages.clone())));
-        device.link.observe(Some(pages_task.clone()));
-        let rings = device.pairs.iter().map(|_| Rings::default()).collect();
-        let coalesce = device.pairs.iter().map(|_| PairCoalesce::default()).collect();
+        device.nic.link.observe(Some(pages_task.clone()));
+        let rings = device.nic.pairs.iter().map(|_| Rings::default()).collect();
+        let coalesce = device.nic.pairs.iter().map(|_| PairCoalesce::default()).collect();
         let receiver = Arc::new(Receiver {
-            mtu: usize::from(device.config.mtu),
+            mtu: usize::from(device.nic.config.mtu),
             filter,
             offloads: AtomicU64::new(offloads(open.features).1.bits()),
-            steering: Arc::new(Steering::new(device.config.queue_pairs)),
+            steering: Arc::new(Steering::new(device.nic.config.queue_pairs)),
             hash: open.features & abi::F_HASH != 0,
-            backpressure: device.config.backpressure,
+            backpressure: device.nic.config.backpressure,
             moved: moved(News::new(pending, pages_task.clone())),
         });
         VenetConnection {
@@ -109,37 +104,19 @@ impl VenetConnection {
 
     /// Plugs the driver in, with its first `queues` queue pairs.
     fn start_queues(&mut self, queues: u16) -> Result<(), ErrorCode> {
-        let backend = &self.device.backend;
-        let slots = self.device.pairs.iter().map(|counters| RxSlot::new(counters.clone()));
-        let shares = backend.shares_sinks(self.open.features & abi::F_RSS != 0);
-        let rx: Vec<Rx> = slots
-            .map(|slot| match shares {
-                true => Rx::Shared(Arc::new(Mutex::new(slot))),
-                false => Rx::Own(slot),
-            })
-            .collect();
-        let lanes = rx.iter().filter_map(|rx| match rx {
-            Rx::Shared(slot) => Some(slot.clone() as SharedSink),
-            Rx::Own(_) => None,
-        });
-        let shared = (self.receiver.filter.clone(), self.receiver.steering.clone());
-        let (name, config) = (&self.device.name, &self.device.config);
-        let port = Port::new(name, config.mtu, config.queue_pairs, shared, lanes.collect());
-        let plug = backend.plug(Arc::new(port))?;
-        let mut running = Running { plug, pairs: Vec::new() };
-        for (i, rx) in rx.into_iter().enumerate() {
-            if let Err(error) = self.spawn_pair(&mut running, i, rx) {
-                running.stop();
-                return Err(error);
-            }
-        }
+        let (open, fail) = (&self.open, self.open.fail.clone());
+        let running = Pairs::start(&Setup {
+            nic: &self.device.nic,
+            receiver: &self.receiver,
+            by_hash: open.features & abi::F_RSS != 0,
+            tx_offloads: offloads(open.features).0,
+            memory: &open.memory,
+            place: (&open.executor, open.worker, &open.counters),
+            fail: Arc::new(move |error| fail.fail(error)),
+        })?;
         for i in 0..usize::from(queues) {
-            let served =
-                self.serve(&running, i, false).and_then(|()| self.serve(&running, i, true));
-            if let Err(error) = served {
-                running.stop();
-                return Err(error);
-            }
+            self.serve(&running, i, false)?;
+            self.serve(&running, i, true)?;
         }
         self.running = Some(running);
         self.pages_task.wake();
@@ -158,7 +135,7 @@ impl VenetConnection {
         undo: impl FnOnce() + Send + 'static,
     ) -> Result<(), ErrorCode> {
         let running = self.running()?;
-        let tasks: Vec<_> = running.pairs.iter().map(|(_, task)| task.clone()).collect();
+        let tasks: Vec<_> = running.tasks().cloned().collect();
         let done = move |result: Result<(), ErrorCode>| {
             if result.is_err() {
                 undo();
@@ -166,75 +143,40 @@ impl VenetConnection {
             tasks.iter().for_each(TaskHandle::wake); // Each checks whether it is in use now.
             call.finish(result.map(|()| 0));
         };
-        running.plug.configure(queues, offloads, Box::new(done))
-    }
-
-    /// Makes pair `i`, without rings, and its task.
-    fn spawn_pair(&self, running: &mut Running, i: usize, rx: Rx) -> Result<(), ErrorCode> {
-        let index = u16::try_from(i).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
-        let (open, mut made) = (&self.open, None);
-        let fail = open.fail.clone();
-        let (worker, counters) = (open.worker.wrapping_add(i), open.counters.clone());
-        let task = open.executor.spawn_with(
-            worker,
-            counters,
-            move |error| fail.fail(error),
-            |task| {
-                let queue = running.plug.queue(index, task)?;
-                let (memory, receiver) = (open.memory.clone(), self.receiver.clone());
-                let tx_offloads = offloads(open.features).0;
-                let counters = self.device.pairs[i].clone();
-                let pair = Pair::new(rx, queue, memory, receiver, tx_offloads, counters);
-                let pair = Arc::new(Mutex::new(pair));
-                made = Some(pair.clone());
-                Ok::<_, ErrorCode>(
-                    Box::new(front::PairTask { pair, number: index }) as Box<dyn Task>
-                )
-            },
-        )?;
-        running.pairs.extend(made.map(|pair| (pair, task)));
-        Ok(())
+        running.plug().configure(queues, offloads, Box::new(done))
     }
 
     /// Gives the running pair `i` its transmit ring or its receive ring. The pair has no such ring
     /// if the driver has registered none.
-    fn serve(&self, running: &Running, i: usize, is_rx: bool) -> Result<(), ErrorCode> {
-        let (Some((pair, task)), Some(rings)) = (running.pairs.get(i), self.rings.get(i)) else {
+    fn serve(&self, running: &Pairs, i: usize, is_rx: bool) -> Result<(), ErrorCode> {
+        let (Some(task), Some(rings)) = (running.task(i), self.rings.get(i)) else {
             return Err(ErrorCode::BAD_ARGUMENT);
         };
-        let region = if is_rx { &rings.rx } else { &rings.tx };
-        match (region, is_rx) {
-            (None, true) => lock(pair).set_rx(None),
-            (None, false) => lock(pair).set_tx(None),
-            (Some(region), true) => {
-                let number = u16::try_from(i).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
-                let queue = RxQueue::new(
-                    RxEntries::new(attach(region, true)?, region.interrupt.clone()),
-                    self.open.memory.clone(),
-                    self.receiver.clone(),
-                    self.device.pairs[i].clone(),
-                    (number, task.clone(), self.coalesce[i].rx.clone()),
-                );
-                lock(pair).set_rx(Some(queue));
+        let forget = || match is_rx {
+            true => running.set_rx(i, None),
+            false => running.set_tx(i, None),
+        };
+        let Some(region) = (if is_rx { &rings.rx } else { &rings.tx }) else {
+            forget();
+            return Ok(());
+        };
+        let (interrupt, coalesce) = (region.interrupt.clone(), &self.coalesce[i]);
+        let ring = attach(region, is_rx)?;
+        match is_rx {
+            true => {
+                running.set_rx(i, Some((RxEntries::new(ring, interrupt), coalesce.rx.clone())));
             }
-            (Some(region), false) => {
-                let ring = TxEntries::new(attach(region, false)?, region.interrupt.clone());
-                let queue = TxQueue::new(ring, HEADER_BYTES, self.coalesce[i].tx.clone());
-                lock(pair).set_tx(Some(queue));
+            false => {
+                let ring = TxEntries::new(ring, interrupt);
+                running.set_tx(i, Some((ring, HEADER_BYTES, coalesce.tx.clone())));
             }
         }
-        if let Some(region) = region {
-            // It also wakes the task.
-            region.doorbell.bind(task).inspect_err(|_| match is_rx {
-                true => lock(pair).set_rx(None),
-                false => lock(pair).set_tx(None),
-            })?;
-        }
-        Ok(())
+        // It also wakes the task.
+        region.doorbell.bind(task).inspect_err(|_| forget())
     }
 
     /// The state after START; DENIED before it.
-    fn running(&self) -> Result<&Running, ErrorCode> {
+    fn running(&self) -> Result<&Pairs, ErrorCode> {
         self.running.as_ref().ok_or(ErrorCode::DENIED)
     }
 
@@ -246,9 +188,7 @@ impl VenetConnection {
     /// SET_OFFLOADS. The device delivers no frame by the old offloads after this returns.
     fn set_offloads(&self, offloads: Offloads) {
         self.receiver.set_offloads(offloads);
-        for (pair, _) in self.running.iter().flat_map(|running| &running.pairs) {
-            lock(pair).settle();
-        }
+        self.running.iter().for_each(Pairs::settle);
     }
 
     /// SET_QUEUES. Returns the former number of queues.
@@ -260,9 +200,7 @@ impl VenetConnection {
         if !whole || !self.receiver.steering.set_queues(queues) {
             return Err(ErrorCode::BAD_ARGUMENT);
         }
-        for (pair, _) in &running.pairs {
-            lock(pair).queues_changed();
-        }
+        running.queues_changed();
         Ok(before)
     }
 
@@ -274,14 +212,14 @@ impl VenetConnection {
                 of_pair.tx.set(tx.0, tx.1);
             }
         }
-        for (_, task) in self.running.iter().flat_map(|running| &running.pairs) {
+        for task in self.running.iter().flat_map(Pairs::tasks) {
             task.wake(); // An interrupt that it holds back may go now.
         }
     }
 
     /// SET_MAC.
     fn set_mac(&self, mac: Mac) -> Result<(), ErrorCode> {
-        if !self.running()?.plug.set_mac(mac) {
+        if !self.running()?.plug().set_mac(mac) {
             return Err(ErrorCode::EXISTS);
         }
         self.pages_task.wake();
@@ -298,7 +236,7 @@ impl VenetConnection {
 
     fn filter_changed(&self) {
         if let Some(running) = &self.running {
-            running.plug.filter_changed();
+            running.plug().filter_changed();
         }
     }
 
@@ -319,19 +257,6 @@ impl VenetConnection {
             let tx = rings.tx.take_if(|region| region.handle == handle).map(|_| (i, false));
             tx.or_else(|| rings.rx.take_if(|region| region.handle == handle).map(|_| (i, true)))
         })
-    }
-}
-
-impl Running {
-    /// After this, neither the tasks nor the receive rings that other devices deliver to hold a
-    /// window on the driver's memory.
-    fn stop(self) {
-        for (pair, task) in &self.pairs {
-            task.stop();
-            let mut pair = lock(pair);
-            pair.set_tx(None);
-            pair.set_rx(None);
-        }
     }
 }
 
@@ -416,9 +341,11 @@ impl Connection for VenetConnection {
             abi::CALL_SET_OFFLOADS => calls::offloads(call.buffer(), self.open.features)
                 .map(|offloads| self.set_offloads(offloads))
                 .map(|()| None),
-            abi::CALL_SET_QUEUES => calls::queues(call.buffer(), self.device.config.queue_pairs)
-                .and_then(|queues| self.set_queues(queues))
-                .map(Some),
+            abi::CALL_SET_QUEUES => {
+                calls::queues(call.buffer(), self.device.nic.config.queue_pairs)
+                    .and_then(|queues| self.set_queues(queues))
+                    .map(Some)
+            }
             _ => {
                 let result = self.call(function, 0, call.buffer());
                 return call.finish(result);
@@ -445,9 +372,7 @@ impl Connection for VenetConnection {
             match before {
                 Some(before) => drop(receiver.steering.set_queues(before)),
                 None if function == abi::CALL_START => {
-                    if let Some(running) = self.running.take() {
-                        running.stop();
-                    }
+                    self.running = None;
                 }
                 None => {}
             }
@@ -471,7 +396,7 @@ impl Connection for VenetConnection {
             }
             abi::CALL_SET_COALESCE => {
                 self.accepted(abi::F_COALESCE)?;
-                self.set_coalesce(&calls::coalesce(buffer, self.device.config.queue_pairs)?);
+                self.set_coalesce(&calls::coalesce(buffer, self.device.nic.config.queue_pairs)?);
             }
             abi::CALL_SET_VLANS => {
                 self.accepted(abi::F_VLAN)?;
@@ -487,10 +412,8 @@ impl Connection for VenetConnection {
 impl Drop for VenetConnection {
     /// After this, no task holds a window on the driver's memory.
     fn drop(&mut self) {
-        if let Some(running) = self.running.take() {
-            running.stop();
-        }
-        self.device.link.observe(None);
+        self.running = None;
+        self.device.nic.link.observe(None);
         self.pages_task.stop();
         self.pages.close();
     }

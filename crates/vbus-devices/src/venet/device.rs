@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A venet device as the bus and control clients see it.
 
-use std::sync::Arc;
-
-use serde_json::{Value, json};
 use vbus_core::shm::abi::{class, venet as abi};
 use vbus_core::{ErrorCode, Identity};
-use vbus_net::front::{Config, PairCounters};
+use vbus_net::Offloads;
+use vbus_net::front::Nic;
 use vbus_net::rss::kinds;
-use vbus_net::{Backend, Link, Offloads, show_mac};
 
 /// The most entries of a ring.
 pub const RING_MAX: u16 = 4096;
@@ -22,11 +19,7 @@ const _: () = assert!(
 
 /// A device. Its connection shares it.
 pub struct VenetDevice {
-    pub name: String,
-    pub config: Config,
-    pub link: Arc<Link>,
-    pub backend: Box<dyn Backend>,
-    pub pairs: Arc<[Arc<PairCounters>]>,
+    pub nic: Nic,
 }
 
 /// The offloads in `features`: first those from the driver, then those to the driver.
@@ -36,20 +29,20 @@ pub fn offloads(features: u64) -> (Offloads, Offloads) {
 
 impl VenetDevice {
     fn features(&self) -> u64 {
-        let config = &self.config;
+        let config = &self.nic.config;
         let offloads = config.backend.offloads;
-        let tx = (offloads & self.backend.tx_offloads()).bits();
-        let rx = (offloads & self.backend.rx_offloads()).bits() << abi::F_RX_SHIFT;
+        let tx = (offloads & self.nic.backend.tx_offloads()).bits();
+        let rx = (offloads & self.nic.backend.rx_offloads()).bits() << abi::F_RX_SHIFT;
         let mut features = abi::complete(tx | rx);
         features |= abi::F_HASH | abi::F_VLAN | abi::F_COALESCE;
-        features |= if self.backend.steers() { abi::F_RSS } else { 0 };
+        features |= if self.nic.backend.steers() { abi::F_RSS } else { 0 };
         features |= if config.mac_changes { abi::F_MAC } else { 0 };
         features
     }
 
     /// See [`vbus_core::Device::identity`].
     pub fn identity(&self) -> Identity {
-        let pairs = self.config.queue_pairs;
+        let pairs = self.nic.config.queue_pairs;
         Identity::new(class::VENET, "venet", 0x02_00_00)
             .with_features(self.features())
             .with_regions(u32::from(pairs) * 2 + 2)
@@ -58,7 +51,7 @@ impl VenetDevice {
 
     /// See [`vbus_core::Device::config`].
     pub fn config_area(&self) -> Vec<u8> {
-        let config = &self.config;
+        let config = &self.nic.config;
         let mut area = vec![0; abi::CONFIG_BYTES];
         area[abi::CONFIG_MAC..][..6].copy_from_slice(&config.mac);
         area[abi::CONFIG_MTU..][..2].copy_from_slice(&config.mtu.to_le_bytes());
@@ -72,39 +65,5 @@ impl VenetDevice {
     /// Checks the features that a driver wants to use.
     pub fn accepts(&self, features: u64) -> Result<(), ErrorCode> {
         if abi::complete(features) == features { Ok(()) } else { Err(ErrorCode::BAD_FEATURES) }
-    }
-
-    /// Serves requests of control clients: `{"op": "link", "up": BOOL}` switches the link off or on
-    /// again, and `{"op": "announce"}` asks the driver to announce its addresses.
-    pub fn control(&self, request: &Value) -> Result<Value, String> {
-        match (request["op"].as_str(), request["up"].as_bool()) {
-            (Some("link"), Some(up)) => self.link.set_off(!up),
-            (Some("link"), None) => return Err("link needs \"up\": true or false".into()),
-            (Some("announce"), _) => self.link.announce(),
-            _ => {
-                return Err(
-                    "requests of a venet device: {\"op\": \"link\", \"up\": true or false}, \
-                     {\"op\": \"announce\"}"
-                        .into(),
-                );
-            }
-        }
-        Ok(json!({ "link": self.link.is_up(), "announces": self.link.announces() }))
-    }
-
-    /// See [`vbus_core::Device::inspect`].
-    pub fn inspect(&self) -> Value {
-        let mut backend = self.backend.inspect();
-        let pcap = backend.as_object_mut().and_then(|backend| backend.remove("pcap"));
-        json!({
-            "mac": show_mac(self.config.mac),
-            "mtu": self.config.mtu,
-            "queue-pairs": self.config.queue_pairs,
-            "link": self.link.is_up(),
-            "link-off": self.link.is_off(),
-            "backend": backend,
-            "pcap": pcap,
-            "pairs": self.pairs.iter().map(|pair| json!(&**pair)).collect::<Vec<_>>(),
-        })
     }
 }

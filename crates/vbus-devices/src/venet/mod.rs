@@ -17,11 +17,9 @@ mod ring;
 use std::sync::Arc;
 
 use serde_json::Value;
-use vbus_core::{
-    Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open, settings,
-};
-use vbus_net::front::{Config, METRICS};
-use vbus_net::{BACKEND_METRICS, Direct, Link, Opener, Switches};
+use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open};
+use vbus_net::front::{Config, METRICS, Nic};
+use vbus_net::{BACKEND_METRICS, Direct, Opener, Switches};
 
 use connection::VenetConnection;
 use device::VenetDevice;
@@ -72,19 +70,8 @@ impl DeviceClass for VenetClass {
     }
 
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
-        let config = Config::parse(config)?;
-        let link = Arc::new(Link::default());
-        let (queues, mtu) = (config.queue_pairs, config.mtu);
-        let backend = config.backend.open(
-            &self.switches,
-            &self.opener,
-            config.mac,
-            (queues, mtu),
-            link.clone(),
-        )?;
-        let pairs = (0..queues).map(|_| Arc::default()).collect();
-        let name = name.into();
-        Ok(Arc::new(Venet(Arc::new(VenetDevice { name, config, link, backend, pairs }))))
+        let nic = Nic::create(name, Config::parse(config)?, &self.switches, &self.opener)?;
+        Ok(Arc::new(Venet(Arc::new(VenetDevice { nic }))))
     }
 
     fn metrics(&self) -> Vec<Metric> {
@@ -109,24 +96,16 @@ impl Device for Venet {
     }
 
     fn inspect(&self) -> Value {
-        self.0.inspect()
+        self.0.nic.inspect()
     }
 
     fn reconfigure(&self, old: &Value, new: &Value) -> Result<(), String> {
         let config = Config::parse(new).map_err(|error| error.to_string())?;
-        let is_limit = |key: &String| vbus_net::Limits::KEYS.contains(&&**key);
-        if !settings::changed(old, new).iter().all(is_limit) {
-            return Err("only rates and bursts change while the device is there".into());
-        }
-        if self.0.backend.set_limits(&config.backend.limits) {
-            Ok(())
-        } else {
-            Err("a direction gets its first limit when the device is made".into())
-        }
+        self.0.nic.reconfigure(old, new, &config)
     }
 
     fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
-        reply(self.0.control(request)?);
+        reply(self.0.nic.control(request)?);
         Ok(())
     }
 }

@@ -84,7 +84,7 @@ impl Pages {
         pending: Pending,
         (incarnation, notifier): (u64, Notifier),
     ) -> Pages {
-        let announces = device.link.announces();
+        let announces = device.nic.link.announces();
         let registered = Mutex::new(Registered { announces, ..Registered::default() });
         Pages { device, filter, pending, incarnation, notifier, registered }
     }
@@ -96,7 +96,7 @@ impl Pages {
         let (place, words) = if is_status {
             (&mut registered.status, word::WORDS)
         } else {
-            (&mut registered.counters, self.device.pairs.len() * counters_page::WORDS)
+            (&mut registered.counters, self.device.nic.pairs.len() * counters_page::WORDS)
         };
         if place.is_some() {
             return Err(ErrorCode::EXISTS);
@@ -120,7 +120,7 @@ impl Pages {
     }
 
     fn status(&self) -> Vec<u64> {
-        let (config, link) = (&self.device.config, &self.device.link);
+        let (config, link) = (&self.device.nic.config, &self.device.nic.link);
         let mut value = vec![0; word::WORDS];
         let mut mac = [0; 8];
         mac[..6].copy_from_slice(&self.filter.mac());
@@ -134,7 +134,7 @@ impl Pages {
         };
         value[word::ANNOUNCE] = link.announces();
         value[word::INCARNATION] = self.incarnation;
-        for pair in &*self.device.pairs {
+        for pair in &*self.device.nic.pairs {
             value[word::TX_FRAMES] += pair.tx.frames.get();
             value[word::TX_BYTES] += pair.tx.bytes.get();
             value[word::TX_DROPS] += pair.tx.drops.sum();
@@ -149,7 +149,7 @@ impl Pages {
     /// pending.
     fn update(&self) -> Option<Instant> {
         let registered = &mut *lock(&self.registered);
-        let announces = self.device.link.announces();
+        let announces = self.device.nic.link.announces();
         if std::mem::replace(&mut registered.announces, announces) != announces {
             self.notifier.announce(); // A driver without a status page needs it too.
         }
@@ -171,7 +171,8 @@ impl Pages {
             }
         }
         if let Some(page) = &mut registered.counters {
-            let value: Vec<u64> = self.device.pairs.iter().flat_map(|pair| words(pair)).collect();
+            let value: Vec<u64> =
+                self.device.nic.pairs.iter().flat_map(|pair| words(pair)).collect();
             if page.written != value && next.is_none() {
                 page.write(value, false);
             } else {

@@ -23,6 +23,11 @@ impl Setting {
         self.frames.store(frames, Ordering::Relaxed);
     }
 
+    /// The microseconds and the number of frames that were set last.
+    pub fn get(&self) -> (u32, u32) {
+        (self.usecs.load(Ordering::Relaxed), self.frames.load(Ordering::Relaxed))
+    }
+
     fn time(&self) -> Duration {
         Duration::from_micros(self.usecs.load(Ordering::Relaxed).into())
     }

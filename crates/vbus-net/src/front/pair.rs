@@ -15,7 +15,7 @@ use super::ring::{RxRing, TxRing};
 use super::rx::{Lent, Receiver, RxQueue, RxSlot};
 use super::tx::{Next, TxQueue};
 use crate::backend::{Queue, Sent};
-use crate::frame::{Body, CHAIN_MAX, Packet};
+use crate::frame::{CHAIN_MAX, Packet};
 
 /// The receive ring of a pair, while there is one.
 #[expect(
@@ -141,7 +141,7 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
                     spent += 1;
                 }
                 Next::Frame(header, eth) => {
-                    let packet = Packet::new(header, eth, Body::Driver(&parts));
+                    let packet = Packet::new(header, eth, tx.body(&parts));
                     match self.queue.send(&packet) {
                         Sent::Done { units } => {
                             frames += 1;

@@ -10,7 +10,7 @@ use vbus_tap::{HEADER_BYTES, Offloads};
 
 use super::coalesce::{Held, Setting};
 use super::ring::TxRing;
-use crate::frame::{Body, ETH_BYTES, Header, Packet};
+use crate::frame::{Body, CHAIN_MAX, ETH_BYTES, FRAME_MAX, Header, Packet};
 
 /// The transmit ring of a queue pair, with the frame that waits.
 pub struct TxQueue<T> {
@@ -21,6 +21,8 @@ pub struct TxQueue<T> {
     held: Held,
     /// The checked header and the Ethernet header of the frame that the ring holds.
     head: Option<(Header, [u8; ETH_BYTES])>,
+    /// A copy of a body that lies in more parts than a back end takes. Empty otherwise.
+    gathered: Vec<u8>,
 }
 
 /// What the transmit ring holds next.
@@ -45,7 +47,14 @@ impl<T: TxRing> TxQueue<T> {
     /// the fields of a hash. `coalesce` may hold interrupts back.
     pub fn new(ring: T, header_bytes: usize, coalesce: Arc<Setting>) -> TxQueue<T> {
         let header_bytes = header_bytes.clamp(HEADER_BYTES, HEADER_MAX);
-        TxQueue { ring, header_bytes, coalesce, held: Held::default(), head: None }
+        TxQueue {
+            ring,
+            header_bytes,
+            coalesce,
+            held: Held::default(),
+            head: None,
+            gathered: Vec::new(),
+        }
     }
 
     /// Returns the next frame of the ring, or the frame that had to wait. `parts` gets the bytes
@@ -58,6 +67,9 @@ impl<T: TxRing> TxQueue<T> {
         mtu: usize,
     ) -> Result<Next, ErrorCode> {
         let Some(bytes) = self.ring.take(view)? else { return Ok(Next::Nothing) };
+        if bytes > self.header_bytes + FRAME_MAX - HEADER_BYTES {
+            return Ok(Next::TooLong);
+        }
         let mut head = [0; HEADER_MAX + ETH_BYTES];
         let head = &mut head[..self.header_bytes + ETH_BYTES];
         let mut at = 0;
@@ -71,6 +83,14 @@ impl<T: TxRing> TxQueue<T> {
         if at < head.len() {
             return Ok(Next::Short);
         }
+        self.gathered.clear();
+        if parts.len() > CHAIN_MAX {
+            self.gathered.resize(parts.iter().map(DriverSlice::len).sum(), 0);
+            let mut at = 0;
+            for part in parts.drain(..) {
+                at += part.copy_to(&mut self.gathered[at..]);
+            }
+        }
         // The device reads and checks the header once. A frame that waits keeps the checked header,
         // whatever the driver writes later.
         if let Some((header, eth)) = self.head {
@@ -83,11 +103,16 @@ impl<T: TxRing> TxQueue<T> {
         if !header.check(bytes.saturating_sub(self.header_bytes), offloads) {
             return Ok(Next::BadHeader);
         }
-        if !Packet::new(header, eth, Body::Driver(parts)).fits_mtu(mtu) {
+        if !Packet::new(header, eth, self.body(parts)).fits_mtu(mtu) {
             return Ok(Next::TooLong);
         }
         self.head = Some((header, eth));
         Ok(Next::Frame(header, eth))
+    }
+
+    /// The body of the frame that [`next`](Self::next) returned, with its `parts`.
+    pub(super) fn body<'b>(&'b self, parts: &'b [DriverSlice<'b>]) -> Body<'b> {
+        if self.gathered.is_empty() { Body::Driver(parts) } else { Body::Bytes(&self.gathered) }
     }
 
     /// Makes the returns of `frames` frames visible.
