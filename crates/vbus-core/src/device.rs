@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the author of a device writes: [`DeviceClass`], [`Device`], [`Connection`].
 
+use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -184,6 +185,13 @@ pub trait Device: Send + Sync {
     fn joined(&self, joined: Joined<'_>) -> Result<(), CreateError> {
         let _ = joined;
         Ok(())
+    }
+
+    /// What a connector needs that serves the device in another way than as a device of vbus: the
+    /// connector knows the type. For example, a device with a PCI function of its own returns the
+    /// `OwnFunction` of the crate `vbus-pci`. The provided method has nothing.
+    fn front(&self) -> Option<&(dyn Any + Send + Sync)> {
+        None
     }
 
     /// A driver opens the device. The connection is dropped after the driver's CLOSE, a reset, an

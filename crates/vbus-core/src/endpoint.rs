@@ -16,7 +16,7 @@ use crate::counter::ConnectionCounters;
 use crate::device::{Connection, Device, Fail, Identity, Open, Region};
 use crate::events::{Events, Notifier};
 use crate::executor::{Executor, Progress, Task, TaskHandle};
-use crate::host::Host;
+use crate::host::{ConnectionState, Host};
 use crate::interrupt::InterruptSink;
 use crate::lock::lock;
 use crate::memory::{Access, MapError, MemoryContext};
@@ -29,50 +29,6 @@ pub const REGION_BYTES_MAX: u64 = 16 << 20;
 pub const MEMORY_LOST: &str = "the device accessed memory of its peer that is not there: the file \
     was truncated, or a hole in it got no page (no huge page is free, the file system is full, or \
     there is no memory)";
-
-/// Whether a connection is open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ConnectionState {
-    /// No connection is open.
-    Closed,
-    /// A connection is open.
-    Open,
-    /// A fault ended it. The driver must close the device before it opens it again.
-    Broken(ErrorCode),
-}
-
-/// A [`ConnectionState`] that is read without a lock.
-#[derive(Default)]
-struct StateWord(AtomicU64);
-
-impl StateWord {
-    const OPEN: u64 = 1;
-    /// The error code is in the upper half.
-    const BROKEN: u64 = 2;
-
-    fn store(&self, state: ConnectionState) {
-        let word = match state {
-            ConnectionState::Closed => 0,
-            ConnectionState::Open => StateWord::OPEN,
-            ConnectionState::Broken(code) => StateWord::BROKEN | u64::from(code.0) << 32,
-        };
-        // Release: pairs with the load. Whoever sees the state sees what led to it.
-        self.0.store(word, Ordering::Release);
-    }
-
-    fn load(&self) -> ConnectionState {
-        // Acquire: pairs with the store.
-        let word = self.0.load(Ordering::Acquire);
-        match word & 0xff {
-            StateWord::OPEN => ConnectionState::Open,
-            StateWord::BROKEN => {
-                ConnectionState::Broken(ErrorCode(u32::try_from(word >> 32).unwrap_or(0)))
-            }
-            _ => ConnectionState::Closed,
-        }
-    }
-}
 
 /// Arguments of OPEN.
 #[derive(Clone, Copy, Debug)]
@@ -201,8 +157,6 @@ pub struct Endpoint {
     inner: Mutex<Inner>,
     /// Each call that the class holds has a clone.
     calls: Arc<()>,
-    /// What [`Endpoint::state`] returns.
-    state: StateWord,
     /// The features of the open connection, 0 if none is open.
     features: AtomicU64,
     generations: AtomicU64,
@@ -227,7 +181,6 @@ impl Endpoint {
             outlets,
             inner: Mutex::new(Inner::Closed),
             calls: Arc::default(),
-            state: StateWord::default(),
             features: AtomicU64::new(0),
             generations: AtomicU64::new(0),
             this: this.clone(),
@@ -363,7 +316,7 @@ impl Endpoint {
 
     /// Whether a connection is open.
     pub fn state(&self) -> ConnectionState {
-        self.state.load()
+        self.host.state()
     }
 
     /// Features of the open connection. 0 if none is open.
@@ -611,7 +564,7 @@ impl Endpoint {
     /// Shows the state to those who do not wait for the lock: a command may hold it for long.
     fn publish(&self, inner: &Inner, features: u64) {
         self.features.store(features, Ordering::Relaxed);
-        self.state.store(match inner {
+        self.host.set_state(match inner {
             Inner::Closed => ConnectionState::Closed,
             Inner::Open(_) => ConnectionState::Open,
             Inner::Broken(code) => ConnectionState::Broken(*code),

@@ -3,13 +3,60 @@
 //! worker of the event loop, interrupts, doorbells, counters. The front of vbus is
 //! [`Endpoint`](crate::Endpoint).
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+
+use vbus_shm::ErrorCode;
 
 use crate::counter::ConnectionCounters;
 use crate::doorbell::Doorbells;
 use crate::executor::Executor;
 use crate::interrupt::{Interrupt, InterruptSink, Outlet};
 use crate::memory::MemoryContext;
+
+/// Whether a driver has a device open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ConnectionState {
+    /// No connection is open.
+    Closed,
+    /// A connection is open.
+    Open,
+    /// A fault ended it. The driver must close the device before it opens it again.
+    Broken(ErrorCode),
+}
+
+/// A [`ConnectionState`] that is read without a lock.
+#[derive(Default)]
+struct StateWord(AtomicU64);
+
+impl StateWord {
+    const OPEN: u64 = 1;
+    /// The error code is in the upper half.
+    const BROKEN: u64 = 2;
+
+    fn store(&self, state: ConnectionState) {
+        let word = match state {
+            ConnectionState::Closed => 0,
+            ConnectionState::Open => StateWord::OPEN,
+            ConnectionState::Broken(code) => StateWord::BROKEN | u64::from(code.0) << 32,
+        };
+        // Release: pairs with the load. Whoever sees the state sees what led to it.
+        self.0.store(word, Ordering::Release);
+    }
+
+    fn load(&self) -> ConnectionState {
+        // Acquire: pairs with the store.
+        let word = self.0.load(Ordering::Acquire);
+        match word & 0xff {
+            StateWord::OPEN => ConnectionState::Open,
+            StateWord::BROKEN => {
+                ConnectionState::Broken(ErrorCode(u32::try_from(word >> 32).unwrap_or(0)))
+            }
+            _ => ConnectionState::Closed,
+        }
+    }
+}
 
 /// The host's half of a device: everything that does not depend on the driver's protocol.
 pub struct Host {
@@ -21,6 +68,7 @@ pub struct Host {
     outlet: Arc<Outlet>,
     doorbells: Arc<Doorbells>,
     has_left: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
+    state: StateWord,
 }
 
 impl Host {
@@ -37,6 +85,7 @@ impl Host {
             counters,
             outlet: Arc::new(Outlet::new(vectors)),
             has_left: OnceLock::new(),
+            state: StateWord::default(),
         }
     }
 
@@ -100,8 +149,18 @@ impl Host {
         let _ = self.has_left.set(Box::new(has_left));
     }
 
+    /// Whether a driver has the device open.
+    pub fn state(&self) -> ConnectionState {
+        self.state.load()
+    }
+
+    /// The front says whether a driver has the device open.
+    pub fn set_state(&self, state: ConnectionState) {
+        self.state.store(state);
+    }
+
     /// Whether the peer has left.
-    pub(crate) fn has_left(&self) -> bool {
+    pub fn has_left(&self) -> bool {
         self.has_left.get().is_some_and(|has_left| has_left())
     }
 

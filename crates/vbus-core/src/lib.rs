@@ -137,12 +137,10 @@ pub use device::{
     Connection, CreateError, Device, DeviceClass, Fail, Identity, Joined, Open, Region,
 };
 pub use doorbell::{Doorbell, Doorbells};
-pub use endpoint::{
-    ConnectionState, Endpoint, MEMORY_LOST, OpenRequest, REGION_BYTES_MAX, RegionRequest,
-};
+pub use endpoint::{Endpoint, MEMORY_LOST, OpenRequest, REGION_BYTES_MAX, RegionRequest};
 pub use events::Notifier;
 pub use executor::{Executor, Interest, Progress, Task, TaskHandle, Tuning};
-pub use host::Host;
+pub use host::{ConnectionState, Host};
 pub use interrupt::{Interrupt, InterruptSink, Route};
 pub use lock::lock;
 pub use memory::{Access, MAPS_MAX, MapError, MemoryContext, View, Window};

@@ -130,6 +130,19 @@ impl Builder {
         self
     }
 
+    /// Adds the capability of virtio by which a driver reaches BARs through the configuration space
+    /// (VIRTIO 1.3, section 4.1.4.9). `content` follows the id and the link, 18 bytes. A driver may
+    /// write the fields for the BAR, the offset and the length, and the four bytes of data.
+    #[must_use]
+    pub fn window(mut self, at: u8, content: &[u8]) -> Builder {
+        assert_eq!(content.len(), 18, "a window has 20 bytes");
+        self = self.vendor(at, content);
+        let at = usize::from(at);
+        self.space.allow(at + 4, &[0xff]);
+        self.space.allow(at + 8, &[0xff; 12]);
+        self
+    }
+
     /// Adds MSI with one vector and a 64-bit address. It has 14 bytes, or 24 with a mask bit and a
     /// pending bit (`maskable`).
     #[must_use]

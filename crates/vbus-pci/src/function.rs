@@ -10,7 +10,7 @@ use vbus_core::Executor;
 use vbus_pci_config::register::{
     COMMAND, COMMAND_INTX_DISABLE, COMMAND_MASTER, STATUS, STATUS_INTERRUPT,
 };
-use vbus_pci_config::{ConfigSpace, MsixLayout, MsixTable, read_pending_bits};
+use vbus_pci_config::{ConfigSpace, MsixLayout, MsixTable, read_pending_bits, touches};
 
 use crate::interrupts::{Interrupts, IrqError, IrqIndex, of_peer};
 use crate::mask_event::MaskEvent;
@@ -103,7 +103,20 @@ pub struct PciFunction {
     worker: usize,
     /// The eventfds that unmask and mask INTx.
     mask_events: [Option<MaskEvent>; 2],
+    /// The offset of the capability by which a driver reaches BARs through the configuration space.
+    window: Option<usize>,
 }
+
+/// An access that a driver makes through the window in the configuration space.
+struct WindowAccess {
+    bar: usize,
+    offset: u64,
+    len: usize,
+}
+
+/// Where the data of a window are, from its capability on, and their bytes.
+const WINDOW_DATA: usize = 16;
+const WINDOW_BYTES: usize = 4;
 
 impl PciFunction {
     /// Makes a function in its state after power-on, with this configuration space and the
@@ -127,7 +140,16 @@ impl PciFunction {
             executor,
             worker,
             mask_events: Default::default(),
+            window: None,
         }
+    }
+
+    /// Lets a driver reach the BARs through the capability at `at`, which
+    /// [`Builder::window`](vbus_pci_config::Builder::window) has made.
+    #[must_use]
+    pub fn with_window(mut self, at: usize) -> PciFunction {
+        self.window = Some(at);
+        self
     }
 
     /// Gives BAR `number` its handler.
@@ -157,6 +179,7 @@ impl PciFunction {
             (region::CONFIG, _) => {
                 let Ok(offset) = usize::try_from(offset) else { return };
                 self.config.read(offset, data);
+                self.read_window(offset, data);
                 let status = STATUS.checked_sub(offset).and_then(|at| data.get_mut(at));
                 if let Some(status) = status.filter(|_| self.interrupts.intx_status()) {
                     *status |= STATUS_INTERRUPT.to_le_bytes()[0];
@@ -181,6 +204,11 @@ impl PciFunction {
                     self.handlers().for_each(|handler| handler.bus_master_cleared());
                 }
                 self.interrupts.set_disabled(command & COMMAND_INTX_DISABLE != 0);
+                if let Some(WindowAccess { bar, offset, len }) = self.window_hit(offset, data.len())
+                {
+                    let data = self.window_data();
+                    self.write_bar(bar, offset, &data[..len]);
+                }
             }
             (_, Some(number)) => self.write_bar(number, offset, data),
             _ => {}
@@ -197,6 +225,7 @@ impl PciFunction {
                 let end = offset.saturating_add(data.len() as u64);
                 let hit = offset < command.end && command.start < end;
                 hit && self.config.command() & COMMAND_MASTER != 0
+                    || self.is_long_through_window(offset, data)
             }
             (_, Some(number)) => {
                 let inside = offset < u64::from(self.config.bar_size(number));
@@ -205,6 +234,55 @@ impl PciFunction {
             }
             _ => false,
         }
+    }
+
+    /// What an access of `len` bytes at `offset` of the configuration space does through the window,
+    /// by the fields that the driver has written. `None`: it does not touch the data, or the fields
+    /// are none that the standard has.
+    fn window_hit(&self, offset: usize, len: usize) -> Option<WindowAccess> {
+        let window = self.window?;
+        if !touches(offset, len, window + WINDOW_DATA, WINDOW_BYTES) {
+            return None;
+        }
+        WindowAccess::of(self.config.bytes().get(window..)?)
+    }
+
+    /// The data that the driver has written to the window.
+    fn window_data(&self) -> [u8; WINDOW_BYTES] {
+        let at = self.window.unwrap_or_default() + WINDOW_DATA;
+        let mut data = [0; WINDOW_BYTES];
+        self.config.read(at, &mut data);
+        data
+    }
+
+    /// Puts the bytes that the window leads to into `data`, where `data` has the window's.
+    fn read_window(&mut self, offset: usize, data: &mut [u8]) {
+        let Some(access) = self.window_hit(offset, data.len()) else { return };
+        let mut bytes = [0; WINDOW_BYTES];
+        self.read_bar(access.bar, access.offset, &mut bytes[..access.len]);
+        let start = self.window.unwrap_or_default() + WINDOW_DATA;
+        for (at, byte) in (start..).zip(bytes) {
+            if let Some(place) = at.checked_sub(offset).and_then(|at| data.get_mut(at)) {
+                *place = byte;
+            }
+        }
+    }
+
+    /// Whether a write to the configuration space makes a long write through the window.
+    fn is_long_through_window(&self, offset: u64, data: &[u8]) -> bool {
+        let Ok(offset) = usize::try_from(offset) else { return false };
+        let Some(window) = self.window else { return false };
+        if !touches(offset, data.len(), window + WINDOW_DATA, WINDOW_BYTES) {
+            return false;
+        }
+        // The write may change the fields and the data together.
+        let mut config = self.config.clone();
+        config.write(offset, data);
+        let bytes = config.bytes().get(window..).unwrap_or_default();
+        let Some(WindowAccess { bar, offset, len }) = WindowAccess::of(bytes) else { return false };
+        let data = bytes.get(WINDOW_DATA..WINDOW_DATA + len).unwrap_or_default();
+        let handler = self.bars.get(bar).and_then(Option::as_ref);
+        handler.is_some_and(|handler| handler.is_long_write(offset, data))
     }
 
     fn handlers(&mut self) -> impl Iterator<Item = &mut Box<dyn BarHandler>> {
@@ -357,6 +435,20 @@ impl PciFunction {
 impl Drop for PciFunction {
     fn drop(&mut self) {
         self.disconnected();
+    }
+}
+
+impl WindowAccess {
+    /// The access that a capability, with its first bytes, asks for.
+    fn of(capability: &[u8]) -> Option<WindowAccess> {
+        let word = |at: usize| {
+            let bytes = capability.get(at..at + 4)?.try_into().ok()?;
+            Some(u32::from_le_bytes(bytes))
+        };
+        let (bar, offset, len) = (usize::from(*capability.get(4)?), word(8)?, word(12)?);
+        let fits = matches!(len, 1 | 2 | 4) && offset % len == 0 && bar < BAR_COUNT;
+        let len = usize::try_from(len).ok()?;
+        fits.then_some(WindowAccess { bar, offset: offset.into(), len })
     }
 }
 

@@ -323,6 +323,39 @@ impl Interrupts {
         state.msix_pending.fill(false);
     }
 
+    /// Sends the message of `vector`, or makes it pending if the vector has no eventfd. `None`: the
+    /// driver wants no message. Returns false, and does nothing, while INTx is active.
+    pub fn send_message(&self, vector: Option<u16>) -> bool {
+        let is_sent = |state: &State| {
+            state.messages().then(|| vector.is_none_or(|vector| state.send(vector)))
+        };
+        match is_sent(&self.read()) {
+            None => return false,
+            Some(true) => return true,
+            Some(false) => {}
+        }
+        let mut state = self.write();
+        // Look again, because a connector may have changed the eventfds meanwhile.
+        match (is_sent(&state), vector) {
+            (None, _) => return false,
+            (Some(false), Some(vector)) => {
+                if let Some(pending) = state.msix_pending.get_mut(usize::from(vector)) {
+                    *pending = true;
+                }
+            }
+            _ => {}
+        }
+        true
+    }
+
+    /// Makes INTx pending. If messages have become active meanwhile, each vector sends one instead.
+    pub fn raise_intx(&self) {
+        let mut state = self.write();
+        state.pending = true;
+        state.messages_began();
+        state.update();
+    }
+
     /// Whether the message of vector `vector` of MSI-X waits for an eventfd.
     pub(crate) fn msix_pending(&self, vector: usize) -> bool {
         self.read().msix_pending.get(vector).copied().unwrap_or(false)

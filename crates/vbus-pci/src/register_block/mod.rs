@@ -15,6 +15,7 @@ use vbus_pci_config::{
 use crate::Options;
 use crate::function::{BarHandler, IoEventFd, PciFunction};
 use crate::interrupts::Interrupts;
+use crate::own_function::OwnFunction;
 use registers::{Context, Registers};
 
 const PAGE: u64 = 0x1000;
@@ -31,11 +32,16 @@ mod at {
     pub const EXPRESS: u8 = 0x90;
 }
 
-/// Makes the PCI function of a device. The device's interrupts go to the function from now on.
+/// Makes the PCI function of a device. The device's interrupts go to the function from now on. A
+/// device that is no device of vbus for its driver makes its function itself ([`OwnFunction`]).
 ///
 /// The function ends the device's connection when it is reset, disconnected or dropped. It does not
 /// handle the peer's memory: the connector maps and unmaps that memory at the endpoint.
 pub fn device_function(endpoint: Arc<Endpoint>, options: Options) -> PciFunction {
+    let device = endpoint.device().clone();
+    if let Some(own) = device.front().and_then(|front| front.downcast_ref::<OwnFunction>()) {
+        return own.make(endpoint, options);
+    }
     let config = config_space(endpoint.identity(), options);
     let interrupts = Arc::new(Interrupts::of(&config));
     endpoint.set_interrupt_sink(interrupts.clone());
