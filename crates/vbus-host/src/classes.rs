@@ -6,8 +6,9 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use vbus_core::DeviceClass;
-use vbus_net::{Direct, Opener};
+use vbus_net::{Direct, Opener, Switches};
 use vbus_sched::SchedClass;
+use vbus_virtio::net::VirtioNetClass;
 
 /// Returns the classes of vbus, with `sched` as the class of that name, followed by `more`.
 /// `opener` opens what their devices need.
@@ -19,7 +20,9 @@ pub fn all(
     sched: SchedClass,
     more: Vec<Box<dyn DeviceClass>>,
 ) -> Result<Vec<Box<dyn DeviceClass>>> {
-    let mut classes = vbus_devices::classes_opening(opener);
+    let switches = Switches::default();
+    let mut classes = vbus_devices::classes_on(switches.clone(), opener.clone());
+    classes.push(Box::new(VirtioNetClass::on(switches, opener)));
     classes.push(Box::new(sched));
     for class in more {
         let name = class.name();

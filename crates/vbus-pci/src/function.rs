@@ -236,9 +236,9 @@ impl PciFunction {
         }
     }
 
-    /// What an access of `len` bytes at `offset` of the configuration space does through the window,
-    /// by the fields that the driver has written. `None`: it does not touch the data, or the fields
-    /// are none that the standard has.
+    /// What an access of `len` bytes at `offset` of the configuration space does through the
+    /// window, by the fields that the driver has written. `None`: it does not touch the data, or
+    /// the fields are none that the standard has.
     fn window_hit(&self, offset: usize, len: usize) -> Option<WindowAccess> {
         let window = self.window?;
         if !touches(offset, len, window + WINDOW_DATA, WINDOW_BYTES) {

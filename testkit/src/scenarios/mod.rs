@@ -66,6 +66,11 @@ pub const SCENARIOS: &[Scenario] = &[
         vm::backends::tap,
     ),
     in_guests(
+        "vm::virtio_net",
+        "the kernel's own virtio driver, packed and split, MSI-X and INTx, to venet and back",
+        vm::virtio::net,
+    ),
+    in_guests(
         "vm::idle_64",
         "64 idle devices: memory, threads, processor time",
         vm::idle::many_devices,

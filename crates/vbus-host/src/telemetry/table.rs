@@ -246,6 +246,11 @@ mod tests {
             ("venet", json!({ "backend": "switch", "queue-pairs": 2, "pcap": pcap })),
             ("venet", json!({ "backend": "stream", "listen": stream })),
             (
+                "virtio-net",
+                json!({ "backend": "stream", "listen": format!("{stream}3"), "pcap": pcap }),
+            ),
+            ("virtio-net", json!({ "backend": "switch" })),
+            (
                 "uplink",
                 json!({ "backend": "stream", "listen": format!("{stream}2"), "pcap": pcap }),
             ),
@@ -397,16 +402,26 @@ mod tests {
     /// The tables of counters in `docs/operating.md`.
     fn document(table: &Table) -> String {
         let mut text = String::new();
-        for (class, rows) in groups(table) {
-            let title = match class {
-                "" => "### Every device".to_owned(),
-                class => format!("### Class `{class}`"),
+        let same = |a: &[Row], b: &[Row]| a.iter().map(|r| r.metric).eq(b.iter().map(|r| r.metric));
+        let all = groups(table);
+        for (at, (class, rows)) in all.iter().enumerate() {
+            if all[..at].iter().any(|(_, before)| same(before, rows)) {
+                continue; // Under the title of an earlier class.
+            }
+            let classes: Vec<_> = all[at..].iter().filter(|(_, more)| same(more, rows)).collect();
+            let title = match &classes[..] {
+                _ if class.is_empty() => "### Every device".to_owned(),
+                [(one, _)] => format!("### Class `{one}`"),
+                more => {
+                    let names: Vec<_> = more.iter().map(|(name, _)| format!("`{name}`")).collect();
+                    format!("### Classes {}", names.join(" and "))
+                }
             };
             let _ = write!(
                 text,
                 "{title}\n| counter | in Prometheus | unit | meaning | if it is high |\n|---|---|---|---|---|\n"
             );
-            for Row { part, metric } in rows {
+            for Row { part, metric } in *rows {
                 let part = if part.is_empty() { String::new() } else { format!("{part}.") };
                 let path = match (metric.path.find('='), metric.path.find('}')) {
                     (Some(from), Some(to)) => {

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Tests of virtqueues by their public interface.
+//! Tests of virtqueues by their public interface, and of devices behind a transport, driven as a
+//! guest's driver drives them.
 #![allow(clippy::unwrap_used)] // A failed unwrap fails its test.
 
+mod driver;
 mod hostile;
+mod nic;
 mod state;
+mod transport;

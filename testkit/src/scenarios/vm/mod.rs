@@ -14,3 +14,4 @@ pub(super) mod state;
 pub(super) mod template;
 pub(super) mod traffic;
 pub(super) mod vfio_user;
+pub(super) mod virtio;

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A virtio device, and what it gets from a transport. Neither knows the other: a device works
+//! behind any transport, and a transport in front of any device.
+
+use std::fmt;
+use std::sync::{Arc, Weak};
+
+use vbus_core::{ConnectionCounters, Doorbell, ErrorCode, Executor, MemoryContext};
+
+use crate::queue::Queue;
+
+/// Feature bits that belong neither to a device nor to its queues (VIRTIO 1.3, section 6).
+pub mod feature {
+    pub use crate::queue::feature::*;
+
+    /// The device reaches memory by the addresses that an IOMMU of the platform gives it.
+    pub const ACCESS_PLATFORM: u64 = 1 << 33;
+    /// The device needs the memory barriers of a device in hardware.
+    pub const ORDER_PLATFORM: u64 = 1 << 36;
+}
+
+/// Bits of the device status (VIRTIO 1.3, section 2.1).
+pub mod status {
+    /// The driver has found the device.
+    pub const ACKNOWLEDGE: u8 = 1;
+    /// The driver knows how to drive it.
+    pub const DRIVER: u8 = 2;
+    /// The driver is ready.
+    pub const DRIVER_OK: u8 = 4;
+    /// Both ends agree on the features.
+    pub const FEATURES_OK: u8 = 8;
+    /// The device has met an error that only a reset ends.
+    pub const NEEDS_RESET: u8 = 0x40;
+    /// The driver has given up.
+    pub const FAILED: u8 = 0x80;
+}
+
+/// What a device is. It does not change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    /// The device's number in the standard (VIRTIO 1.3, section 5): 1 is a network card.
+    pub id: u16,
+    /// PCI base class, subclass, programming interface, as 24 bits.
+    pub pci_class: u32,
+    /// Queues that the device has.
+    pub queues: u16,
+    /// The most descriptors of a queue, a power of two.
+    pub queue_size: u16,
+    /// All features that the device offers, [`feature::VERSION_1`] among them.
+    pub features: u64,
+}
+
+/// A virtio device. It lives as long as its bus device; drivers come and go.
+pub trait VirtioDevice: Send + Sync {
+    /// What it is.
+    fn kind(&self) -> Kind;
+
+    /// Bytes of the device configuration. The driver cannot write them.
+    fn config_bytes(&self) -> usize;
+
+    /// The transport that serves the device; the last call counts. The device tells it the device
+    /// configuration at once, and each change later ([`Transport::config_changed`]).
+    fn attach(&self, transport: Weak<dyn Transport>);
+
+    /// A driver has set DRIVER_OK. The session gets the queues one by one. It is dropped at a
+    /// reset; when its drop returns, nothing touches the driver's memory any more.
+    ///
+    /// # Errors
+    /// The device cannot work now. It then needs a reset.
+    fn start(self: Arc<Self>, driver: Driver) -> Result<Box<dyn Session>, ErrorCode>;
+}
+
+/// A driver that has set DRIVER_OK, as the device sees it.
+pub struct Driver {
+    /// The features that it accepted, a subset of those offered.
+    pub features: u64,
+    /// Its memory.
+    pub memory: Arc<MemoryContext>,
+    /// The event loop, for the device's tasks.
+    pub executor: Arc<Executor>,
+    /// The worker on which the first task does best. Further tasks do best on the following ones.
+    pub worker: usize,
+    /// The counters of the device, for its tasks.
+    pub counters: Arc<ConnectionCounters>,
+    /// Ends the session when one of its tasks fails. The device then needs a reset.
+    pub fail: Arc<dyn Fn(ErrorCode) + Send + Sync>,
+}
+
+/// A device at work for one driver. Its methods are called one at a time, and do not block.
+pub trait Session: Send {
+    /// The driver has enabled queue `index`, which was not in use.
+    ///
+    /// # Errors
+    /// The device cannot serve it. The device then needs a reset.
+    fn enable(&mut self, index: u16, enabled: Enabled) -> Result<(), ErrorCode>;
+
+    /// The driver resets queue `index`. When this returns, nothing touches the queue or its buffers
+    /// any more.
+    fn disable(&mut self, index: u16);
+}
+
+/// A queue that the driver has enabled, and its signals.
+pub struct Enabled {
+    /// The queue.
+    pub queue: Queue,
+    /// Wakes a task when the driver says that there are buffers.
+    pub doorbell: Doorbell,
+    /// Tells the driver of used buffers.
+    pub call: Call,
+}
+
+/// How a device tells its driver something.
+pub trait Transport: Send + Sync {
+    /// Interrupts the driver for queue `index`. Never blocks.
+    fn queue_used(&self, index: u16);
+
+    /// Replaces the device configuration. If it differs from before and `tell`, interrupts a driver
+    /// that has set DRIVER_OK.
+    fn config_changed(&self, config: Vec<u8>, tell: bool);
+}
+
+/// The interrupt of a queue.
+#[derive(Clone)]
+pub struct Call {
+    transport: Arc<dyn Transport>,
+    index: u16,
+    counters: Arc<ConnectionCounters>,
+}
+
+impl Call {
+    /// The interrupt of queue `index`. `counters` count it.
+    pub fn new(
+        transport: Arc<dyn Transport>,
+        index: u16,
+        counters: Arc<ConnectionCounters>,
+    ) -> Call {
+        Call { transport, index, counters }
+    }
+
+    /// Interrupts the driver if `wanted`: it asked for that. Counts the interrupt or its absence.
+    pub fn notify(&self, wanted: bool) {
+        if wanted {
+            self.counters.interrupts.one();
+            self.transport.queue_used(self.index);
+        } else {
+            self.counters.interrupts_suppressed.one();
+        }
+    }
+}
+
+impl fmt::Debug for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Call").field(&self.index).finish()
+    }
+}

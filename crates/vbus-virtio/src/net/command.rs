@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The commands of the control queue (VIRTIO 1.3, section 5.1.6.5), out of a driver's bytes.
+
+use vbus_net::{Addresses, Mac, Vlans};
+
+use super::abi::command as number;
+
+/// The most addresses of one kind that a driver can list. More, and all of that kind pass.
+const LISTED_MAX: usize = 64;
+
+/// The longest command, in bytes. The tables of addresses may be long.
+pub const BYTES_MAX: usize = 64 << 10;
+
+/// A command.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Whether all addresses pass.
+    Promiscuous(bool),
+    /// Whether all multicast addresses pass.
+    AllMulticast(bool),
+    /// The unicast and the multicast addresses that pass.
+    Table(Listed, Listed),
+    /// The driver's own address.
+    Address(Mac),
+    /// Whether frames of this VLAN pass.
+    Vlan(u16, bool),
+    /// The driver has announced its addresses.
+    Announced,
+    /// How many queue pairs are in use.
+    Pairs(u16),
+    /// The offloads that the driver accepts, as feature bits.
+    Offloads(u64),
+    /// How interrupts are held back.
+    Coalesce(Which, Coalesce),
+    /// Asks how the interrupts of this queue are held back.
+    CoalesceOf(u16),
+}
+
+/// A list of addresses. `None`: it is too long.
+pub type Listed = Option<Vec<Mac>>;
+
+/// The queues that a command is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// All transmit queues.
+    Tx,
+    /// All receive queues.
+    Rx,
+    /// The queue with this number.
+    Queue(u16),
+}
+
+/// How long an interrupt is held back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Coalesce {
+    /// The number of frames that ends the wait; 0 and 1: none is held back for frames.
+    pub frames: u32,
+    /// Microseconds.
+    pub usecs: u32,
+}
+
+/// Reads a command. `None`: it is none, or its data do not fit it.
+pub fn parse(bytes: &[u8]) -> Option<Command> {
+    let (&[class, command], data) = bytes.split_first_chunk::<2>()?;
+    Some(match (class, command) {
+        number::RX_PROMISCUOUS => Command::Promiscuous(flag(data)?),
+        number::RX_ALL_MULTICAST => Command::AllMulticast(flag(data)?),
+        number::MAC_TABLE_SET => {
+            let (unicast, rest) = table(data)?;
+            let (multicast, _) = table(rest)?;
+            Command::Table(unicast, multicast)
+        }
+        number::MAC_ADDRESS_SET => Command::Address(*data.first_chunk()?),
+        number::VLAN_ADD => Command::Vlan(word(data)?, true),
+        number::VLAN_DELETE => Command::Vlan(word(data)?, false),
+        number::ANNOUNCE_ACK => Command::Announced,
+        number::MQ_PAIRS_SET => Command::Pairs(word(data)?),
+        number::GUEST_OFFLOADS_SET => Command::Offloads(u64::from_le_bytes(*data.first_chunk()?)),
+        number::COALESCE_TX_SET => Command::Coalesce(Which::Tx, coalesce(data)?),
+        number::COALESCE_RX_SET => Command::Coalesce(Which::Rx, coalesce(data)?),
+        number::COALESCE_QUEUE_SET => {
+            Command::Coalesce(Which::Queue(word(data)?), coalesce(data.get(4..)?)?)
+        }
+        number::COALESCE_QUEUE_GET => Command::CoalesceOf(word(data)?),
+        _ => return None,
+    })
+}
+
+fn flag(data: &[u8]) -> Option<bool> {
+    data.first().map(|byte| *byte != 0)
+}
+
+fn word(data: &[u8]) -> Option<u16> {
+    data.first_chunk().map(|bytes| u16::from_le_bytes(*bytes))
+}
+
+fn long(data: &[u8]) -> Option<u32> {
+    data.first_chunk().map(|bytes| u32::from_le_bytes(*bytes))
+}
+
+fn coalesce(data: &[u8]) -> Option<Coalesce> {
+    Some(Coalesce { frames: long(data)?, usecs: long(data.get(4..)?)? })
+}
+
+/// A table of addresses, and the bytes after it.
+fn table(data: &[u8]) -> Option<(Listed, &[u8])> {
+    let entries = usize::try_from(long(data)?).ok()?;
+    let bytes = data.get(4..)?;
+    let end = entries.checked_mul(6).filter(|end| *end <= bytes.len())?;
+    let (macs, rest) = bytes.split_at(end);
+    let listed = (entries <= LISTED_MAX).then(|| {
+        let mac = |bytes: &[u8]| {
+            let mut mac = Mac::default();
+            mac.copy_from_slice(bytes);
+            mac
+        };
+        macs.chunks_exact(6).map(mac).collect()
+    });
+    Some((listed, rest))
+}
+
+/// Which frames the driver wants. A driver that says nothing wants all.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    promiscuous: bool,
+    all_multicast: bool,
+    unicast: Listed,
+    multicast: Listed,
+    /// The VLANs that pass; `None`: all.
+    vlans: Option<Box<Vlans>>,
+}
+
+impl Wanted {
+    /// All frames; those with a tag only if the driver does not choose VLANs (`by_vlan`).
+    pub fn new(by_vlan: bool) -> Wanted {
+        Wanted {
+            promiscuous: true,
+            all_multicast: false,
+            unicast: Some(Vec::new()),
+            multicast: Some(Vec::new()),
+            vlans: by_vlan.then(|| Box::new([0; 64])),
+        }
+    }
+
+    /// Takes a command. Returns false if it is about something else, or names no VLAN.
+    pub fn change(&mut self, command: &Command) -> bool {
+        match command {
+            Command::Promiscuous(on) => self.promiscuous = *on,
+            Command::AllMulticast(on) => self.all_multicast = *on,
+            Command::Table(unicast, multicast) => {
+                (self.unicast, self.multicast) = (unicast.clone(), multicast.clone());
+            }
+            Command::Vlan(id @ 0..4096, on) => {
+                let Some(vlans) = &mut self.vlans else { return false };
+                let (word, bit) = (&mut vlans[usize::from(id / 64)], 1 << (id % 64));
+                *word = if *on { *word | bit } else { *word & !bit };
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    /// The addresses that pass.
+    pub fn addresses(&self) -> Addresses {
+        let listed = [&self.unicast, &self.multicast].into_iter().flatten().flatten();
+        Addresses {
+            promiscuous: self.promiscuous || self.unicast.is_none(),
+            all_multicast: self.all_multicast || self.multicast.is_none(),
+            listed: listed.copied().collect(),
+        }
+    }
+
+    /// The VLANs that pass.
+    pub fn vlans(&self) -> Option<Box<Vlans>> {
+        self.vlans.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_read() {
+        let mac = [2, 0, 0, 0, 0, 7];
+        let table = [&[1, 0, 1, 0, 0, 0][..], &mac, &[0, 0, 0, 0]].concat();
+        for (bytes, command) in [
+            (&[0, 0, 1][..], Command::Promiscuous(true)),
+            (&[0, 1, 0], Command::AllMulticast(false)),
+            (&table, Command::Table(Some(vec![mac]), Some(vec![]))),
+            (&[1, 1, 2, 0, 0, 0, 0, 7], Command::Address(mac)),
+            (&[2, 0, 5, 1], Command::Vlan(0x105, true)),
+            (&[2, 1, 5, 0], Command::Vlan(5, false)),
+            (&[3, 0], Command::Announced),
+            (&[4, 0, 2, 0], Command::Pairs(2)),
+            (&[5, 0, 2, 0, 0, 0, 0, 0, 0, 0], Command::Offloads(2)),
+            (
+                &[6, 1, 8, 0, 0, 0, 50, 0, 0, 0],
+                Command::Coalesce(Which::Rx, Coalesce { frames: 8, usecs: 50 }),
+            ),
+            (
+                &[6, 2, 3, 0, 0, 0, 8, 0, 0, 0, 50, 0, 0, 0],
+                Command::Coalesce(Which::Queue(3), Coalesce { frames: 8, usecs: 50 }),
+            ),
+            (&[6, 3, 3, 0], Command::CoalesceOf(3)),
+        ] {
+            assert_eq!(parse(bytes), Some(command), "{bytes:?}");
+            for len in 0..bytes.len() {
+                assert_eq!(parse(&bytes[..len]), None, "{bytes:?} cut to {len}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_table_is_not_longer_than_its_command() {
+        for entries in [2_u32, 0x2aaa_aaab, u32::MAX] {
+            let bytes = [&[1, 0][..], &entries.to_le_bytes(), &[0; 10]].concat();
+            assert_eq!(parse(&bytes), None, "{entries}");
+        }
+        let many = [&[1, 0, 65, 0, 0, 0][..], &[2; 65 * 6], &[0; 4]].concat();
+        assert_eq!(parse(&many), Some(Command::Table(None, Some(vec![]))));
+    }
+
+    #[test]
+    fn a_driver_gets_what_it_wants() {
+        let mut wanted = Wanted::new(true);
+        assert!(wanted.addresses().promiscuous);
+        assert!(wanted.change(&Command::Promiscuous(false)));
+        assert_eq!(wanted.addresses(), Addresses::default());
+        assert!(wanted.change(&Command::Table(Some(vec![[2; 6]]), None)));
+        let listed = Addresses { all_multicast: true, listed: vec![[2; 6]], promiscuous: false };
+        assert_eq!(wanted.addresses(), listed);
+        assert!(wanted.change(&Command::Vlan(70, true)));
+        assert_eq!(wanted.vlans().map(|vlans| vlans[1]), Some(1 << 6));
+        assert!(wanted.change(&Command::Vlan(70, false)));
+        assert_eq!(wanted.vlans().map(|vlans| vlans[1]), Some(0));
+        assert!(!wanted.change(&Command::Vlan(4096, true)));
+        assert!(!wanted.change(&Command::Announced));
+        assert!(!Wanted::new(false).change(&Command::Vlan(1, true)));
+    }
+}

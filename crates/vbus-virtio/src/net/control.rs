@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The control queue: its task carries out the driver's commands, one after another.
+
+use std::sync::{Arc, Mutex};
+
+use vbus_core::memory::View;
+use vbus_core::shm::signal::Armed;
+use vbus_core::{ErrorCode, Progress, Task, TaskHandle, lock};
+use vbus_net::is_group;
+
+use super::abi::{command as number, feature};
+use super::command::{BYTES_MAX, Command, Wanted, Which, parse};
+use super::offloads;
+use super::ring::code;
+use super::session::Work;
+use crate::device::{Call, Enabled};
+use crate::queue::{Chain, Queue};
+
+/// The result of a command that takes time: set by the back end.
+type Outcome = Arc<Mutex<Option<Result<(), ErrorCode>>>>;
+
+/// The control queue of a session.
+pub struct Control {
+    work: Arc<Work>,
+    queue: Queue,
+    call: Call,
+    wanted: Wanted,
+    chain: Chain,
+    /// The back end is at work for the command in `chain`.
+    waits: Option<Waiting>,
+    /// The task of this queue.
+    task: TaskHandle,
+}
+
+/// A command whose result is not known yet.
+struct Waiting {
+    outcome: Outcome,
+    /// The queues that were in use before, if the command has changed them.
+    queues: Option<u16>,
+}
+
+/// What is known of a command.
+enum Answer {
+    /// Its result, and more bytes for the driver.
+    Now(bool, Vec<u8>),
+    /// The back end will tell.
+    Later,
+}
+
+impl Control {
+    pub fn new(work: Arc<Work>, enabled: Enabled, task: TaskHandle) -> Control {
+        let wanted = Wanted::new(work.driver.features & feature::CTRL_VLAN != 0);
+        let Enabled { queue, call, .. } = enabled;
+        Control { work, queue, call, wanted, chain: Chain::new(), waits: None, task }
+    }
+
+    /// Carries out the commands that are there, `budget` at most. Returns how many.
+    fn serve(&mut self, budget: u32) -> Result<u32, ErrorCode> {
+        let memory = self.work.driver.memory.clone();
+        let view = memory.view();
+        let mut served = 0;
+        while served < budget {
+            let answer = match &self.waits {
+                Some(Waiting { outcome, queues }) => {
+                    let Some(result) = *lock(outcome) else { break };
+                    if let (Err(_), Some(before)) = (result, queues) {
+                        // The back end goes on with the queues that it had.
+                        self.work.set_queues(*before);
+                    }
+                    self.waits = None;
+                    Answer::Now(result.is_ok(), Vec::new())
+                }
+                None => {
+                    let taken =
+                        self.queue.turn(&view).and_then(|mut turn| turn.next(&mut self.chain));
+                    if !taken.map_err(code)? {
+                        break;
+                    }
+                    let bytes = read(&self.chain, &view)?;
+                    self.carry_out(bytes.as_deref().and_then(parse))
+                }
+            };
+            if let Answer::Now(ok, more) = answer {
+                self.answer(&view, ok, &more)?;
+                served += 1;
+            }
+        }
+        Ok(served)
+    }
+
+    /// Tells the driver the result of the command in `chain`.
+    fn answer(&mut self, view: &View<'_>, ok: bool, more: &[u8]) -> Result<(), ErrorCode> {
+        let ack = if ok { number::OK } else { number::ERROR };
+        // The last byte is the acknowledgement; before it is room for an answer.
+        let room = self.chain.writable_bytes() as usize;
+        let more = if room == more.len() + 1 { more } else { &[] };
+        let mut left = &[more, &[ack]].concat()[..];
+        let mut written = 0;
+        for part in self.chain.writable() {
+            let n = left.len().min(part.len as usize);
+            view.write(part.addr, &left[..n])?;
+            left = &left[n..];
+            written += u32::try_from(n).unwrap_or(0);
+        }
+        let mut turn = self.queue.turn(view).map_err(code)?;
+        turn.complete(&mut self.chain, written);
+        self.call.notify(turn.flush().is_wanted());
+        Ok(())
+    }
+
+    fn has(&self, feature: u64) -> bool {
+        self.work.driver.features & feature == feature
+    }
+
+    fn carry_out(&mut self, command: Option<Command>) -> Answer {
+        let Some(command) = command else { return Answer::Now(false, Vec::new()) };
+        let ok = match command {
+            Command::Promiscuous(_) | Command::AllMulticast(_) | Command::Table(..) => {
+                self.has(feature::CTRL_RX) && self.filter(&command)
+            }
+            Command::Vlan(..) => self.has(feature::CTRL_VLAN) && self.filter(&command),
+            Command::Address(mac) => {
+                self.has(feature::CTRL_MAC_ADDR)
+                    && !is_group(mac)
+                    && mac != <[u8; 6]>::default()
+                    && self.work.pairs.plug().set_mac(mac)
+            }
+            Command::Announced => {
+                let may = self.has(feature::GUEST_ANNOUNCE);
+                if may {
+                    self.work.nic.announced();
+                }
+                may
+            }
+            Command::Pairs(queues) => {
+                let before = self.work.receiver.steering.queues();
+                if !self.has(feature::MQ) || !self.work.set_queues(queues) {
+                    return Answer::Now(false, Vec::new());
+                }
+                return self.configure(Some(before));
+            }
+            Command::Offloads(bits) => {
+                let may = self.work.driver.features & offloads::GUEST;
+                if !self.has(feature::CTRL_GUEST_OFFLOADS) || bits & !may != 0 {
+                    return Answer::Now(false, Vec::new());
+                }
+                self.work.set_offloads(offloads::to_driver(bits));
+                return self.configure(None);
+            }
+            Command::Coalesce(which, coalesce) => {
+                let feature = match which {
+                    Which::Queue(_) => feature::VQ_NOTF_COAL,
+                    _ => feature::NOTF_COAL,
+                };
+                self.has(feature) && self.work.set_coalesce(which, coalesce)
+            }
+            Command::CoalesceOf(queue) => {
+                let coalesce = self.work.coalesce_of(queue);
+                let Some(coalesce) = coalesce.filter(|_| self.has(feature::VQ_NOTF_COAL)) else {
+                    return Answer::Now(false, Vec::new());
+                };
+                let words = [queue.to_le_bytes(), [0; 2]].concat();
+                let longs = [coalesce.frames.to_le_bytes(), coalesce.usecs.to_le_bytes()].concat();
+                return Answer::Now(true, [words, longs].concat());
+            }
+        };
+        Answer::Now(ok, Vec::new())
+    }
+
+    /// Changes which frames the driver gets.
+    fn filter(&mut self, command: &Command) -> bool {
+        let changed = self.wanted.change(command);
+        if changed {
+            let filter = &self.work.receiver.filter;
+            filter.set_addresses(self.wanted.addresses());
+            filter.set_vlans(self.wanted.vlans());
+            self.work.pairs.plug().filter_changed();
+        }
+        changed
+    }
+}
+
+impl Control {
+    /// Lets the back end set itself up. `queues`: those in use before, if the command has changed
+    /// them.
+    fn configure(&mut self, queues: Option<u16>) -> Answer {
+        let outcome = Outcome::default();
+        let told = outcome.clone();
+        let task = self.task.clone();
+        let done = move |result| {
+            *lock(&told) = Some(result);
+            task.wake();
+        };
+        if self.work.configure(Box::new(done)).is_err() {
+            if let Some(before) = queues {
+                self.work.set_queues(before);
+            }
+            return Answer::Now(false, Vec::new());
+        }
+        self.waits = Some(Waiting { outcome, queues });
+        Answer::Later
+    }
+}
+
+/// A copy of a command. `None`: it is too long.
+fn read(chain: &Chain, view: &View<'_>) -> Result<Option<Vec<u8>>, ErrorCode> {
+    let len = chain.readable_bytes() as usize;
+    if len > BYTES_MAX {
+        return Ok(None);
+    }
+    let mut bytes = vec![0; len];
+    let mut rest = &mut bytes[..];
+    for part in chain.readable() {
+        let (of_part, after) = rest.split_at_mut(part.len as usize);
+        view.read(part.addr, of_part)?;
+        rest = after;
+    }
+    Ok(Some(bytes))
+}
+
+/// The task of a control queue.
+pub struct ControlTask(pub Control);
+
+impl Task for ControlTask {
+    fn work(&self) -> String {
+        "the control queue".into()
+    }
+
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
+        let served = self.0.serve(budget)?;
+        Ok(if served > 0 { Progress::Busy } else { Progress::Idle })
+    }
+
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
+        let control = &mut self.0;
+        if control.waits.is_some() {
+            return Ok(Armed::Waiting); // The back end wakes the task.
+        }
+        let memory = control.work.driver.memory.clone();
+        let view = memory.view();
+        control.queue.turn(&view).map(|mut turn| turn.arm()).map_err(code)
+    }
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What a driver sees of a network card: its features and its configuration.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+use vbus_core::{ErrorCode, Progress, Task, lock};
+use vbus_net::front::{Duplex, Nic};
+
+use super::abi::{self, config as at, feature};
+use super::offloads;
+use super::session::NicSession;
+use crate::device::{Driver, Kind, Session, Transport, VirtioDevice, feature as common};
+
+/// The most descriptors of a queue.
+const QUEUE_SIZE: u16 = 1024;
+
+/// A network card, in front of its back end.
+pub struct VirtioNic {
+    nic: Nic,
+    /// Whether it offers packed queues.
+    packed: bool,
+    /// Locked while the configuration is published, so that the transport gets the newest last.
+    transport: Mutex<Option<Weak<dyn Transport>>>,
+    /// How many of the requests to announce its addresses the driver has answered. Locked with
+    /// `transport` where the order matters.
+    announced: AtomicU64,
+}
+
+impl VirtioNic {
+    pub fn new(nic: Nic, packed: bool) -> VirtioNic {
+        VirtioNic { nic, packed, transport: Mutex::default(), announced: AtomicU64::new(0) }
+    }
+
+    /// The device behind the front.
+    pub fn nic(&self) -> &Nic {
+        &self.nic
+    }
+
+    /// Gives the configuration as it is now to the transport. `tell`: the driver shall hear of a
+    /// change.
+    pub fn publish(&self, tell: bool) {
+        let transport = lock(&self.transport);
+        if let Some(transport) = transport.as_ref().and_then(Weak::upgrade) {
+            transport.config_changed(self.config(), tell);
+        }
+    }
+
+    /// The driver has announced its addresses.
+    pub fn announced(&self) {
+        self.announced.store(self.nic.link.announces(), Ordering::Relaxed);
+        self.publish(false);
+    }
+
+    fn features(&self) -> u64 {
+        let config = &self.nic.config;
+        let backend = &self.nic.backend;
+        let wanted = config.backend.offloads;
+        let mut features = common::ALL | common::ACCESS_PLATFORM;
+        features &= if self.packed { !0 } else { !common::RING_PACKED };
+        features |= offloads::bits(wanted & backend.tx_offloads(), wanted & backend.rx_offloads());
+        features |= feature::MAC | feature::MTU | feature::STATUS | feature::MRG_RXBUF;
+        features |= feature::CTRL_VQ | feature::CTRL_RX | feature::CTRL_VLAN;
+        features |= feature::GUEST_ANNOUNCE | feature::CTRL_GUEST_OFFLOADS;
+        features |= feature::NOTF_COAL | feature::VQ_NOTF_COAL;
+        features |= if config.mac_changes { feature::CTRL_MAC_ADDR } else { 0 };
+        features |= if config.queue_pairs > 1 { feature::MQ } else { 0 };
+        features |= if config.speed > 0 { feature::SPEED_DUPLEX } else { 0 };
+        features
+    }
+}
+
+impl VirtioDevice for VirtioNic {
+    fn kind(&self) -> Kind {
+        Kind {
+            id: abi::DEVICE,
+            pci_class: 0x02_00_00,
+            queues: self.nic.config.queue_pairs * 2 + 1,
+            queue_size: QUEUE_SIZE,
+            features: self.features(),
+        }
+    }
+
+    fn config_bytes(&self) -> usize {
+        at::BYTES
+    }
+
+    fn attach(&self, transport: Weak<dyn Transport>) {
+        *lock(&self.transport) = Some(transport);
+        self.publish(false);
+    }
+
+    fn start(self: Arc<Self>, driver: Driver) -> Result<Box<dyn Session>, ErrorCode> {
+        Ok(Box::new(NicSession::start(self, driver)?))
+    }
+}
+
+impl VirtioNic {
+    /// The device configuration as it is now.
+    fn config(&self) -> Vec<u8> {
+        let (config, link) = (&self.nic.config, &self.nic.link);
+        let mut area = vec![0; at::BYTES];
+        let mut set = |offset: usize, value: &[u8]| {
+            area[offset..offset + value.len()].copy_from_slice(value);
+        };
+        let mut status = if link.is_up() { at::STATUS_LINK_UP } else { 0 };
+        if link.announces() != self.announced.load(Ordering::Relaxed) {
+            status |= at::STATUS_ANNOUNCE;
+        }
+        let speed = if config.speed == 0 { at::SPEED_UNKNOWN } else { config.speed };
+        let duplex = match config.duplex {
+            Some(Duplex::Half) => 0,
+            Some(Duplex::Full) => 1,
+            None => at::DUPLEX_UNKNOWN,
+        };
+        set(at::MAC, &config.mac);
+        set(at::STATUS, &status.to_le_bytes());
+        set(at::QUEUE_PAIRS, &config.queue_pairs.to_le_bytes());
+        set(at::MTU, &config.mtu.to_le_bytes());
+        set(at::SPEED, &speed.to_le_bytes());
+        set(at::DUPLEX, &[duplex]);
+        area
+    }
+}
+
+/// The task that tells the driver of changes of the link.
+pub struct News(pub Arc<VirtioNic>);
+
+impl Task for News {
+    fn work(&self) -> String {
+        "the status of the link".into()
+    }
+
+    fn poll(&mut self, _budget: u32) -> Result<Progress, ErrorCode> {
+        self.0.publish(true);
+        Ok(Progress::Idle)
+    }
+
+    fn adaptive(&self) -> bool {
+        false
+    }
+}

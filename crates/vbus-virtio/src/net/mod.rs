@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `virtio-net`: a network card for drivers that exist (VIRTIO 1.3, section 5.1), in front of the
+//! back ends of [`vbus_net`]. `spec/virtio-net.md` says what a driver finds.
+//!
+//! How a frame travels: the driver's notification wakes the task of the queue pair
+//! ([`vbus_net::front`]). The task takes the frame from the transmit queue (`ring`) and gives it to
+//! the back end. The back end puts a frame to the driver into the buffers of the receive queue.
+//! `device` says what the driver sees, `session` is the device at work for one driver, and
+//! `control` carries out the commands of the control queue, which `command` reads.
+
+mod abi;
+mod command;
+mod control;
+mod device;
+mod offloads;
+mod ring;
+mod session;
+
+use std::sync::Arc;
+
+use serde_json::Value;
+use vbus_core::settings::Settings;
+use vbus_core::shm::abi::class;
+use vbus_core::{
+    Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Joined, Metric, Open,
+    TaskHandle, lock,
+};
+use vbus_net::front::{Config, METRICS, Nic};
+use vbus_net::{BACKEND_METRICS, Opener, Switches};
+use vbus_pci::OwnFunction;
+
+use crate::device::VirtioDevice;
+use crate::pci;
+use device::{News, VirtioNic};
+
+/// The class of virtio network cards.
+pub struct VirtioNetClass {
+    switches: Switches,
+    opener: Arc<dyn Opener>,
+}
+
+impl VirtioNetClass {
+    /// The class on these switches, which it shares with other Ethernet devices. `opener` opens the
+    /// files, sockets and interfaces of the back ends.
+    pub fn on(switches: Switches, opener: Arc<dyn Opener>) -> VirtioNetClass {
+        VirtioNetClass { switches, opener }
+    }
+}
+
+/// How drivers reach the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reached {
+    /// As a PCI function.
+    Pci,
+}
+
+/// Checks the settings. Returns those of every Ethernet device, and whether queues may be packed.
+fn parse(value: &Value) -> Result<(Config, bool), CreateError> {
+    let mut settings = Settings::new(value)?;
+    settings.choice("transport", &[("pci", Reached::Pci)])?;
+    let packed = settings.flag("packed")?.unwrap_or(true);
+    let config = Config::take(&mut settings)?;
+    settings.finish()?;
+    Ok((config, packed))
+}
+
+impl DeviceClass for VirtioNetClass {
+    fn name(&self) -> &'static str {
+        "virtio-net"
+    }
+
+    fn help(&self) -> &'static str {
+        "Network card for the virtio driver that every system has. The settings of venet; packed \
+         (true), transport = \"pci\". Set msix = true for speed; without it the guest has INTx, \
+         and QEMU 11.1 can unplug the device."
+    }
+
+    fn check(&self, _name: &str, config: &Value) -> Result<(), CreateError> {
+        parse(config).map(drop)
+    }
+
+    fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
+        let (config, packed) = parse(config)?;
+        let nic = Nic::create(name, config, &self.switches, &self.opener)?;
+        let nic = Arc::new(VirtioNic::new(nic, packed));
+        let device: Arc<dyn VirtioDevice> = nic.clone();
+        let function = OwnFunction::new(move |endpoint, options| {
+            pci::function(device.clone(), endpoint, options)
+        });
+        Ok(Arc::new(OnBus { nic, function, news: Default::default() }))
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        [METRICS, BACKEND_METRICS].concat()
+    }
+}
+
+/// The card as a device of the bus.
+struct OnBus {
+    nic: Arc<VirtioNic>,
+    function: OwnFunction,
+    news: std::sync::Mutex<Option<TaskHandle>>,
+}
+
+impl Device for OnBus {
+    fn identity(&self) -> Identity {
+        let kind = self.nic.kind();
+        Identity::new(class::USER, "virtio-net", kind.pci_class)
+            .with_regions(kind.queues.into())
+            .with_vectors(kind.queues + 1)
+    }
+
+    fn front(&self) -> Option<&(dyn std::any::Any + Send + Sync)> {
+        Some(&self.function)
+    }
+
+    fn joined(&self, joined: Joined<'_>) -> Result<(), CreateError> {
+        let counters = Arc::new(joined.counters.beside());
+        let task = Box::new(News(self.nic.clone()));
+        let task = joined.executor.spawn(joined.worker, task, counters, |_| {});
+        self.nic.nic().link.observe(Some(task.clone()));
+        *lock(&self.news) = Some(task);
+        Ok(())
+    }
+
+    /// Its drivers reach it by its own function.
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
+        Err(ErrorCode::DENIED)
+    }
+
+    fn inspect(&self) -> Value {
+        self.nic.nic().inspect()
+    }
+
+    fn reconfigure(&self, old: &Value, new: &Value) -> Result<(), String> {
+        let (config, _) = parse(new).map_err(|error| error.to_string())?;
+        self.nic.nic().reconfigure(old, new, &config)
+    }
+
+    fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
+        reply(self.nic.nic().control(request)?);
+        Ok(())
+    }
+
+    fn removed(&self) {
+        self.nic.nic().link.observe(None);
+        if let Some(task) = lock(&self.news).take() {
+            task.stop();
+        }
+    }
+}

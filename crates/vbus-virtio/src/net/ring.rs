@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The queues of a network card as rings of frames. Each chain is a frame from the driver, or a
+//! buffer for one to the driver.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use vbus_core::ErrorCode;
+use vbus_core::memory::{DriverSlice, MemoryContext, View};
+use vbus_core::shm::signal::Armed;
+use vbus_net::front::{Ring, RxRing, TxRing};
+
+use crate::device::{Call, Enabled};
+use crate::queue::{Chain, Part, Queue, Violation};
+
+/// How many chains a ring takes at a time, for one look at where the queue is.
+const BATCH: usize = 32;
+
+/// A queue with the chains that were taken from it.
+pub struct Frames {
+    queue: Queue,
+    call: Call,
+    memory: Arc<MemoryContext>,
+    /// Chains that were taken from the queue ahead.
+    ahead: VecDeque<Chain>,
+    /// Chains to give back with the next post, and the bytes written to each.
+    back: Vec<(Chain, u32)>,
+    /// Empty chains, for their memory.
+    spare: Vec<Chain>,
+}
+
+impl Frames {
+    fn new(enabled: Enabled, memory: Arc<MemoryContext>) -> Frames {
+        let Enabled { queue, call, .. } = enabled;
+        let (ahead, back, spare) = Default::default();
+        Frames { queue, call, memory, ahead, back, spare }
+    }
+
+    /// The next chain that the driver has made available.
+    fn next(&mut self, view: &View<'_>) -> Result<Option<Chain>, ErrorCode> {
+        if self.ahead.is_empty() {
+            // A post or an arm may have found it.
+            if let Some(violation) = self.queue.retired() {
+                return Err(code(violation));
+            }
+            let mut turn = self.queue.turn(view).map_err(code)?;
+            while self.ahead.len() < BATCH {
+                let mut chain = self.spare.pop().unwrap_or_default();
+                if !turn.next(&mut chain).map_err(code)? {
+                    self.spare.push(chain);
+                    break;
+                }
+                self.ahead.push_back(chain);
+            }
+        }
+        Ok(self.ahead.pop_front())
+    }
+
+    /// Chains that the front holds, or that wait for it here.
+    fn held(&self) -> usize {
+        usize::from(self.queue.held()) - self.back.len()
+    }
+}
+
+impl Frames {
+    /// Gives the chains back. Returns whether the driver wants an interrupt.
+    fn post(&mut self) -> bool {
+        let memory = self.memory.clone();
+        let view = memory.view();
+        // A queue that is not there any more is found by the next take.
+        let Ok(mut turn) = self.queue.turn(&view) else { return false };
+        for (mut chain, written) in self.back.drain(..) {
+            turn.complete(&mut chain, written);
+            self.spare.push(chain);
+        }
+        turn.flush().is_wanted()
+    }
+
+    fn arm(&mut self) -> Armed {
+        if !self.ahead.is_empty() {
+            return Armed::Missed;
+        }
+        let memory = self.memory.clone();
+        let view = memory.view();
+        self.queue.turn(&view).map_or(Armed::Missed, |mut turn| turn.arm())
+    }
+
+    fn disarm(&mut self) {
+        let memory = self.memory.clone();
+        let view = memory.view();
+        if let Ok(mut turn) = self.queue.turn(&view) {
+            turn.disarm();
+        }
+    }
+}
+
+/// A queue of frames from the driver.
+pub struct TxFrames {
+    frames: Frames,
+    /// The frame that was taken.
+    chain: Option<Chain>,
+    took: bool,
+}
+
+impl TxFrames {
+    /// The ring over `enabled`, a queue in `memory`.
+    pub fn new(enabled: Enabled, memory: Arc<MemoryContext>) -> TxFrames {
+        TxFrames { frames: Frames::new(enabled, memory), chain: None, took: false }
+    }
+}
+
+/// A queue of buffers for frames to the driver.
+pub struct RxFrames {
+    frames: Frames,
+    /// Whether a frame may use several buffers.
+    mergeable: bool,
+    /// The least bytes of a buffer: those of the header.
+    bytes_min: usize,
+    /// Descriptors of the queue. `None`: the driver may use indirect tables, of which any number
+    /// fits.
+    descriptors: Option<usize>,
+    /// Parts of the buffers that the device holds.
+    parts: usize,
+}
+
+impl RxFrames {
+    /// The ring over `enabled`, a queue in `memory`. A header of `header_bytes` bytes precedes each
+    /// frame. `mergeable`: a frame may use several buffers. `indirect`: the driver may use indirect
+    /// tables.
+    pub fn new(
+        enabled: Enabled,
+        memory: Arc<MemoryContext>,
+        header_bytes: usize,
+        (mergeable, indirect): (bool, bool),
+    ) -> RxFrames {
+        let size = usize::from(enabled.queue.layout().size);
+        RxFrames {
+            frames: Frames::new(enabled, memory),
+            mergeable,
+            bytes_min: header_bytes,
+            descriptors: (!indirect).then_some(size),
+            parts: 0,
+        }
+    }
+}
+
+macro_rules! ring {
+    ($type:ty) => {
+        impl Ring for $type {
+            fn post(&mut self) -> bool {
+                self.frames.post()
+            }
+
+            fn interrupt(&self, wanted: bool) {
+                self.frames.call.notify(wanted);
+            }
+
+            fn arm(&mut self, _after: u32) -> Armed {
+                self.frames.arm()
+            }
+
+            fn disarm(&mut self) {
+                self.frames.disarm();
+            }
+
+            fn pending(&self) -> u32 {
+                u32::try_from(self.frames.ahead.len()).unwrap_or(u32::MAX)
+            }
+        }
+    };
+}
+
+ring!(TxFrames);
+ring!(RxFrames);
+
+/// Calls `each` with the first `len` bytes of `parts`.
+fn slices<'v>(
+    parts: &[Part],
+    view: &'v View<'_>,
+    len: usize,
+    write: bool,
+    mut each: impl FnMut(DriverSlice<'v>),
+) -> Result<(), ErrorCode> {
+    let mut left = len as u64;
+    for part in parts {
+        let bytes = left.min(u64::from(part.len));
+        if bytes == 0 {
+            break;
+        }
+        each(view.slice(part.addr, bytes, write)?);
+        left -= bytes;
+    }
+    Ok(())
+}
+
+impl TxRing for TxFrames {
+    fn take(&mut self, view: &View<'_>) -> Result<Option<usize>, ErrorCode> {
+        if self.chain.is_none() {
+            self.chain = self.frames.next(view)?;
+            self.took |= self.chain.is_some();
+        }
+        Ok(self.chain.as_ref().map(|chain| chain.readable_bytes() as usize))
+    }
+
+    fn slices<'v>(
+        &self,
+        view: &'v View<'_>,
+        each: impl FnMut(DriverSlice<'v>),
+    ) -> Result<(), ErrorCode> {
+        let parts = self.chain.as_ref().map_or(&[][..], Chain::readable);
+        slices(parts, view, usize::MAX, false, each)
+    }
+
+    fn took(&mut self) -> bool {
+        std::mem::take(&mut self.took)
+    }
+
+    fn done(&mut self, _view: &View<'_>) -> Result<(), ErrorCode> {
+        self.frames.back.extend(self.chain.take().map(|chain| (chain, 0)));
+        Ok(())
+    }
+}
+
+impl RxRing for RxFrames {
+    type Buffer = Chain;
+
+    fn buffers_max(&self) -> usize {
+        if self.mergeable { BUFFERS_MAX } else { 1 }
+    }
+
+    fn take(&mut self, view: &View<'_>) -> Result<Option<Chain>, ErrorCode> {
+        let Some(chain) = self.frames.next(view)? else { return Ok(None) };
+        // The header of a frame lies in its first buffer.
+        if (chain.writable_bytes() as usize) < self.bytes_min {
+            return Err(ErrorCode::BAD_LENGTH);
+        }
+        self.parts += chain.writable().len();
+        Ok(Some(chain))
+    }
+
+    fn bytes(chain: &Chain) -> usize {
+        chain.writable_bytes() as usize
+    }
+
+    fn slices<'v>(
+        chain: &Chain,
+        view: &'v View<'_>,
+        len: usize,
+        each: impl FnMut(DriverSlice<'v>),
+    ) -> Result<(), ErrorCode> {
+        slices(chain.writable(), view, len, true, each)
+    }
+
+    fn give_back(
+        &mut self,
+        _view: &View<'_>,
+        chain: Chain,
+        len: usize,
+        _more: bool,
+    ) -> Result<(), ErrorCode> {
+        // The header of the frame says how many buffers it has. All come back with one post.
+        self.parts -= chain.writable().len();
+        self.frames.back.push((chain, u32::try_from(len).unwrap_or(u32::MAX)));
+        Ok(())
+    }
+
+    fn holds_all(&self) -> bool {
+        let layout = self.frames.queue.layout();
+        self.frames.held() >= usize::from(layout.size)
+            || self.descriptors.is_some_and(|descriptors| self.parts >= descriptors)
+    }
+}
+
+/// The most buffers of a frame: a segment of 64 KiB in buffers of 1.5 KiB.
+const BUFFERS_MAX: usize = 48;
+
+/// What the log and the bus call a violation of the driver.
+pub fn code(violation: Violation) -> ErrorCode {
+    tracing::debug!(%violation, "a queue is retired");
+    match violation {
+        Violation::Unmapped(_) | Violation::Buffer | Violation::IndirectUnmapped => {
+            ErrorCode::BAD_ADDRESS
+        }
+        _ => ErrorCode::CORRUPT,
+    }
+}

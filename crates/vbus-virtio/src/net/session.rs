@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A network card at work for one driver.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use vbus_core::{ErrorCode, Task, TaskHandle};
+use vbus_net::front::{Pairs, Receiver, Setting, Setup};
+use vbus_net::{Filter, HEADER_BYTES, Offloads, Steering};
+
+use super::abi::feature;
+use super::command::{Coalesce, Wanted, Which};
+use super::control::{Control, ControlTask};
+use super::device::VirtioNic;
+use super::offloads;
+use super::ring::{RxFrames, TxFrames};
+use crate::device::{Driver, Enabled, Session, feature as common};
+
+/// What the session and the task of its control queue share.
+pub struct Work {
+    pub nic: Arc<VirtioNic>,
+    pub driver: Driver,
+    pub receiver: Arc<Receiver>,
+    pub pairs: Pairs<TxFrames, RxFrames>,
+    /// For each queue of the pairs: how its interrupts are held back.
+    coalesce: Vec<Arc<Setting>>,
+}
+
+/// A session. It has the rings of the queues that the driver has enabled.
+pub struct NicSession {
+    work: Arc<Work>,
+    control: Option<TaskHandle>,
+}
+
+impl NicSession {
+    /// Plugs the driver in.
+    pub fn start(card: Arc<VirtioNic>, driver: Driver) -> Result<NicSession, ErrorCode> {
+        let (features, nic) = (driver.features, card.nic());
+        let wanted = Wanted::new(features & feature::CTRL_VLAN != 0);
+        let filter = Arc::new(Filter::new(nic.config.mac));
+        filter.set_addresses(wanted.addresses());
+        filter.set_vlans(wanted.vlans());
+        let receiver = Arc::new(Receiver {
+            mtu: usize::from(nic.config.mtu),
+            filter,
+            offloads: AtomicU64::new(offloads::to_driver(features).bits()),
+            steering: Arc::new(Steering::new(1)),
+            hash: false,
+            backpressure: nic.config.backpressure,
+            moved: Box::new(|| {}),
+        });
+        let pairs = Pairs::start(&Setup {
+            nic,
+            receiver: &receiver,
+            by_hash: false,
+            tx_offloads: offloads::from_driver(features),
+            memory: &driver.memory,
+            place: (&driver.executor, driver.worker, &driver.counters),
+            fail: driver.fail.clone(),
+        })?;
+        let coalesce = (0..nic.config.queue_pairs * 2).map(|_| Arc::default()).collect();
+        let work = Arc::new(Work { nic: card, driver, receiver, pairs, coalesce });
+        let fail = work.driver.fail.clone();
+        // The rings come next. The back end may take longer to set itself up.
+        work.configure(Box::new(move |done| {
+            if let Err(code) = done {
+                fail(code);
+            }
+        }))?;
+        Ok(NicSession { work, control: None })
+    }
+
+    /// The number of the control queue, if the driver uses it.
+    fn control_queue(&self) -> Option<u16> {
+        let features = self.work.driver.features;
+        let pairs = if features & feature::MQ != 0 { self.work.queue_pairs() } else { 1 };
+        (features & feature::CTRL_VQ != 0).then_some(pairs * 2)
+    }
+}
+
+impl Work {
+    /// The most queue pairs.
+    pub fn queue_pairs(&self) -> u16 {
+        self.nic.nic().config.queue_pairs
+    }
+
+    /// Lets the back end set itself up for the queues and the offloads as they are now.
+    pub fn configure(&self, done: vbus_net::Done) -> Result<(), ErrorCode> {
+        let (queues, offloads) = (self.receiver.steering.queues(), self.receiver.offloads());
+        let tasks: Vec<_> = self.pairs.tasks().cloned().collect();
+        let done = move |result: Result<(), ErrorCode>| {
+            tasks.iter().for_each(TaskHandle::wake); // Each checks whether it is in use now.
+            done(result);
+        };
+        self.pairs.plug().configure(queues, offloads, Box::new(done))
+    }
+
+    /// Changes the offloads that the driver accepts. No frame is delivered by the old ones after
+    /// this.
+    pub fn set_offloads(&self, offloads: Offloads) {
+        self.receiver.set_offloads(offloads);
+        self.pairs.settle();
+    }
+
+    /// Uses the first `queues` pairs. Returns false, and changes nothing, if there are not so many.
+    pub fn set_queues(&self, queues: u16) -> bool {
+        if queues > self.queue_pairs() || !self.receiver.steering.set_queues(queues) {
+            return false;
+        }
+        self.pairs.queues_changed();
+        true
+    }
+
+    /// Holds the interrupts of queues back from now on. Returns false if there is no such queue.
+    pub fn set_coalesce(&self, which: Which, Coalesce { frames, usecs }: Coalesce) -> bool {
+        let (from, step) = match which {
+            Which::Rx => (0, 2),
+            Which::Tx => (1, 2),
+            Which::Queue(number) => (usize::from(number), usize::MAX),
+        };
+        let mut found = false;
+        for setting in self.coalesce.iter().skip(from).step_by(step) {
+            setting.set(usecs, frames);
+            found = true;
+        }
+        // An interrupt that is held back may go now.
+        self.pairs.tasks().for_each(TaskHandle::wake);
+        found
+    }
+
+    /// How the interrupts of queue `number` are held back.
+    pub fn coalesce_of(&self, number: u16) -> Option<Coalesce> {
+        let (usecs, frames) = self.coalesce.get(usize::from(number))?.get();
+        Some(Coalesce { frames, usecs })
+    }
+}
+
+impl Session for NicSession {
+    fn enable(&mut self, index: u16, enabled: Enabled) -> Result<(), ErrorCode> {
+        let work = &self.work;
+        let features = work.driver.features;
+        let doorbell = enabled.doorbell.clone();
+        if self.control_queue() == Some(index) {
+            let fail = work.driver.fail.clone();
+            let made = work.driver.executor.spawn_with(
+                work.driver.worker,
+                work.driver.counters.clone(),
+                move |code| fail(code),
+                |task| {
+                    let control = Control::new(work.clone(), enabled, task.clone());
+                    Ok::<_, Infallible>(Box::new(ControlTask(control)) as Box<dyn Task>)
+                },
+            );
+            let Ok(task) = made;
+            let bound = doorbell.bind(&task);
+            self.control = Some(task);
+            return bound;
+        }
+        let pair = usize::from(index / 2);
+        let Some(task) = work.pairs.task(pair) else { return Ok(()) };
+        let Some(coalesce) = work.coalesce.get(usize::from(index)) else { return Ok(()) };
+        let memory = work.driver.memory.clone();
+        if index % 2 == 0 {
+            let mergeable = features & feature::MRG_RXBUF != 0;
+            let indirect = features & common::INDIRECT_DESC != 0;
+            let header_bytes = work.receiver.header_bytes();
+            let ring = RxFrames::new(enabled, memory, header_bytes, (mergeable, indirect));
+            work.pairs.set_rx(pair, Some((ring, coalesce.clone())));
+        } else {
+            let ring = TxFrames::new(enabled, memory);
+            work.pairs.set_tx(pair, Some((ring, HEADER_BYTES, coalesce.clone())));
+        }
+        doorbell.bind(task)
+    }
+
+    fn disable(&mut self, index: u16) {
+        if self.control_queue() == Some(index) {
+            if let Some(task) = self.control.take() {
+                task.stop();
+            }
+            return;
+        }
+        let pair = usize::from(index / 2);
+        match index % 2 {
+            0 => self.work.pairs.set_rx(pair, None),
+            _ => self.work.pairs.set_tx(pair, None),
+        }
+    }
+}
+
+impl Drop for NicSession {
+    fn drop(&mut self) {
+        // The control task first: it may change the pairs.
+        if let Some(task) = self.control.take() {
+            task.stop();
+        }
+        self.work.pairs.stop();
+    }
+}

@@ -1,0 +1,519 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Virtio over PCI (VIRTIO 1.3, section 4.1): a PCI function in front of a [`VirtioDevice`].
+//!
+//! The function is a modern one. It has no I/O ports and no legacy registers. BAR0 has these parts:
+//!
+//! | offset | part |
+//! |---|---|
+//! | 0x0000 | common configuration |
+//! | 0x1000 | ISR status |
+//! | 0x2000 | device configuration |
+//! | 0x3000 | notify area, 4 bytes for each queue |
+//! | 0x4000 | table of MSI-X |
+//! | 0x5000 | pending bits of MSI-X |
+//!
+//! No part can be mapped: a region that can makes QEMU wait for each write to the function. A VMM
+//! that asks for eventfds gets one for each queue's place in the notify area, and then the kernel
+//! takes the doorbells.
+
+mod registers;
+
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vbus_core::{ConnectionState, Endpoint, ErrorCode, Host, lock};
+use vbus_pci::vbus_pci_config::{
+    Builder, CONVENTIONAL_BYTES, ConfigSpace, EXPRESS_BYTES, Header, MsixLayout,
+};
+use vbus_pci::{BarHandler, Interrupts, IoEventFd, Options, PciFunction};
+
+use crate::device::{Call, Driver, Enabled, Kind, Session, Transport, VirtioDevice, status};
+use crate::queue::{Layout, Queue, RingFeatures};
+use registers::{NO_VECTOR, Registers, Request, at as field};
+
+const VENDOR: u16 = 0x1af4;
+/// The PCI device id of virtio device 0.
+const FIRST_DEVICE: u16 = 0x1040;
+/// Drivers of other systems look for the subsystem of QEMU.
+const SUBSYSTEM: u16 = 0x1100;
+
+/// Offsets in BAR0, and sizes.
+mod bar {
+    pub const SIZE: u32 = 0x8000;
+    pub const COMMON: u64 = 0x0000;
+    pub const ISR: u64 = 0x1000;
+    pub const DEVICE: u64 = 0x2000;
+    pub const NOTIFY: u64 = 0x3000;
+    pub const MSIX_TABLE: u64 = 0x4000;
+    pub const MSIX_PENDING: u64 = 0x5000;
+    /// Bytes of the notify area for each queue.
+    pub const NOTIFY_STRIDE: u64 = 4;
+    /// The most vectors, and queues, that fit.
+    pub const VECTORS_MAX: u16 = 256;
+}
+
+/// Offsets of the capabilities.
+mod at {
+    pub const COMMON: u8 = 0x40;
+    pub const ISR: u8 = 0x50;
+    pub const DEVICE: u8 = 0x60;
+    pub const NOTIFY: u8 = 0x70;
+    pub const WINDOW: u8 = 0x84;
+    pub const MSIX: u8 = 0x98;
+    pub const EXPRESS: u8 = 0xa4;
+}
+
+/// Bits of the ISR status.
+mod isr {
+    pub const QUEUE: u8 = 1;
+    pub const CONFIG: u8 = 2;
+}
+
+/// Makes the PCI function of a virtio device. The driver reaches the memory and the doorbells of
+/// `endpoint`; nobody opens the endpoint itself. `options.msix` gives each queue a vector of its
+/// own, and one to the configuration. Without it the driver has INTx alone, and reads the ISR
+/// status for each interrupt.
+///
+/// The function ends the device's session when it is reset, disconnected or dropped. It does not
+/// handle the peer's memory: the connector maps and unmaps that memory at the endpoint.
+///
+/// # Panics
+/// If the device has more than 255 queues.
+pub fn function(
+    device: Arc<dyn VirtioDevice>,
+    endpoint: Arc<Endpoint>,
+    options: Options,
+) -> PciFunction {
+    let kind = device.kind();
+    assert!(kind.queues < bar::VECTORS_MAX, "{} queues", kind.queues);
+    let space = config_space(&kind, device.config_bytes(), options);
+    let interrupts = Arc::new(Interrupts::of(&space));
+    let (executor, worker) = (endpoint.executor().clone(), endpoint.worker());
+    let vectors = space.msix_layout().map_or(0, |layout| layout.vectors);
+    let shared = Arc::new(Shared {
+        endpoint,
+        interrupts: interrupts.clone(),
+        isr: Mutex::new(0),
+        config: Mutex::new((vec![0; device.config_bytes()], 0)),
+        config_vector: AtomicU16::new(NO_VECTOR),
+        queue_vectors: (0..kind.queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+        started: AtomicBool::new(false),
+        needs_reset: AtomicBool::new(false),
+        running: Mutex::default(),
+    });
+    let transport: Arc<dyn Transport> = shared.clone();
+    device.attach(Arc::downgrade(&transport));
+    let registers = Registers::new(&kind);
+    let handler = VirtioFunction { device, kind, vectors, registers, shared };
+    PciFunction::new(space, interrupts, executor, worker)
+        .with_bar(0, Box::new(handler))
+        .with_window(usize::from(at::WINDOW))
+}
+
+fn config_space(kind: &Kind, config_bytes: usize, options: Options) -> ConfigSpace {
+    let header = Header {
+        vendor: VENDOR,
+        device: FIRST_DEVICE + kind.id,
+        revision: 1,
+        class: kind.pci_class,
+        subsystem_vendor: VENDOR,
+        subsystem: SUBSYSTEM,
+        interrupt_pin: 1,
+    };
+    let notify_bytes = u64::from(kind.queues) * bar::NOTIFY_STRIDE;
+    let stride = u32::try_from(bar::NOTIFY_STRIDE).unwrap_or(0).to_le_bytes();
+    let bytes = if options.express { EXPRESS_BYTES } else { CONVENTIONAL_BYTES };
+    let mut builder = Builder::new(bytes, &header)
+        .bar(0, bar::SIZE)
+        .vendor(at::COMMON, &part(1, bar::COMMON, registers::BYTES as u64, &[]))
+        .vendor(at::ISR, &part(3, bar::ISR, 1, &[]))
+        .vendor(at::DEVICE, &part(4, bar::DEVICE, config_bytes as u64, &[]))
+        .vendor(at::NOTIFY, &part(2, bar::NOTIFY, notify_bytes, &stride))
+        .window(at::WINDOW, &part(5, 0, 0, &[0; 4]));
+    if options.msix {
+        let layout = MsixLayout {
+            vectors: kind.queues + 1,
+            table_bar: 0,
+            table: u32::try_from(bar::MSIX_TABLE).unwrap_or(0),
+            pending_bar: 0,
+            pending: u32::try_from(bar::MSIX_PENDING).unwrap_or(0),
+        };
+        builder = builder.msix(at::MSIX, layout);
+    }
+    if options.express {
+        builder = builder.express(at::EXPRESS);
+    }
+    builder.build()
+}
+
+/// The content of the capability for a part of BAR0, after its id and link.
+fn part(kind: u8, offset: u64, bytes: u64, more: &[u8]) -> Vec<u8> {
+    let mut content = vec![0, kind, 0, 0, 0, 0];
+    for value in [offset, bytes] {
+        content.extend_from_slice(&u32::try_from(value).unwrap_or(0).to_le_bytes());
+    }
+    content.extend_from_slice(more);
+    content
+}
+
+/// What the device's tasks and the function share.
+struct Shared {
+    endpoint: Arc<Endpoint>,
+    interrupts: Arc<Interrupts>,
+    /// The ISR status. Locked while INTx changes, so that a read takes both together.
+    isr: Mutex<u8>,
+    /// The device configuration and its generation.
+    config: Mutex<(Vec<u8>, u8)>,
+    /// The vectors that the driver chose. They depend on no other memory, so all accesses are
+    /// relaxed: an interrupt during a change may still go to the former vector.
+    config_vector: AtomicU16,
+    queue_vectors: Box<[AtomicU16]>,
+    /// Whether the driver has set DRIVER_OK. Relaxed: see `config_changed`.
+    started: AtomicBool,
+    /// Whether the device has met an error. Relaxed: whoever sets it interrupts the driver
+    /// afterwards, or is the one who reads it.
+    needs_reset: AtomicBool,
+    running: Mutex<Running>,
+}
+
+#[derive(Default)]
+struct Running {
+    /// Number of sessions so far. A task of an earlier one may still report an error.
+    number: u64,
+    session: Option<Box<dyn Session>>,
+}
+
+impl Shared {
+    fn host(&self) -> &Host {
+        self.endpoint.host()
+    }
+
+    /// Interrupts the driver: with `vector` if it uses messages, with INTx otherwise.
+    fn interrupt(&self, bit: u8, vector: &AtomicU16) {
+        if bit == isr::CONFIG {
+            *lock(&self.isr) |= bit;
+        }
+        let vector = vector.load(Ordering::Relaxed);
+        if !self.interrupts.send_message((vector != NO_VECTOR).then_some(vector)) {
+            let mut isr = lock(&self.isr);
+            *isr |= bit;
+            self.interrupts.raise_intx();
+        }
+    }
+
+    fn interrupt_config(&self) {
+        if self.started.load(Ordering::Relaxed) {
+            self.host().counters().interrupts.one();
+            self.interrupt(isr::CONFIG, &self.config_vector);
+        }
+    }
+
+    /// The driver reads the ISR status, which ends INTx.
+    fn take_isr(&self) -> u8 {
+        let mut isr = lock(&self.isr);
+        self.interrupts.acknowledge();
+        std::mem::take(&mut *isr)
+    }
+
+    /// Ends the session, if there is one. Returns whether there was one. Afterwards nothing touches
+    /// the driver's memory.
+    fn end(&self, running: &mut Running) -> bool {
+        self.host().doorbells().detach_all();
+        running.session.take().is_some()
+    }
+
+    /// Session `number` has met an error.
+    fn fail(&self, number: u64, code: ErrorCode) {
+        let mut running = lock(&self.running);
+        if running.number != number || !self.end(&mut running) {
+            return;
+        }
+        self.broken(code);
+        drop(running);
+        self.interrupt_config();
+    }
+
+    /// The device needs a reset.
+    fn broken(&self, code: ErrorCode) {
+        let device = self.host().name();
+        self.needs_reset.store(true, Ordering::Relaxed);
+        // A driver that leaves may give its memory back before the device is told.
+        if self.host().has_left() {
+            tracing::info!(device, "the driver has left");
+            self.host().set_state(ConnectionState::Broken(ErrorCode::NOT_OPEN));
+            return;
+        }
+        self.host().set_state(ConnectionState::Broken(code));
+        self.host().counters().broken.one();
+        if self.host().memory().is_lost() {
+            tracing::debug!(device, "{}", vbus_core::MEMORY_LOST);
+        } else {
+            tracing::warn!(device, error = %code, "a fault ends the session; the device needs a reset");
+        }
+    }
+}
+
+impl Transport for Shared {
+    fn queue_used(&self, index: u16) {
+        if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
+            self.interrupt(isr::QUEUE, vector);
+        }
+    }
+
+    fn config_changed(&self, config: Vec<u8>, tell: bool) {
+        let mut current = lock(&self.config);
+        if current.0 == config {
+            return;
+        }
+        *current = (config, current.1.wrapping_add(1));
+        drop(current);
+        // A driver that sets DRIVER_OK just now reads the new configuration afterwards, so it needs
+        // no interrupt.
+        if tell {
+            self.interrupt_config();
+        }
+    }
+}
+
+/// BAR0 of a virtio function.
+struct VirtioFunction {
+    device: Arc<dyn VirtioDevice>,
+    kind: Kind,
+    /// Vectors of MSI-X; 0: the function has none.
+    vectors: u16,
+    registers: Registers,
+    shared: Arc<Shared>,
+}
+
+impl VirtioFunction {
+    fn read_common(&self, offset: u64, data: &mut [u8]) {
+        let generation = lock(&self.shared.config).1;
+        let needs_reset = self.shared.needs_reset.load(Ordering::Relaxed);
+        let extra = if needs_reset { status::NEEDS_RESET } else { 0 };
+        self.registers.read(&self.kind, offset, data, generation, extra);
+    }
+
+    fn write_common(&mut self, offset: u64, data: &[u8]) {
+        let before = self.registers.status();
+        let request = self.registers.write(&self.kind, self.vectors, offset, data);
+        if request != Request::Nothing || before != self.registers.status() {
+            tracing::debug!(
+                device = self.shared.host().name(),
+                status = self.registers.status(),
+                ?request,
+                "common configuration"
+            );
+        }
+        match request {
+            Request::Nothing => {}
+            Request::Reset => drop(self.forget_driver()),
+            Request::Start => self.start(),
+            Request::Enable(index) => self.enable(index),
+            Request::Disable(index) => {
+                self.set_vector(index, NO_VECTOR);
+                self.shared.host().doorbells().detach(usize::from(index));
+                if let Some(session) = &mut lock(&self.shared.running).session {
+                    session.disable(index);
+                }
+            }
+            Request::ConfigVector(vector) => {
+                self.shared.config_vector.store(vector, Ordering::Relaxed);
+            }
+            Request::QueueVector(index, vector) => self.set_vector(index, vector),
+        }
+    }
+
+    fn set_vector(&self, index: u16, vector: u16) {
+        if let Some(slot) = self.shared.queue_vectors.get(usize::from(index)) {
+            slot.store(vector, Ordering::Relaxed);
+        }
+    }
+
+    /// The driver has set DRIVER_OK: the device begins, with the queues that are enabled.
+    fn start(&mut self) {
+        let shared = &self.shared;
+        let host = shared.host();
+        let mut running = lock(&shared.running);
+        running.number += 1;
+        let (number, weak) = (running.number, Arc::downgrade(shared));
+        let driver = Driver {
+            features: self.registers.features(),
+            memory: host.memory().clone(),
+            executor: host.executor().clone(),
+            worker: host.worker(),
+            counters: host.counters().clone(),
+            fail: Arc::new(move |code| {
+                if let Some(shared) = weak.upgrade() {
+                    shared.fail(number, code);
+                }
+            }),
+        };
+        let begun = self.device.clone().start(driver).and_then(|mut session| {
+            for (index, layout) in self.registers.enabled() {
+                self.give(&mut *session, index, layout)?;
+            }
+            Ok(session)
+        });
+        match begun {
+            Ok(session) => {
+                running.session = Some(session);
+                shared.started.store(true, Ordering::Relaxed);
+                host.counters().opens.one();
+                host.set_state(ConnectionState::Open);
+                tracing::info!(
+                    device = host.name(),
+                    features = format_args!("{:#x}", self.registers.features()),
+                    "a driver has started"
+                );
+            }
+            Err(code) => {
+                shared.end(&mut running);
+                shared.broken(code);
+            }
+        }
+    }
+
+    /// The driver has enabled queue `index`. The device gets it now if it has started.
+    fn enable(&mut self, index: u16) {
+        let Some(layout) = self.registers.layout(index) else { return };
+        let mut running = lock(&self.shared.running);
+        let Some(session) = &mut running.session else { return };
+        if let Err(code) = self.give(&mut **session, index, layout) {
+            self.shared.end(&mut running);
+            self.shared.broken(code);
+            drop(running);
+            self.shared.interrupt_config();
+        }
+    }
+
+    /// Gives queue `index` to the session.
+    fn give(&self, session: &mut dyn Session, index: u16, layout: Layout) -> Result<(), ErrorCode> {
+        let host = self.shared.host();
+        let features = RingFeatures::of(self.registers.features());
+        let queue = Queue::new(layout, features).map_err(|error| {
+            tracing::warn!(device = host.name(), queue = index, %error, "a queue cannot be used");
+            ErrorCode::BAD_LAYOUT
+        })?;
+        let doorbell = host.doorbells().doorbell(u32::from(index));
+        let call = Call::new(self.shared.clone(), index, host.counters().clone());
+        session.enable(index, Enabled { queue, doorbell, call })
+    }
+
+    /// Ends the session, and forgets what the driver has set up. Returns whether it had started.
+    fn forget_driver(&mut self) -> bool {
+        let shared = &self.shared;
+        let mut running = lock(&shared.running);
+        // An error of a task that comes later is of a session that has ended.
+        running.number += 1;
+        let was_open = shared.end(&mut running);
+        drop(running);
+        self.registers = Registers::new(&self.kind);
+        shared.started.store(false, Ordering::Relaxed);
+        shared.needs_reset.store(false, Ordering::Relaxed);
+        shared.config_vector.store(NO_VECTOR, Ordering::Relaxed);
+        for vector in &shared.queue_vectors {
+            vector.store(NO_VECTOR, Ordering::Relaxed);
+        }
+        let mut isr = lock(&shared.isr);
+        *isr = 0;
+        shared.interrupts.clear();
+        drop(isr);
+        shared.host().set_state(ConnectionState::Closed);
+        if was_open {
+            tracing::info!(device = shared.host().name(), "the device was reset");
+        }
+        was_open
+    }
+}
+
+/// Where an access to BAR0 begins, and the offset there.
+enum Part {
+    Common(u64),
+    Isr(u64),
+    Device(u64),
+    Notify(u64),
+    Nothing,
+}
+
+impl Part {
+    fn of(offset: u64) -> Part {
+        match offset {
+            bar::COMMON..bar::ISR => Part::Common(offset - bar::COMMON),
+            bar::ISR..bar::DEVICE => Part::Isr(offset - bar::ISR),
+            bar::DEVICE..bar::NOTIFY => Part::Device(offset - bar::DEVICE),
+            bar::NOTIFY..bar::MSIX_TABLE => Part::Notify(offset - bar::NOTIFY),
+            _ => Part::Nothing,
+        }
+    }
+}
+
+impl BarHandler for VirtioFunction {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        match Part::of(offset) {
+            Part::Common(at) => self.read_common(at, data),
+            Part::Isr(0) => {
+                if let Some(first) = data.first_mut() {
+                    *first = self.shared.take_isr();
+                }
+            }
+            Part::Device(at) => {
+                let config = lock(&self.shared.config);
+                let from = usize::try_from(at).unwrap_or(usize::MAX).min(config.0.len());
+                for (byte, have) in data.iter_mut().zip(&config.0[from..]) {
+                    *byte = *have;
+                }
+            }
+            Part::Isr(_) | Part::Notify(_) | Part::Nothing => {}
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        match Part::of(offset) {
+            Part::Common(at) => self.write_common(at, data),
+            // Until DRIVER_OK a doorbell is bound to no task.
+            Part::Notify(at) if matches!(data.len(), 1..=8) => {
+                self.shared.endpoint.ring(at / bar::NOTIFY_STRIDE);
+            }
+            _ => {}
+        }
+    }
+
+    fn is_long_write(&self, offset: u64, data: &[u8]) -> bool {
+        let Part::Common(at) = Part::of(offset) else { return false };
+        match (at, data.len()) {
+            (field::STATUS, 1) | (field::QUEUE_RESET, 2) => true,
+            (field::QUEUE_ENABLE, 2) => self.registers.is_started(),
+            _ => false,
+        }
+    }
+
+    fn reset(&mut self) {
+        if self.forget_driver() {
+            tracing::debug!(device = self.shared.host().name(), "by a reset of the function");
+        }
+    }
+
+    fn disconnected(&mut self) {
+        self.forget_driver();
+        self.shared.endpoint.forget_doorbell_eventfds();
+    }
+
+    /// A kernel clears Bus Master when a driver has died or is unbound. The session ends. The next
+    /// driver resets the device in any case.
+    fn bus_master_cleared(&mut self) {
+        let mut running = lock(&self.shared.running);
+        if self.shared.end(&mut running) {
+            self.shared.needs_reset.store(true, Ordering::Relaxed);
+            self.shared.host().set_state(ConnectionState::Closed);
+        }
+    }
+
+    fn io_eventfds(&mut self) -> rustix::io::Result<Vec<IoEventFd>> {
+        let eventfd = |index: u16| {
+            let offset = bar::NOTIFY + u64::from(index) * bar::NOTIFY_STRIDE;
+            let fd = self.shared.endpoint.doorbell_eventfd(u32::from(index))?;
+            Ok(IoEventFd { offset, fd })
+        };
+        (0..self.kind.queues).map(eventfd).collect()
+    }
+}

@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Network cards on a switch.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use vbus_core::{Bus, Endpoint};
+use vbus_net::{Direct, Opener, Switches};
+use vbus_pci::{IrqIndex, Options, device_function};
+use vbus_virtio::net::VirtioNetClass;
+
+use crate::driver::{Driver, NEEDS_RESET, Queue, Signal, VERSION_1, eventually, field};
+
+/// Feature bits.
+const CSUM: u64 = 1 << 0;
+const GUEST_CSUM: u64 = 1 << 1;
+const GUEST_OFFLOADS: u64 = 1 << 2;
+const GUEST_TSO4: u64 = 1 << 7;
+const HOST_TSO4: u64 = 1 << 11;
+const MRG_RXBUF: u64 = 1 << 15;
+const CTRL_VQ: u64 = 1 << 17;
+const CTRL_RX: u64 = 1 << 18;
+const CTRL_VLAN: u64 = 1 << 19;
+const ANNOUNCE: u64 = 1 << 21;
+const MQ: u64 = 1 << 22;
+const CTRL_MAC: u64 = 1 << 23;
+const RING_PACKED: u64 = 1 << 34;
+
+const HEADER: usize = 12;
+const MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
+
+/// A bus with the class.
+struct Lab {
+    bus: Bus,
+}
+
+/// A card whose driver has started.
+struct Card {
+    driver: Driver,
+    rx: Queue,
+    tx: Queue,
+    control: Option<Queue>,
+    signal: Signal,
+}
+
+impl Lab {
+    fn new() -> Lab {
+        let opener: Arc<dyn Opener> = Arc::new(Direct);
+        let class = VirtioNetClass::on(Switches::default(), opener);
+        Lab { bus: vbus_test_driver::bus(2, vec![Box::new(class)]) }
+    }
+
+    fn endpoint(&self, number: usize, more: Value) -> Arc<Endpoint> {
+        let mut settings = json!({ "mac": vbus_net::show_mac(MACS[number]) });
+        settings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        self.bus.create(&format!("net{number}"), "virtio-net", &settings).unwrap()
+    }
+
+    /// Card `number` with these settings, and a driver that accepts `features`.
+    fn card(&self, number: usize, more: Value, features: u64) -> Card {
+        let endpoint = self.endpoint(number, more);
+        let function = device_function(endpoint.clone(), Options::default());
+        let mut driver = Driver::new(endpoint, function);
+        let signal = driver.connect(IrqIndex::Intx, 0);
+        assert!(driver.agree(features | VERSION_1));
+        let control = (features & CTRL_VQ != 0).then(|| {
+            let pairs = if features & MQ != 0 { driver.config(8, 2) } else { 1 };
+            driver.queue(u16::try_from(pairs * 2).unwrap(), 16)
+        });
+        let (rx, tx) = (driver.queue(0, 64), driver.queue(1, 64));
+        driver.start();
+        Card { driver, rx, tx, control, signal }
+    }
+}
+
+impl Card {
+    /// Gives the device a buffer of `len` bytes, in two parts if `split`. Returns where it is.
+    fn post(&mut self, len: u32, split: bool) -> u64 {
+        let memory = &mut self.driver.memory;
+        let addr = memory.alloc(len as usize);
+        let parts = match split {
+            true => vec![(addr, 12, true), (addr + 12, len - 12, true)],
+            false => vec![(addr, len, true)],
+        };
+        self.rx.add(memory, &parts);
+        self.driver.notify(&self.rx);
+        addr
+    }
+
+    /// Sends a frame with a header.
+    fn send(&mut self, header: &[u8; HEADER], frame: &[u8]) {
+        let addr = self.driver.memory.alloc(HEADER + frame.len());
+        self.driver.memory.write(addr, &[&header[..], frame].concat());
+        let rest = u32::try_from(frame.len()).unwrap();
+        let parts = [(addr, 12, false), (addr + 12, rest, false)];
+        self.tx.add(&self.driver.memory, &parts);
+        self.driver.notify(&self.tx);
+        self.tx.wait(&self.driver.memory);
+    }
+
+    /// Sends a command. Returns whether the device carried it out.
+    fn command(&mut self, command: &[u8]) -> bool {
+        let addr = self.driver.memory.alloc(command.len() + 1);
+        let ack = addr + command.len() as u64;
+        self.driver.memory.write(addr, &[command, &[0xff]].concat());
+        let queue = self.control.as_mut().unwrap();
+        let len = u32::try_from(command.len()).unwrap();
+        queue.add(&self.driver.memory, &[(addr, len, false), (ack, 1, true)]);
+        self.driver.notify(queue);
+        assert_eq!(queue.wait(&self.driver.memory).1, 1);
+        match self.driver.memory.read(ack, 1)[0] {
+            0 => true,
+            1 => false,
+            ack => panic!("acknowledgement {ack}"),
+        }
+    }
+
+    /// Waits for a frame in the buffer at `addr`, and returns its header and its bytes.
+    fn receive(&mut self, addr: u64) -> (Vec<u8>, Vec<u8>) {
+        let (_, len) = self.rx.wait(&self.driver.memory);
+        let mut header = self.driver.memory.read(addr, len as usize);
+        let frame = header.split_off(HEADER);
+        (header, frame)
+    }
+
+    fn counter(&self, direction: &str, path: &str) -> u64 {
+        let inspect = self.driver.endpoint.device().inspect();
+        let mut value = &inspect["pairs"][0][direction];
+        for key in path.split('.') {
+            value = &value[key];
+        }
+        value.as_u64().unwrap()
+    }
+}
+
+fn frame(to: [u8; 6], from: [u8; 6], len: usize) -> Vec<u8> {
+    let body = (0..len).map(|i| u8::try_from(i % 251).unwrap());
+    to.into_iter().chain(from).chain([0x88, 0xb5]).chain(body).collect()
+}
+
+/// A segment of TCP over IPv4 with `payload` bytes, and the header that leaves it to be cut into
+/// pieces of 1000.
+fn segment(payload: usize) -> ([u8; HEADER], Vec<u8>) {
+    let mut bytes = frame(MACS[1], MACS[0], 0);
+    (bytes[12], bytes[13]) = (8, 0);
+    let total = u16::try_from(40 + payload).unwrap().to_be_bytes();
+    bytes.extend([0x45, 0, total[0], total[1], 0, 1, 0, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    bytes.extend([0, 80, 0, 80, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x10, 1, 0, 0, 0, 0, 0]);
+    bytes.extend((0..payload).map(|i| u8::try_from(i % 251).unwrap()));
+    let mut header = [0; HEADER];
+    (header[0], header[1], header[2]) = (1, 1, 54);
+    header[4..6].copy_from_slice(&1000u16.to_le_bytes());
+    (header[6], header[8]) = (34, 16);
+    (header, bytes)
+}
+
+#[test]
+fn frames_go_from_card_to_card() {
+    let lab = Lab::new();
+    let mut a = lab.card(0, json!({}), 0);
+    let mut b = lab.card(1, json!({}), MRG_RXBUF);
+    assert_eq!(b.driver.config(0, 6).to_le_bytes()[..6], MACS[1]);
+    assert_eq!(b.driver.config(10, 2), 1500);
+    for (len, split) in [(46, false), (1500, true)] {
+        let addr = b.post(2048, split);
+        let sent = frame(MACS[1], MACS[0], len);
+        a.send(&[0; HEADER], &sent);
+        let (header, bytes) = b.receive(addr);
+        assert_eq!(bytes, sent);
+        assert_eq!(header, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+        b.signal.wait();
+        assert_eq!(b.driver.isr() & 1, 1);
+        b.driver.function.mask_irq(IrqIndex::Intx, false).unwrap();
+    }
+    // In three buffers.
+    let buffers: Vec<_> = (0..3).map(|_| b.post(600, false)).collect();
+    let sent = frame(MACS[1], MACS[0], 1400);
+    a.send(&[0; HEADER], &sent);
+    let mut bytes = Vec::new();
+    for addr in buffers {
+        let (_, len) = b.rx.wait(&b.driver.memory);
+        bytes.extend(b.driver.memory.read(addr, len as usize));
+    }
+    assert_eq!((bytes[10], &bytes[HEADER..]), (3, &sent[..]));
+    // The other card does not take several.
+    let addr = a.post(2048, false);
+    let sent = frame(MACS[0], MACS[1], 100);
+    b.send(&[0; HEADER], &sent);
+    assert_eq!(a.receive(addr).1, sent);
+    assert_eq!((a.counter("tx", "frames"), a.counter("rx", "frames")), (3, 1));
+}
+
+#[test]
+fn bad_frames_are_dropped_and_counted() {
+    let lab = Lab::new();
+    let mut a = lab.card(0, json!({}), 0);
+    let (header, bytes) = segment(2000);
+    a.send(&header, &bytes);
+    assert_eq!(a.counter("tx", "drops.bad_header"), 1);
+    a.send(&[0; HEADER], &frame(MACS[1], MACS[0], 1600));
+    assert_eq!(a.counter("tx", "drops.too_long"), 1);
+    a.send(&[0; HEADER], &[1, 2, 3]);
+    assert_eq!(a.counter("tx", "drops.short"), 1);
+    assert_eq!(a.driver.status() & NEEDS_RESET, 0);
+}
+
+#[test]
+fn a_frame_in_many_parts_is_gathered() {
+    let lab = Lab::new();
+    let mut a = lab.card(0, json!({}), 1 << 28);
+    let mut b = lab.card(1, json!({}), 0);
+    let addr = b.post(2048, false);
+    let sent = frame(MACS[1], MACS[0], 86);
+    // An indirect table with a descriptor for each byte of the frame.
+    let at = a.driver.memory.alloc(HEADER + sent.len());
+    a.driver.memory.write(at + 12, &sent);
+    let mut table = Vec::new();
+    for i in 0..=sent.len() as u64 {
+        let (offset, len) = if i == 0 { (0, 12) } else { (11 + i, 1) };
+        let flags = u64::from(i < sent.len() as u64);
+        table.extend((at + offset).to_le_bytes());
+        table.extend((len | flags << 32 | (i + 1) << 48).to_le_bytes());
+    }
+    let place = a.driver.memory.alloc(table.len());
+    a.driver.memory.write(place, &table);
+    let head = [place.to_le_bytes(), (table.len() as u64 | 4 << 32).to_le_bytes()].concat();
+    a.tx.add(&a.driver.memory, &[(place, 16, false)]);
+    a.driver.memory.write(a.tx.desc, &head);
+    a.driver.notify(&a.tx);
+    a.tx.wait(&a.driver.memory);
+    assert_eq!(b.receive(addr).1, sent);
+}
+
+#[test]
+fn a_segment_arrives_whole_or_in_pieces() {
+    let lab = Lab::new();
+    let mut a = lab.card(0, json!({}), CSUM | HOST_TSO4);
+    let mut b = lab.card(1, json!({}), GUEST_CSUM | GUEST_TSO4 | GUEST_OFFLOADS | CTRL_VQ);
+    let (header, bytes) = segment(3000);
+    let addr = b.post(65562, false);
+    a.send(&header, &bytes);
+    let (received, whole) = b.receive(addr);
+    assert_eq!((received[1], whole.len()), (1, bytes.len()));
+    assert_eq!(whole[54..], bytes[54..]);
+    assert!(!b.command(&[5, 0, 4, 0, 0, 0, 0, 0, 0, 0]), "an offload that is none");
+    assert!(b.command(&[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]), "no offloads from now on");
+    let buffers: Vec<_> = (0..3).map(|_| b.post(65562, false)).collect();
+    a.send(&header, &bytes);
+    let mut payload = Vec::new();
+    for addr in buffers {
+        let (received, piece) = b.receive(addr);
+        assert_eq!(received[..10], [0; 10]);
+        payload.extend_from_slice(&piece[54..]);
+    }
+    assert_eq!(payload, bytes[54..]);
+}
+
+#[test]
+fn the_driver_chooses_its_frames() {
+    let lab = Lab::new();
+    let mut a = lab.card(0, json!({ "learn": true }), 0);
+    let features = CTRL_VQ | CTRL_RX | CTRL_VLAN | CTRL_MAC;
+    let mut b = lab.card(1, json!({}), features);
+    let other = [2, 0, 0, 0, 0, 9];
+    let mut filtered = 0;
+    let mut arrives = |a: &mut Card, b: &mut Card, to: [u8; 6], expected: bool| {
+        a.send(&[0; HEADER], &frame(to, MACS[0], 60));
+        let is_here = eventually("the frame, or its drop", || {
+            if b.rx.used(&b.driver.memory).is_some() {
+                return Some(true);
+            }
+            (b.counter("rx", "filtered") > filtered).then_some(false)
+        });
+        filtered = b.counter("rx", "filtered");
+        assert_eq!(is_here, expected, "{to:?}");
+    };
+    for _ in 0..8 {
+        b.post(2048, false);
+    }
+    arrives(&mut a, &mut b, other, true);
+    assert!(b.command(&[0, 0, 0]), "no longer promiscuous");
+    arrives(&mut a, &mut b, MACS[1], true);
+    let table = [&[1, 0, 1, 0, 0, 0][..], &other, &[0; 4]].concat();
+    assert!(b.command(&table));
+    arrives(&mut a, &mut b, other, true);
+    // VLANs.
+    let mut tagged = frame(MACS[1], MACS[0], 60);
+    tagged.splice(12..12, [0x81, 0, 0, 5]);
+    let before = b.counter("rx", "filtered");
+    a.send(&[0; HEADER], &tagged);
+    eventually("the filter of VLANs", || (b.counter("rx", "filtered") > before).then_some(()));
+    assert!(b.command(&[2, 0, 5, 0]));
+    a.send(&[0; HEADER], &tagged);
+    eventually("the tagged frame", || b.rx.used(&b.driver.memory));
+    // Addresses.
+    assert!(!b.command(&[&[1, 1][..], &MACS[0]].concat()), "the other card has it");
+    assert!(!b.command(&[1, 1, 1, 0, 0, 0, 0, 1]), "a group");
+    assert!(b.command(&[1, 1, 2, 0, 0, 0, 0, 7]));
+    for bad in [&[9, 0][..], &[1, 0, 0xff, 0xff, 0xff, 0xff], &[0], &[5, 0, 0], &[4, 0, 1, 0]] {
+        assert!(!b.command(bad), "{bad:?}");
+    }
+}
+
+#[test]
+fn queue_pairs_are_taken_into_use() {
+    let lab = Lab::new();
+    let settings = json!({ "queue-pairs": 2 });
+    let mut a = lab.card(0, settings, MQ | CTRL_VQ);
+    assert_eq!((a.driver.get(field::NUM_QUEUES), a.driver.config(8, 2)), (5, 2));
+    let (_rx, mut tx) = (a.driver.queue(2, 64), a.driver.queue(3, 64));
+    for (pairs, carried_out) in [(0, false), (3, false), (2, true), (1, true), (2, true)] {
+        assert_eq!(a.command(&[4, 0, pairs, 0]), carried_out, "{pairs}");
+    }
+    let mut b = lab.card(1, json!({}), 0);
+    let addr = b.post(2048, false);
+    // The second pair sends.
+    std::mem::swap(&mut a.tx, &mut tx);
+    let sent = frame(MACS[1], MACS[0], 60);
+    a.send(&[0; HEADER], &sent);
+    assert_eq!(b.receive(addr).1, sent);
+}
+
+#[test]
+fn the_driver_hears_of_the_link_and_announces_itself() {
+    let lab = Lab::new();
+    let mut a = lab.card(0, json!({ "speed": 10_000 }), ANNOUNCE | CTRL_VQ);
+    let control = |a: &Card, request: Value| {
+        a.driver.endpoint.device().control(&request, &mut |_| true).unwrap();
+    };
+    eventually("the link", || (a.driver.config(6, 2) == 1).then_some(()));
+    assert_eq!((a.driver.config(12, 4), a.driver.config(16, 1)), (10_000, 1));
+    let _ = (a.signal.take(), a.driver.isr());
+    a.driver.function.mask_irq(IrqIndex::Intx, false).unwrap();
+    control(&a, json!({ "op": "link", "up": false }));
+    a.signal.wait();
+    assert_eq!((a.driver.isr(), a.driver.config(6, 2)), (2, 0));
+    a.driver.function.mask_irq(IrqIndex::Intx, false).unwrap();
+    control(&a, json!({ "op": "link", "up": true }));
+    a.signal.wait();
+    assert_eq!((a.driver.isr(), a.driver.config(6, 2)), (2, 1));
+    a.driver.function.mask_irq(IrqIndex::Intx, false).unwrap();
+    control(&a, json!({ "op": "announce" }));
+    a.signal.wait();
+    assert_eq!((a.driver.isr(), a.driver.config(6, 2)), (2, 3));
+    assert!(a.command(&[3, 0]));
+    assert_eq!(a.driver.config(6, 2), 1);
+}
+
+#[test]
+fn what_a_card_offers_is_what_its_settings_say() {
+    let lab = Lab::new();
+    let offered = |settings: Value| {
+        let endpoint = lab.endpoint(0, settings);
+        let function = device_function(endpoint.clone(), Options::default());
+        let features = Driver::new(endpoint, function).offered();
+        lab.bus.remove("net0").unwrap();
+        features
+    };
+    let all = offered(json!({}));
+    assert_eq!(all & (CSUM | HOST_TSO4 | CTRL_MAC | RING_PACKED | MQ), {
+        CSUM | HOST_TSO4 | CTRL_MAC | RING_PACKED
+    });
+    let few = json!({ "csum": false, "mac-changes": false, "packed": false, "queue-pairs": 2 });
+    assert_eq!(offered(few) & (CSUM | HOST_TSO4 | CTRL_MAC | RING_PACKED | MQ), MQ);
+    let wrong = json!({ "transport": "mmio" });
+    let error = lab.bus.create("net9", "virtio-net", &wrong).err().unwrap().to_string();
+    assert!(error.contains("\"transport\""), "{error}");
+}
+
+#[test]
+fn a_reset_in_mid_traffic_leaves_the_memory() {
+    let lab = Lab::new();
+    let mut b = lab.card(1, json!({}), MRG_RXBUF);
+    for _ in 0..3 {
+        let mut a = lab.card(0, json!({ "backpressure-ms": 3_600_000 }), 0);
+        // More frames than the other has buffers for: the last ones wait.
+        b.post(2048, false);
+        let bytes = frame(MACS[1], MACS[0], 200);
+        let addr = a.driver.memory.alloc(HEADER + bytes.len());
+        a.driver.memory.write(addr + 12, &bytes);
+        let len = u32::try_from(HEADER + bytes.len()).unwrap();
+        for _ in 0..8 {
+            a.tx.add(&a.driver.memory, &[(addr, len, false)]);
+        }
+        a.driver.notify(&a.tx);
+        b.rx.wait(&b.driver.memory);
+        a.driver.set(field::STATUS, 0);
+        assert_eq!(a.driver.status(), 0);
+        a.driver.endpoint.unmap_all();
+        lab.bus.remove("net0").unwrap();
+    }
+}
