@@ -183,3 +183,28 @@ impl Claimed {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+    use super::*;
+
+    #[test]
+    fn a_directory_that_was_released_is_free_while_a_copy_of_its_lock_is_open() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("bus");
+        let claimed = Claimed::claim(&dir, false).unwrap();
+        // A supervisor that does not end has such a copy.
+        let copy = claimed.lock().try_clone_to_owned().unwrap();
+        claimed.release();
+        let next = Claimed::claim(&dir, false).unwrap();
+        // What is left of the former one does not unlock the next one.
+        drop((claimed, copy));
+        let other = open(&dir, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let locked = flock(&other, FlockOperation::NonBlockingLockExclusive);
+        assert_eq!(locked, Err(rustix::io::Errno::AGAIN));
+        drop(next);
+        flock(&other, FlockOperation::NonBlockingLockExclusive).unwrap();
+    }
+}

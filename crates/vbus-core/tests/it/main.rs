@@ -7,7 +7,6 @@
 mod alarm_model;
 mod alone;
 mod endpoint;
-mod fuse;
 mod hand_over_model;
 mod memory;
 mod peer_files;

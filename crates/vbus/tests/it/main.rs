@@ -4,6 +4,7 @@
 
 mod control;
 mod descriptors;
+mod fuse;
 mod guest;
 mod hotplug;
 mod logs;
