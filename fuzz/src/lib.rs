@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What several fuzz targets need.
 
+pub mod virtqueue;
+
 use std::time::{Duration, Instant};
 
 /// How long descriptors may take to close. A thread of the client or of the server closes what a

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whether a notification is due (VIRTIO 1.3, 2.7.7.1, 2.7.10 and 2.8.21.3.1).
 
-/// Whether an index between `old` and `new`, `old` included, is `event`. All are modulo 2^16.
-pub(super) fn need_event(event: u16, new: u16, old: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+/// Whether `event` is one of the `count` indexes before `new`. All are modulo 2^16. A `count` of
+/// 2^16 - 1 means that many or more: then the event may be of any lap, and a notification is due.
+pub(super) fn need_event(event: u16, new: u16, count: u16) -> bool {
+    count == u16::MAX || new.wrapping_sub(event).wrapping_sub(1) < count
 }
 
 #[cfg(test)]
@@ -16,11 +17,12 @@ mod tests {
             for count in [1_u16, 2, 7, 32_768] {
                 let new = old.wrapping_add(count);
                 for distance in [0, 1, 2, 6, 7, 8, 32_767, 32_768, 40_000, u16::MAX] {
-                    let due = need_event(old.wrapping_add(distance), new, old);
+                    let due = need_event(old.wrapping_add(distance), new, count);
                     assert_eq!(due, distance < count, "{old} {count} {distance}");
                 }
             }
-            assert!(!need_event(old, old, old), "nothing happened");
+            assert!(!need_event(old, old, 0), "nothing happened");
+            assert!(need_event(old, old, u16::MAX), "nobody has counted");
         }
     }
 }

@@ -78,8 +78,8 @@ pub(super) struct Packed {
     unpublished: u16,
     /// Where the first used buffer is that is not published, and its flags: they come last.
     first: Option<(usize, u16)>,
-    /// Descriptors that were published since the last decision about an interrupt. `None`: nobody
-    /// knows.
+    /// Used descriptors that were published since the last decision about an interrupt, up to
+    /// 2^16 - 1. `None`: nobody knows.
     since: Option<u16>,
 }
 
@@ -225,8 +225,9 @@ impl Packed {
                 let [low, high, ..] = wanted.to_le_bytes();
                 let place = u16::from_le_bytes([low, high]);
                 let (slot, wrap) = (place & !(1 << 15), place >> 15 != 0);
-                let slot = if wrap == self.used.wrap { slot } else { slot.wrapping_sub(self.size) };
-                need_event(slot, self.used.slot, self.used.slot.wrapping_sub(since))
+                let new = self.used.back(self.unpublished, self.size);
+                let slot = if wrap == new.wrap { slot } else { slot.wrapping_sub(self.size) };
+                need_event(slot, new.slot, since)
             }
             _ => true,
         }

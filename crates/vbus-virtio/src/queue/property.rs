@@ -133,6 +133,9 @@ enum Op {
     /// Completes so many, the oldest first.
     CompleteOldest(u8),
     Flush,
+    /// The two halves of it.
+    DevicePublish,
+    Notification,
     DeviceArm,
     DeviceDisarm,
     /// Another process takes up the queue.
@@ -153,7 +156,9 @@ fn op() -> impl Strategy<Value = Op> {
         4 => (any::<prop::sample::Index>(), prop_oneof![Just(0), any::<u32>()])
             .prop_map(|(at, written)| Op::Complete(at, written)),
         4 => many().prop_map(Op::CompleteOldest),
-        6 => Just(Op::Flush),
+        4 => Just(Op::Flush),
+        2 => Just(Op::DevicePublish),
+        2 => Just(Op::Notification),
         3 => Just(Op::DeviceArm),
         1 => Just(Op::DeviceDisarm),
         1 => Just(Op::HandOver),
@@ -175,6 +180,8 @@ struct Model {
     used: VecDeque<(u16, u32)>,
     device_sleeps: bool,
     driver_sleeps: bool,
+    /// A buffer was used while the driver slept.
+    owed: bool,
     /// Interrupts, and how many the driver may have got.
     interrupts: u32,
     allowed: u32,
@@ -304,15 +311,17 @@ impl World<'_> {
         }
     }
 
-    fn flush(&mut self) {
-        let interrupt = self.queue.turn(self.view).unwrap().flush().is_wanted();
-        let any = !self.model.complete.is_empty();
+    fn device_publish(&mut self) {
+        self.queue.turn(self.view).unwrap().publish();
+        self.model.owed |= self.model.driver_sleeps && !self.model.complete.is_empty();
         self.model.used.append(&mut self.model.complete);
-        if self.model.driver_sleeps && any {
-            assert!(interrupt, "an interrupt is lost");
-        }
-        self.model.driver_sleeps &= !interrupt;
+    }
+
+    fn notification(&mut self) {
+        let interrupt = self.queue.turn(self.view).unwrap().notification().is_wanted();
+        assert!(interrupt || !self.model.owed, "an interrupt is lost");
         if interrupt {
+            (self.model.driver_sleeps, self.model.owed) = (false, false);
             self.model.interrupts += 1;
             // An index of a packed queue comes again after two laps, and passes an old event again.
             let split = self.shape.layout.format == Format::Split;
@@ -320,6 +329,11 @@ impl World<'_> {
                 assert!(self.model.interrupts <= self.model.allowed, "an interrupt too many");
             }
         }
+    }
+
+    fn flush(&mut self) {
+        self.device_publish();
+        self.notification();
     }
 
     fn run(&mut self, op: &Op) {
@@ -330,12 +344,12 @@ impl World<'_> {
             Op::DriverArm => {
                 let waits = self.driver.arm(&self.areas);
                 assert_eq!(waits, self.model.used.is_empty());
-                self.model.driver_sleeps = waits;
+                (self.model.driver_sleeps, self.model.owed) = (waits, false);
                 self.model.allowed += 1;
             }
             Op::DriverDisarm => {
                 self.driver.disarm(&self.areas);
-                self.model.driver_sleeps = false;
+                (self.model.driver_sleeps, self.model.owed) = (false, false);
             }
             Op::Reap(most) => self.reap(*most),
             Op::Take(most) => self.take(*most),
@@ -348,6 +362,8 @@ impl World<'_> {
                 }
             }
             Op::Flush => self.flush(),
+            Op::DevicePublish => self.device_publish(),
+            Op::Notification => self.notification(),
             Op::DeviceArm => {
                 let armed = self.queue.turn(self.view).unwrap().arm();
                 let none = self.model.available.is_empty();

@@ -40,8 +40,9 @@ pub(super) struct Split {
     used: u16,
     /// The used index as the driver sees it.
     published: u16,
-    /// The used index at the last decision about an interrupt. `None`: nobody knows of one.
-    notified: Option<u16>,
+    /// How many used buffers were published since the last decision about an interrupt, up to
+    /// 2^16 - 1. `None`: nobody knows.
+    since: Option<u16>,
     /// The heads in flight, one bit each.
     in_flight: Box<[u64]>,
 }
@@ -57,7 +58,7 @@ impl Split {
             fetched: None,
             used: at.used,
             published: at.used,
-            notified: is_new.then_some(at.used),
+            since: is_new.then_some(0),
             in_flight: vec![0; usize::from(size).div_ceil(64)].into(),
         }
     }
@@ -180,6 +181,8 @@ impl Split {
         if self.used != self.published {
             // Pairs with the driver's load of the index: the ring and the buffers are visible.
             areas.device.publish16(INDEX, self.used, Edge::Used);
+            let count = self.used.wrapping_sub(self.published);
+            self.since = self.since.map(|since| since.saturating_add(count));
             self.published = self.used;
         }
     }
@@ -192,17 +195,16 @@ impl Split {
     /// Whether the driver wants an interrupt for what was published since the last call.
     #[inline]
     pub(super) fn notification<A: Area>(&mut self, areas: &Areas<A>) -> bool {
-        if self.notified == Some(self.published) {
+        if self.since == Some(0) {
             return false;
         }
         // Pairs with the driver's fence between its request for interrupts and its last look for
         // used buffers.
         A::fence(Fence::Notify);
-        let new = self.published;
-        let Some(old) = self.notified.replace(new) else { return true };
+        let Some(since) = self.since.replace(0) else { return true };
         if self.features.event_idx {
             let at = RING + usize::from(self.size) * AVAILABLE_BYTES;
-            need_event(areas.driver.load16(at), new, old)
+            need_event(areas.driver.load16(at), self.published, since)
         } else {
             areas.driver.load16(FLAGS) & NO_NOTIFICATION == 0
         }

@@ -122,8 +122,13 @@ impl State {
         if !inside || between > size {
             return Err(BadState::Position);
         }
-        let waits = |one: &InFlight| one.written.is_none() || features.in_order;
-        if slots != usize::from(between) || !room || !self.in_flight.iter().all(waits) {
+        // The oldest one never waits for an earlier one.
+        let waits = |at: usize| features.in_order && at > 0;
+        let whole = |(at, one): (usize, &InFlight)| match one.written {
+            Some(_) => waits(at) && one.parts.is_empty() && one.readable == 0,
+            None => !one.parts.is_empty() && one.readable <= one.parts.len(),
+        };
+        if slots != usize::from(between) || !room || !self.in_flight.iter().enumerate().all(whole) {
             return Err(BadState::InFlight);
         }
         Ok(())
