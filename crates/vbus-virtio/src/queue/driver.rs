@@ -6,7 +6,7 @@ use std::collections::{HashMap, VecDeque};
 
 use vbus_core::memory::DriverSlice;
 
-use super::layout::Format;
+use super::layout::{Format, RingFeatures};
 use super::memory::{Area, Areas, Edge};
 use super::state::Position;
 
@@ -59,7 +59,18 @@ fn passes(event: u16, new: u16, old: u16) -> bool {
 pub struct Driver {
     size: u16,
     event_idx: bool,
+    /// The buffers in flight, if the device returns them in order.
+    order: Option<InOrder>,
     ring: Ring,
+}
+
+/// What a driver keeps with IN_ORDER.
+#[derive(Default)]
+struct InOrder {
+    /// The id, and the bytes that the device may write, of each buffer in flight, oldest first.
+    buffers: VecDeque<(u16, u32)>,
+    /// The used element of a run: the id of the run's last buffer, and the bytes written there.
+    run: Option<(u16, u32)>,
 }
 
 enum Ring {
@@ -97,7 +108,7 @@ impl Driver {
     pub fn new(
         format: Format,
         size: u16,
-        event_idx: bool,
+        features: RingFeatures,
         at: Position,
         free: impl IntoIterator<Item = u16>,
     ) -> Driver {
@@ -122,7 +133,8 @@ impl Driver {
                 untold: 0,
             }),
         };
-        Driver { size, event_idx, ring }
+        let order = features.in_order.then(InOrder::default);
+        Driver { size, event_idx: features.event_idx, order, ring }
     }
 
     /// Writes what a driver writes to the areas before it enables a queue at this position.
@@ -152,11 +164,25 @@ impl Driver {
         }
     }
 
-    /// Adds a buffer. `None`: there is no room for it. The device does not see it yet.
-    pub fn add<A: DriverArea>(&mut self, areas: &Areas<A>, buffer: &[Raw]) -> Option<u16> {
+    /// Adds a buffer of which the device may write `writable` bytes. `None`: there is no room for
+    /// it. The device does not see it yet.
+    pub fn add<A: DriverArea>(
+        &mut self,
+        areas: &Areas<A>,
+        buffer: &[Raw],
+        writable: u32,
+    ) -> Option<u16> {
         if buffer.len() > self.room() || buffer.is_empty() {
             return None;
         }
+        let id = self.write(areas, buffer)?;
+        if let Some(order) = &mut self.order {
+            order.buffers.push_back((id, writable));
+        }
+        Some(id)
+    }
+
+    fn write<A: DriverArea>(&mut self, areas: &Areas<A>, buffer: &[Raw]) -> Option<u16> {
         match &mut self.ring {
             Ring::Split(ring) => {
                 let numbers: Vec<_> = ring.free.drain(..buffer.len()).collect();
@@ -246,41 +272,68 @@ impl Driver {
         }
     }
 
-    /// The next used buffer: its id, and the bytes that the device wrote.
+    /// The next used buffer: its id, and the bytes that the device wrote. A buffer of a run before
+    /// the last one has no element of its own: the device wrote all that it might.
     pub fn reap<A: DriverArea>(&mut self, areas: &Areas<A>) -> Option<(u16, u32)> {
         if !self.has_used(areas) {
             return None;
         }
-        Some(match &mut self.ring {
+        let run = self.order.as_mut().and_then(|order| order.run.take());
+        let (last, written) = run.unwrap_or_else(|| self.element(areas));
+        let (id, written) = match &mut self.order {
+            None => (last, written),
+            Some(order) => {
+                let (id, writable) = order.buffers.pop_front().expect("before it is in flight");
+                if id == last {
+                    (id, written)
+                } else {
+                    order.run = Some((last, written));
+                    (id, writable)
+                }
+            }
+        };
+        match &mut self.ring {
             Ring::Split(ring) => {
-                let at = 4 + usize::from(ring.used % self.size) * 8;
-                let id = u16::try_from(areas.device.load32(at)).unwrap();
-                let written = areas.device.load32(at + 4);
+                let numbers = ring.in_flight.remove(&id);
+                ring.free.extend(numbers.expect("a buffer before it is in flight"));
                 ring.used = ring.used.wrapping_add(1);
-                ring.free
-                    .extend(ring.in_flight.remove(&id).expect("a buffer before it is in flight"));
-                (id, written)
             }
             Ring::Packed(ring) => {
-                let (slot, wrap) = ring.used;
-                let at = usize::from(slot) * 16;
-                let id = areas.descriptors.load16(at + 12);
-                let written = areas.descriptors.load32(at + 8);
-                let flags = areas.descriptors.load16(at + 14);
-                assert_eq!(flags & WRITE != 0, written > 0);
                 let slots = ring.in_flight.remove(&id).expect("a buffer before it is in flight");
                 ring.free.push_back(id);
                 ring.free_slots += slots;
+                let (slot, wrap) = ring.used;
                 let after = slot + slots;
                 ring.used =
                     if after >= self.size { (after - self.size, !wrap) } else { (after, wrap) };
-                (id, written)
             }
-        })
+        }
+        Some((id, written))
+    }
+
+    /// The next used element: the id, and the bytes written.
+    fn element<A: DriverArea>(&self, areas: &Areas<A>) -> (u16, u32) {
+        match &self.ring {
+            Ring::Split(ring) => {
+                let at = 4 + usize::from(ring.used % self.size) * 8;
+                let id = u16::try_from(areas.device.load32(at)).unwrap();
+                (id, areas.device.load32(at + 4))
+            }
+            Ring::Packed(ring) => {
+                let at = usize::from(ring.used.0) * 16;
+                let written = areas.descriptors.load32(at + 8);
+                let flags = areas.descriptors.load16(at + 14);
+                assert_eq!(flags & WRITE != 0, written > 0);
+                (areas.descriptors.load16(at + 12), written)
+            }
+        }
     }
 
     /// Whether there is a used buffer.
     pub fn has_used<A: DriverArea>(&self, areas: &Areas<A>) -> bool {
+        if self.order.as_ref().is_some_and(|order| order.run.is_some()) {
+            return true;
+        }
         match &self.ring {
             Ring::Split(ring) => areas.device.observe16(2, Edge::Used) != ring.used,
             Ring::Packed(ring) => {

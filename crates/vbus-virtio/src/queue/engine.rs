@@ -9,8 +9,8 @@ use vbus_core::shm::signal::Armed;
 
 use super::chain::{Chain, Head};
 use super::layout::{BadLayout, Format, Layout, RingFeatures};
-use super::memory::{Areas, areas};
-use super::order::{Order, Taken};
+use super::memory::{Area, Areas, areas};
+use super::order::{Order, Run, Taken};
 use super::packed::Packed;
 use super::split::Split;
 use super::state::{BadState, InFlight, Position, State, Unsettled};
@@ -33,6 +33,25 @@ macro_rules! either {
             Ring::Packed($format) => $call,
         }
     };
+}
+
+impl Ring {
+    /// The driver may use the id again, once it has seen that the buffer is used.
+    #[inline]
+    fn release(&mut self, id: u16) {
+        if let Ring::Split(ring) = self {
+            ring.mark(id, false);
+        }
+    }
+
+    #[inline]
+    fn put_used<A: Area>(&mut self, areas: &Areas<A>, run: Run) {
+        let Run { id, written, buffers, slots, .. } = run;
+        match self {
+            Ring::Split(ring) => ring.put_used(areas, id, buffers, written),
+            Ring::Packed(ring) => ring.put_used(areas, id, slots, written),
+        }
+    }
 }
 
 /// Whether the driver wants an interrupt for used buffers.
@@ -113,13 +132,15 @@ impl Queue {
                     return Err(Violation::InFlight(id).into());
                 }
             }
+            let head = Head { queue: queue.number, id, slots, sequence };
+            let chain = Chain::of(head, parts, *readable)?;
             if let Some(order) = &mut queue.order {
-                order.take(Taken { id, slots, written: *written });
+                let writable = written.is_none().then(|| chain.writable_bytes());
+                order.take(Taken { id, slots, writable, written: *written });
             }
             queue.sequence = sequence.wrapping_add(1);
             if written.is_none() {
-                let head = Head { queue: queue.number, id, slots, sequence };
-                chains.push(Chain::of(head, parts, *readable)?);
+                chains.push(chain);
                 queue.held += 1;
             }
         }
@@ -132,7 +153,8 @@ impl Queue {
         if let Some(violation) = self.retired {
             return Err(Unsettled::Retired(violation));
         }
-        if !either!(&self.ring, ring => ring.is_published()) {
+        let has_run = self.order.as_ref().is_some_and(Order::has_run);
+        if has_run || !either!(&self.ring, ring => ring.is_published()) {
             return Err(Unsettled::Unpublished);
         }
         let age = |head: &Head| self.sequence.wrapping_sub(head.sequence);
@@ -156,7 +178,7 @@ impl Queue {
             // Those that are complete and wait have their places between the others.
             for (at, taken) in order.iter().enumerate().filter(|(_, taken)| taken.written.is_some())
             {
-                let Taken { id, slots, written } = *taken;
+                let Taken { id, slots, written, .. } = *taken;
                 let (parts, readable) = (Vec::new(), 0);
                 in_flight.insert(at, InFlight { id, slots, parts, readable, written });
             }
@@ -233,7 +255,8 @@ impl Turn<'_> {
                 let sequence = queue.sequence;
                 chain.head = Some(Head { queue: queue.number, id, slots, sequence });
                 if let Some(order) = &mut queue.order {
-                    order.take(Taken { id, slots, written: None });
+                    let writable = Some(chain.writable_bytes());
+                    order.take(Taken { id, slots, writable, written: None });
                 }
                 queue.sequence = sequence.wrapping_add(1);
                 queue.given = queue.given.saturating_add(1);
@@ -276,7 +299,8 @@ impl Turn<'_> {
 
     /// Returns a chain to the driver, of whose writable parts the device has written the first
     /// `written` bytes. It goes back with the next [`publish`](Self::publish). Chains may come back
-    /// in any order; with IN_ORDER the queue keeps a chain until those before it are complete.
+    /// in any order; with IN_ORDER the queue keeps a chain until those before it are complete, and
+    /// returns chains of which the device wrote all that it may together, by one element.
     ///
     /// A chain that is not taken, or that is of another queue object, does nothing.
     #[inline]
@@ -285,17 +309,18 @@ impl Turn<'_> {
         let queue = &mut *self.queue;
         queue.held -= 1;
         let Some(areas) = &self.areas else { return };
-        let mut put_used = |id, slots, written| match &mut queue.ring {
-            Ring::Split(ring) => ring.put_used(areas, id, written),
-            Ring::Packed(ring) => ring.put_used(areas, id, slots, written),
+        let ring = &mut queue.ring;
+        let Some(order) = &mut queue.order else {
+            ring.release(head.id);
+            let (id, slots) = (head.id, head.slots);
+            ring.put_used(areas, Run { id, written, buffers: 1, slots, open: true });
+            return;
         };
-        match &mut queue.order {
-            None => put_used(head.id, head.slots, written),
-            Some(order) => {
-                order.complete(head.sequence, written);
-                while let Some((taken, written)) = order.pop() {
-                    put_used(taken.id, taken.slots, written);
-                }
+        order.complete(head.sequence, written);
+        while let Some((id, run)) = order.advance() {
+            ring.release(id);
+            if let Some(run) = run {
+                ring.put_used(areas, run);
             }
         }
     }
@@ -303,9 +328,12 @@ impl Turn<'_> {
     /// Lets the driver see what was returned, all at once.
     #[inline]
     pub fn publish(&mut self) {
-        if let Some(areas) = &self.areas {
-            either!(&mut self.queue.ring, ring => ring.publish(areas));
+        let Some(areas) = &self.areas else { return };
+        let queue = &mut *self.queue;
+        if let Some(run) = queue.order.as_mut().and_then(Order::end_run) {
+            queue.ring.put_used(areas, run);
         }
+        either!(&mut queue.ring, ring => ring.publish(areas));
     }
 
     /// Whether the driver wants an interrupt for what was published since the last call. A device

@@ -242,6 +242,10 @@ impl Case {
         }
     }
 
+    fn features(self) -> RingFeatures {
+        RingFeatures { event_idx: self.event_idx, ..RingFeatures::default() }
+    }
+
     fn run(self) {
         let memory = areas(self.format, self.size.into());
         let share = || Areas {
@@ -250,7 +254,7 @@ impl Case {
             device: memory.device.clone(),
         };
         let driver =
-            Driver::new(self.format, self.size, self.event_idx, self.start(), 0..self.size);
+            Driver::new(self.format, self.size, self.features(), self.start(), 0..self.size);
         driver.format(&memory);
         if self.format == Format::Split {
             memory.device.store16(2, self.start().used);
@@ -275,7 +279,7 @@ impl Case {
         kick: &Event,
         interrupt: &Event,
     ) {
-        let features = RingFeatures { event_idx: self.event_idx, ..RingFeatures::default() };
+        let features = self.features();
         let mut ring = match self.format {
             Format::Split => Device::Split(Split::new(self.size, features, self.start(), true)),
             Format::Packed => Device::Packed(Packed::new(self.size, features, self.start(), true)),
@@ -295,7 +299,10 @@ impl Case {
                 assert_eq!(question.load(Ordering::Relaxed), 1, "taken before its content");
                 answer.store(2, Ordering::Relaxed);
                 match &mut ring {
-                    Device::Split(ring) => ring.put_used(memory, id, 7),
+                    Device::Split(ring) => {
+                        ring.mark(id, false);
+                        ring.put_used(memory, id, 1, 7);
+                    }
                     Device::Packed(ring) => ring.put_used(memory, id, slots, 7),
                 }
                 chain.clear();
@@ -330,7 +337,7 @@ impl Case {
             while added < self.total && driver.room() >= usize::from(self.descriptors) {
                 contents[usize::from(added)][0].store(1, Ordering::Relaxed);
                 let raw = Raw { addr: address(added), len: 64, flags: WRITE };
-                driver.add(memory, &vec![raw; self.descriptors.into()]).unwrap();
+                driver.add(memory, &vec![raw; self.descriptors.into()], 0).unwrap();
                 added += 1;
                 let full = driver.room() < usize::from(self.descriptors);
                 if added % self.batch == 0 || added == self.total || full {

@@ -165,7 +165,8 @@ impl Packed {
         self.in_flight -= head.slots;
     }
 
-    /// Writes a used buffer. The driver sees it after [`publish`](Self::publish).
+    /// Writes a used descriptor in the place of `slots`: those of one buffer, or of several with
+    /// IN_ORDER. The driver sees it after [`publish`](Self::publish).
     #[inline]
     pub(super) fn put_used<A: Area>(
         &mut self,

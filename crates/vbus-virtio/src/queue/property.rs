@@ -105,6 +105,13 @@ struct Buffer {
     direct: Option<usize>,
 }
 
+impl Buffer {
+    /// Bytes that the device may write.
+    fn writable(&self) -> u32 {
+        self.parts.iter().filter(|part| part.1).map(|part| part.0.len).sum()
+    }
+}
+
 fn buffer() -> impl Strategy<Value = Buffer> {
     let part = (any::<u64>(), 1..100_000_u32)
         .prop_map(|(addr, len)| Part { addr: addr.min(u64::MAX - u64::from(len)), len });
@@ -130,7 +137,7 @@ enum Op {
     PutBack,
     /// Completes one of those in work, with so many bytes written.
     Complete(prop::sample::Index, u32),
-    /// Completes so many, the oldest first.
+    /// Completes so many, the oldest first, with all bytes written.
     CompleteOldest(u8),
     Flush,
     /// The two halves of it.
@@ -232,7 +239,7 @@ impl World<'_> {
             let flags = INDIRECT | if count % 2 == 0 { WRITE } else { 0 };
             raws.push(Raw { addr, len: u32::try_from(count * 16).unwrap(), flags });
         }
-        if let Some(id) = self.driver.add(&self.areas, &raws) {
+        if let Some(id) = self.driver.add(&self.areas, &raws, buffer.writable()) {
             self.model.added.push_back((id, buffer.clone()));
         }
     }
@@ -357,8 +364,8 @@ impl World<'_> {
             Op::Complete(..) | Op::CompleteOldest(_) if self.held.is_empty() => {}
             Op::Complete(at, written) => self.complete(at.index(self.held.len()), *written),
             Op::CompleteOldest(most) => {
-                for i in 0..usize::from(*most).min(self.held.len()) {
-                    self.complete(0, u32::try_from(i).unwrap());
+                for _ in 0..usize::from(*most).min(self.held.len()) {
+                    self.complete(0, self.held[0].writable_bytes());
                 }
             }
             Op::Flush => self.flush(),
@@ -405,7 +412,7 @@ fn run(shape: &Shape, ops: &[Op]) {
     let Layout { format, size, .. } = shape.layout;
     // Ids and descriptors in some order that is not the plain one.
     let free = (0..size).map(|i| (size - 1 - i) ^ u16::from(size.is_power_of_two() && size > 1));
-    let driver = Driver::new(format, size, shape.features.event_idx, shape.start, free);
+    let driver = Driver::new(format, size, shape.features, shape.start, free);
     driver.format(&areas);
     if format == Format::Split {
         view.write(shape.layout.device_area + 2, &shape.start.used.to_le_bytes()).unwrap();

@@ -165,14 +165,20 @@ impl Split {
         self.next = self.next.wrapping_sub(1);
     }
 
-    /// Writes a used buffer. The driver sees it after [`publish`](Self::publish).
+    /// Writes a used element, for so many `buffers`: more than one with IN_ORDER only. The driver
+    /// sees it after [`publish`](Self::publish).
     #[inline]
-    pub(super) fn put_used<A: Area>(&mut self, areas: &Areas<A>, id: u16, written: u32) {
-        self.mark(id, false);
+    pub(super) fn put_used<A: Area>(
+        &mut self,
+        areas: &Areas<A>,
+        id: u16,
+        buffers: u16,
+        written: u32,
+    ) {
         let at = RING + self.slot(self.used) * USED_BYTES;
         areas.device.store32(at, id.into());
         areas.device.store32(at + 4, written);
-        self.used = self.used.wrapping_add(1);
+        self.used = self.used.wrapping_add(buffers);
     }
 
     /// Lets the driver see the used buffers.

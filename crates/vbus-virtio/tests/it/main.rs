@@ -5,6 +5,7 @@
 
 mod driver;
 mod hostile;
+mod in_order;
 mod nic;
 mod state;
 mod transport;
