@@ -84,7 +84,7 @@ pub struct Net {
     /// How it did. The watch tells of it: whoever finds it may hold a transmit lock, and a message
     /// may go out by this interface.
     broke: SpinLock<Option<Error>>,
-    /// The device has asked for an announcement that has not been made.
+    /// The device has asked for an announcement that has not been made, or was opened anew.
     announce_wanted: AtomicBool,
     /// When the last announcement was made.
     announced: AtomicU64,
@@ -641,7 +641,11 @@ impl Watched for Net {
         if !control.is_up || control.is_asleep {
             return Ok(());
         }
-        self.connect(&mut control)
+        self.connect(&mut control)?;
+        // The device may be elsewhere in the network now. The next look announces the interface:
+        // the kernel then knows that it has its carrier again, and sends.
+        self.announce_wanted.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// The stack does not use the interface meanwhile.
@@ -892,7 +896,7 @@ extern "C" fn vbus_net_queue_stats(net: *mut c_void, index: u32, out: *mut ffi::
         rx_frames: rx.frames.get(),
         rx_bytes: rx.bytes.get(),
         rx_alloc_failed: rx.alloc_failed.get(),
-        tx_frames: tx.frames.get(),
+        tx_frames: tx.frames.get() + tx.xdp.get(),
         tx_bytes: tx.bytes.get(),
         tx_stops: tx.stops.get(),
         tx_wakes: tx.wakes.get(),
