@@ -205,6 +205,15 @@ impl Bus {
         self.sum_of_pairs(nic, |pair| pair["rx"]["frames"].as_u64())
     }
 
+    /// The frames that filters have kept from this NIC's driver, and those that nobody on its
+    /// switch wanted, since the NIC was made.
+    pub fn unwanted_frames(&self, nic: &str) -> Result<u64> {
+        let filtered = self.sum_of_pairs(nic, |pair| pair["rx"]["filtered"].as_u64())?;
+        let shown: Value = serde_json::from_str(&self.run(&["device", "show", nic, "--json"])?)?;
+        let unwanted = shown["device"]["backend"]["unwanted"].as_u64();
+        Ok(filtered + unwanted.with_context(|| format!("{nic} is on no switch: {shown}"))?)
+    }
+
     /// The sum of a counter of a NIC's queue pairs.
     fn sum_of_pairs(&self, nic: &str, counter: fn(&Value) -> Option<u64>) -> Result<u64> {
         let stats = self.stats()?;

@@ -31,6 +31,9 @@ pub struct VmSpec {
     pub share: bool,
     /// The number of PCIe root ports, `slot0` and so on. Each takes one device.
     pub slots: usize,
+    /// Whether the root ports are functions of one device, 8 at most: then all that is behind them
+    /// shares one interrupt line.
+    pub one_line: bool,
     /// The vfio-user sockets of the devices that are present at boot. The first is in `slot0` and
     /// has the id `dev0`.
     pub devices: Vec<PathBuf>,
@@ -90,6 +93,7 @@ impl VmSpec {
             cpus: 1,
             share: true,
             slots: 8,
+            one_line: false,
             devices: Vec::new(),
             args: Vec::new(),
             append: String::new(),
@@ -180,8 +184,13 @@ impl VmSpec {
             command.arg("-device").arg(iommu.device());
         }
         for slot in 0..self.slots {
+            let place = if self.one_line {
+                format!(",multifunction=on,addr={ONE_LINE:#x}.{slot}")
+            } else {
+                String::new()
+            };
             command.arg("-device").arg(format!(
-                "pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0"
+                "pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0{place}"
             ));
         }
         for (slot, socket) in self.devices.iter().enumerate() {
@@ -200,6 +209,10 @@ impl VmSpec {
         Ok(Vm { guest, process, control, command_line, began, qmp, console, log: logs.1 })
     }
 }
+
+/// The place on the root bus of the device whose functions are the root ports of a machine with
+/// [`VmSpec::one_line`].
+const ONE_LINE: u32 = 0x10;
 
 /// The CPU model on which QEMU's translator runs Linux fastest. It has no "fast" string
 /// instructions: the translator executes those byte by byte, and TCP with `-cpu max` is four times

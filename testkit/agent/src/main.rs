@@ -17,8 +17,11 @@
 //! - `guest-agent map-read|map-write` reads and writes a state page by a mapping of its file;
 //! - `guest-agent watch` fills memory and checks later that nobody has written it;
 //! - `guest-agent xdp` lets a program of XDP run on an interface;
+//! - `guest-agent qstats` prints what netlink tells of an interface's queues;
+//! - `guest-agent datagrams` sends and receives datagrams of UDP;
 //! - `guest-agent lie` serves the device of another vfio-user server, with a lie about it.
 
+mod datagrams;
 mod hold;
 mod join;
 mod latency;
@@ -26,6 +29,7 @@ mod lie;
 mod map;
 mod nonsense;
 mod page;
+mod qstats;
 mod random;
 mod rings;
 mod scribble;
@@ -52,6 +56,15 @@ fn main() -> ExitCode {
         ["fifo", priority, ref command @ ..] => latency::fifo(priority, command),
         ["map-read", path, count] => page::read(path, count),
         ["map-write", path, ref values @ ..] => page::write(path, values),
+        ["datagrams", "send", address, count, bytes, segment] => {
+            datagrams::send(address, count, bytes, segment)
+        }
+        ["datagrams", "receive", address, count, bytes, segment] => {
+            datagrams::receive(address, count, bytes, segment)
+        }
+        ["datagrams", "throw", address, count] => datagrams::throw(address, count),
+        ["datagrams", "print", address, interface] => datagrams::print(address, interface),
+        ["qstats", interface] => qstats::qstats(interface),
         ["watch", mib, seconds] => watch::watch(mib, seconds),
         ["xdp", interface, what] => xdp::xdp(interface, what),
         ["lie", socket, server, name] => lie::lie(socket, server, name),
@@ -66,7 +79,9 @@ fn main() -> ExitCode {
                  switches COUNT PRIORITY | fifo PRIORITY COMMAND | \
                  scribble PID COUNT SEED all|memory | map-read PATH COUNT | map-write PATH VALUE... | \
                  nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME | \
-                 watch MIB SECONDS | xdp INTERFACE pass|drop|back|around"
+                 watch MIB SECONDS | xdp INTERFACE pass|drop|back|around | qstats INTERFACE | \
+                 datagrams send|receive ADDRESS:PORT COUNT BYTES SEGMENT | \
+                 datagrams throw ADDRESS:PORT COUNT | datagrams print ADDRESS:PORT INTERFACE"
             );
             return ExitCode::from(2);
         }

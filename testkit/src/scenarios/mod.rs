@@ -135,7 +135,7 @@ pub const SCENARIOS: &[Scenario] = &[
     in_guests("linux::load_7", "the same with Linux 7", linux::load::v7),
     in_guests(
         "linux::net",
-        "two interfaces of the driver in one guest: traffic, and what ethtool and ip set",
+        "two interfaces of the driver in one guest: traffic, and all that ethtool, ip and others set",
         linux::net::tools,
     ),
     in_guests(
@@ -184,7 +184,11 @@ pub const SCENARIOS: &[Scenario] = &[
         linux::memory::intel,
     ),
     in_guests("linux::virtio_iommu", "the same behind virtio's IOMMU", linux::memory::virtio),
-    in_guests("linux::swiotlb", "the same if every mapping is a copy", linux::memory::copies),
+    in_guests(
+        "linux::swiotlb",
+        "the same if every mapping is a copy; the NICs share an interrupt line",
+        linux::memory::copies,
+    ),
     in_guests(
         "linux::liars",
         "devices that lie in registers and shared memory: the kernel has nothing to complain of",

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How the driver's memory reaches the device: behind an IOMMU, and by copies (swiotlb).
+//! How the driver's memory reaches the device: behind an IOMMU, and by copies (swiotlb). The last
+//! one also shows interrupts by a line.
 
 use anyhow::{Context, Result, ensure};
 
-use super::wire::Wire;
+use super::wire::{NICS, Wire};
 use crate::initramfs::Archive;
 use crate::lab::Scene;
 use crate::linux;
@@ -60,11 +61,21 @@ fn behind(scene: &Scene, iommu: Iommu) -> Result<()> {
     )
 }
 
-/// Every mapping is a copy.
+/// Every mapping is a copy. And both NICs interrupt by one line, which they share.
 pub fn copies(scene: &Scene) -> Result<()> {
     let system = linux::chosen_system(scene)?;
-    let force = |machine| VmSpec { append: "swiotlb=force".into(), ..machine };
-    exchange(scene, &system, force, |wire| {
+    let change =
+        |machine| VmSpec { append: "swiotlb=force pci=nomsi".into(), one_line: true, ..machine };
+    exchange(scene, &system, change, |wire| {
+        for slot in 0..2 {
+            let kind =
+                wire.guest().ok(&format!("cat {}/vbus/interrupts", linux::function(slot)))?;
+            ensure!(kind.trim() == "intx 1", "NIC {slot} interrupts by {kind}");
+        }
+        let lines = wire.guest().ok("cat /proc/interrupts")?;
+        let both = NICS.map(|name| format!("vbus-{name}-0"));
+        let shared = lines.lines().any(|line| both.iter().all(|name| line.contains(name)));
+        ensure!(shared, "the NICs do not share a line:\n{lines}");
         let used =
             "mount -t debugfs debugfs /sys/kernel/debug; cat /sys/kernel/debug/swiotlb/io_tlb_used";
         let used = wire.guest().ok(used)?;

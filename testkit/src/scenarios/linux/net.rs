@@ -2,12 +2,15 @@
 //! The driver's network interfaces, with the tools that a user has. They are called `near` and
 //! `far` in the guest of a [`Wire`].
 
+mod features;
+
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
 use super::wire::{FAR, NICS, Wire};
 use crate::guest::Guest;
+use crate::initramfs::Archive;
 use crate::iperf::{Load, Received};
 use crate::kit::kernels::{DebianKernel, Flavour, Series};
 use crate::lab::Scene;
@@ -24,11 +27,13 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// Bytes of a transfer whose hash is compared.
 const BYTES: u64 = 16 << 20;
 
-/// Traffic, and the settings of ethtool and ip, with Linux 6.12.
+/// Traffic, the settings of ethtool and ip, and all else that an interface does for its user, with
+/// Linux 6.12.
 pub fn tools(scene: &Scene) -> Result<()> {
     let station = Station::boot(scene, Series::V6_12)?;
     station.traffic()?;
     station.tools()?;
+    station.features()?;
     station.end()
 }
 
@@ -63,7 +68,12 @@ impl Station {
             "mac = \"02:00:00:00:00:01\"\nqueue-pairs = 4\nspeed = 10000\nmsix = true",
             "mac = \"02:00:00:00:00:02\"",
         ];
-        let system = linux::system(scene, kernel)?;
+        let mut system = linux::system(scene, kernel)?;
+        let mut archive = Archive::default();
+        system.add_modules(&mut archive, &["8021q", "netconsole"])?;
+        let folder = scene.dir().join("system");
+        std::fs::create_dir_all(&folder)?;
+        system = system.extend(archive, &folder)?;
         let name = kernel.to_string();
         let station = Self(Wire::start(scene, &system, settings, |machine| VmSpec {
             name,

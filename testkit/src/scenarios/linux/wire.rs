@@ -96,9 +96,16 @@ impl Wire {
     /// # Errors
     /// Bytes are lost or changed.
     pub fn exchange(&self, bytes: u64) -> Result<()> {
-        for (port, receiver, sender, address) in
-            [(6000, FAR, "", ADDRESS[1]), (6001, "", FAR, ADDRESS[0])]
-        {
+        self.exchange_between(ADDRESS, bytes)
+    }
+
+    /// The same between other addresses of the two ends.
+    ///
+    /// # Errors
+    /// Bytes are lost or changed.
+    pub fn exchange_between(&self, addresses: [&str; 2], bytes: u64) -> Result<()> {
+        let [near, far] = addresses;
+        for (port, receiver, sender, address) in [(6000, FAR, "", far), (6001, "", FAR, near)] {
             let guest = self.guest();
             let receives = guest.start(&format!("{receiver}guest-agent receive 0.0.0.0:{port}"))?;
             nic::wait_port_in(guest, receiver, port)?;
