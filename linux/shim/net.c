@@ -13,6 +13,7 @@
 #include <linux/netdevice.h>
 #include <linux/pci.h>
 #include <linux/rtnetlink.h>
+#include <linux/sched/stat.h>
 #include <linux/tcp.h>
 #include <linux/timer.h>
 #include <linux/udp.h>
@@ -616,6 +617,15 @@ void shim_group_later(void *handle, u32 milliseconds)
 
 	if (!timer_pending(&group->later))
 		mod_timer(&group->later, jiffies + msecs_to_jiffies(milliseconds));
+}
+
+bool shim_others_wait(void)
+{
+	/* Within an interrupt of the idle task, or of a task that has work of its own. */
+	if (is_idle_task(current))
+		return need_resched();
+	/* A thread of the kernel polls, as ksoftirqd does: it is one of those who run. */
+	return !(current->flags & PF_KTHREAD) || !single_task_running();
 }
 
 bool shim_group_complete(void *handle, int done)

@@ -210,6 +210,8 @@ void shim_group_schedule(void *group);
 /* Polls the group after this time, in nanoseconds; exactly, or roughly but cheaper. */
 void shim_group_nap(void *group, u64 nanoseconds);
 void shim_group_later(void *group, u32 milliseconds);
+/* In a poll: whether a task waits for this CPU. */
+bool shim_others_wait(void);
 /* Whether NAPI is done: interrupts are wanted. */
 bool shim_group_complete(void *group, int done);
 

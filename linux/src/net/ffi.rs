@@ -192,6 +192,7 @@ unsafe extern "C" {
     pub fn shim_group_schedule(group: Handle);
     pub fn shim_group_nap(group: Handle, nanoseconds: u64);
     pub fn shim_group_later(group: Handle, milliseconds: u32);
+    pub fn shim_others_wait() -> bool;
     pub fn shim_group_complete(group: Handle, done: c_int) -> bool;
 
     pub fn shim_queue_new(dev: Handle, index: u32, queue: *mut c_void, group: Handle) -> Handle;

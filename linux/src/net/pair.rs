@@ -24,6 +24,8 @@ const CLEAN: u32 = 10;
 /// With much traffic, a group that has found nothing looks again after this time, in nanoseconds,
 /// rather than to ask for an interrupt.
 const NAP: u64 = 50_000;
+/// A group that leaves its CPU to others does so for this time at most, in nanoseconds.
+const SHARE_MAX: u64 = 1_000_000;
 /// A small frame counts as so many bytes of traffic.
 const FRAME_COUNTS: u64 = 512;
 
@@ -236,6 +238,8 @@ struct Own {
     carried: u64,
     /// The sum of the counters of bytes at the last poll.
     bytes: u64,
+    /// When the poll began that has not rested since.
+    since: Option<u64>,
 }
 
 // SAFETY: what is not shared belongs to NAPI, which runs in one thread at a time.
@@ -258,7 +262,12 @@ impl Group {
             shares_vector,
             interrupted: AtomicBool::new(false),
             interrupts: Counter::default(),
-            own: UnsafeCell::new(Own { pace: Pace::new(NAP, NAP), carried: 0, bytes: 0 }),
+            own: UnsafeCell::new(Own {
+                pace: Pace::new(NAP, NAP),
+                carried: 0,
+                bytes: 0,
+                since: None,
+            }),
         })?;
         let this: *mut Group = &raw mut *group;
         // SAFETY: the group stays at its place as long as the interface.
@@ -301,6 +310,7 @@ impl Group {
     fn poll(&self, budget: c_int) -> c_int {
         self.pairs().for_each(|pair| pair.clean(budget));
         let Ok(budget @ 1..) = u32::try_from(budget) else { return 0 };
+        self.begin();
         let (mut done, mut redirected, mut again) = (0, false, false);
         let mut bytes = 0u64;
         for pair in self.pairs() {
@@ -324,7 +334,7 @@ impl Group {
             unsafe { ffi::shim_xdp_flush() };
         }
         if done >= budget {
-            return budget as c_int;
+            return self.share(budget);
         }
         if self.shares_vector && self.interrupted.swap(false, Ordering::Relaxed) && done == 0 {
             // The interrupt may have been for an event.
@@ -354,6 +364,37 @@ impl Group {
         done as c_int
     }
 
+    /// Notes when the poll began, if it has rested.
+    fn begin(&self) {
+        // SAFETY: it belongs to the poll.
+        let own = unsafe { &mut *self.own.get() };
+        own.since.get_or_insert_with(time::now);
+    }
+
+    /// What the poll returns that has more to do. Frames may come faster than tasks take them from
+    /// their sockets. If the poll went on, the tasks would have no CPU, and the stack would throw
+    /// away what the poll has received. So the poll rests as long as it has worked, if a task waits
+    /// for the CPU. Then the device throws frames away, which costs the guest nothing.
+    fn share(&self, budget: u32) -> c_int {
+        // SAFETY: it belongs to the poll.
+        let own = unsafe { &mut *self.own.get() };
+        let worked = own.since.map_or(0, |since| time::now().saturating_sub(since));
+        // SAFETY: it has no conditions, in NAPI.
+        if worked < NAP || !unsafe { ffi::shim_others_wait() } {
+            return budget as c_int;
+        }
+        own.since = None;
+        // NAPI takes a poll with a whole budget for one that goes on.
+        let done = budget as c_int - 1;
+        // SAFETY: the handle is valid as long as this.
+        unsafe {
+            if ffi::shim_group_complete(self.shim, done) {
+                ffi::shim_group_nap(self.shim, worked.min(SHARE_MAX));
+            }
+        }
+        done
+    }
+
     /// How long to look away, rather than to ask for an interrupt. `bytes` is the sum of the
     /// counters of bytes.
     fn nap(&self, frames: u32, bytes: u64) -> Option<u64> {
@@ -361,6 +402,7 @@ impl Group {
         let own = unsafe { &mut *self.own.get() };
         let carried = bytes.wrapping_sub(core::mem::replace(&mut own.bytes, bytes));
         own.carried = own.carried.wrapping_add(carried + u64::from(frames) * FRAME_COUNTS);
+        own.since = None;
         if frames != 0 {
             own.pace.busy();
         }

@@ -160,10 +160,15 @@ impl RxQueue {
                 break;
             }
         }
+        self.post(stats);
+        self.ring.in_flight() != 0
+    }
+
+    /// Lets the device see the pages that it was given.
+    fn post(&mut self, stats: &RxStats) {
         if self.ring.post() {
             stats.kicks.add(1);
         }
-        self.ring.in_flight() != 0
     }
 
     /// Receives up to `budget` frames of `pair`, whose receive half this is, and gives them to the
@@ -203,11 +208,18 @@ impl RxQueue {
             stats.bytes.add(bytes.saturating_sub(headers));
         }
         // After a fault the ring may count buffers as free whose pages are still in `pages`.
-        let wanted = self.ring.space() >= BATCH || polled.frames < budget && self.ring.space() != 0;
-        if self.fault.is_none() && wanted && !self.fill(stats) {
-            // Without pages no interrupt comes.
-            // SAFETY: the handle is this group's.
-            unsafe { ffi::shim_group_later(self.group, 20) };
+        if self.fault.is_some() {
+            return polled;
+        }
+        if self.ring.space() >= BATCH || polled.frames < budget && self.ring.space() != 0 {
+            if !self.fill(stats) {
+                // Without pages no interrupt comes.
+                // SAFETY: the handle is this group's.
+                unsafe { ffi::shim_group_later(self.group, 20) };
+            }
+        } else if polled.frames != 0 {
+            // The device may wait for pages that it was given again.
+            self.post(stats);
         }
         polled
     }

@@ -159,6 +159,11 @@ pub const SCENARIOS: &[Scenario] = &[
         linux::state::pages,
     ),
     in_guests(
+        "linux::tap",
+        "a TAP interface whose device has run out of receive buffers goes on",
+        linux::tap::out_of_buffers,
+    ),
+    in_guests(
         "linux::driver",
         "under load: rmmod and insmod, unbind and bind, a CPU off and on; no leak",
         linux::lives::driver,

@@ -10,4 +10,5 @@ pub(super) mod net;
 pub(super) mod restart;
 pub(super) mod sched;
 pub(super) mod state;
+pub(super) mod tap;
 mod wire;
