@@ -3,17 +3,18 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::sync::mpsc::sync_channel;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vbus_core::memory::PAGE;
+use vbus_core::memory::{DriverSlice, PAGE};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{Access, MemoryContext, View};
 
 use super::driver::{Driver, INDIRECT, Raw, WRITE};
 use super::memory::Areas;
 use super::{Chain, Format, Layout, Part, Position, Queue, RingFeatures, State, Violation};
-use vbus_core::memory::DriverSlice;
 
 const PAGES: u64 = 64;
 /// Where the areas and the tables are. Each area has some pages.
@@ -528,6 +529,87 @@ fn a_queue_whose_areas_go_away_is_retired_once() {
                 assert_eq!(error, Some(Violation::Unmapped("used ring")));
                 assert!(queue.turn(&view).is_ok());
                 assert_eq!(queue.retired(), error);
+            }
+        }
+    }
+}
+
+/// The most that a thread waits for the other.
+const BOUND: Duration = Duration::from_secs(60);
+
+/// Two threads, which sleep whenever they have nothing to do. A notification that is lost shows as
+/// a thread that waits for ever.
+fn two_threads(format: Format, size: u16, features: RingFeatures, scattered: bool) {
+    const BUFFERS: u32 = 20_000;
+    let descriptors = PAGE - 64;
+    let layout =
+        Layout { format, size, descriptors, driver_area: DRIVER_AREA, device_area: DEVICE_AREA };
+    let memory = memory(scattered);
+    let view = memory.view();
+    let areas = driver_areas(&layout, &view);
+    let mut driver = Driver::new(format, size, features, Position::start(format), 0..size);
+    driver.format(&areas);
+    let (kick, kicked) = sync_channel(1);
+    let (interrupt, interrupted) = sync_channel(1);
+    std::thread::scope(|scope| {
+        let memory = &memory;
+        scope.spawn(move || {
+            let mut queue = Queue::new(layout, features).unwrap();
+            let (mut chain, mut done) = (Chain::new(), 0);
+            while done < BUFFERS {
+                let view = memory.view();
+                let mut turn = queue.turn(&view).unwrap();
+                turn.disarm();
+                while turn.next(&mut chain).unwrap() {
+                    assert_eq!(chain.writable(), [Part { addr: 1, len: done + 1 }]);
+                    turn.complete(&mut chain, done % 3);
+                    done += 1;
+                    // Batches of any size.
+                    if done % 7 == 0 && turn.flush().is_wanted() {
+                        _ = interrupt.try_send(());
+                    }
+                }
+                if turn.flush().is_wanted() {
+                    _ = interrupt.try_send(());
+                }
+                if done < BUFFERS && turn.arm() == Armed::Waiting {
+                    drop(view);
+                    kicked.recv_timeout(BOUND).expect("a kick is lost");
+                }
+            }
+        });
+        let (mut added, mut reaped) = (0, 0);
+        while reaped < BUFFERS {
+            driver.disarm(&areas);
+            while added < BUFFERS && driver.room() > 0 {
+                let raw = Raw { addr: 1, len: added + 1, flags: WRITE };
+                driver.add(&areas, &[raw], added + 1).unwrap();
+                added += 1;
+            }
+            driver.publish(&areas);
+            if driver.wants_kick(&areas) {
+                _ = kick.try_send(());
+            }
+            let before = reaped;
+            while let Some((_, written)) = driver.reap(&areas) {
+                assert_eq!(written, reaped % 3);
+                reaped += 1;
+            }
+            // Nothing came back: there is no room, or all was added.
+            if reaped == before && driver.arm(&areas) {
+                interrupted.recv_timeout(BOUND).expect("an interrupt is lost");
+            }
+        }
+    });
+}
+
+#[test]
+fn two_threads_lose_no_buffer_and_no_notification() {
+    for (format, size) in [(Format::Split, 16), (Format::Packed, 13)] {
+        for event_idx in [false, true] {
+            for in_order in [false, true] {
+                let features = RingFeatures { event_idx, in_order, indirect: false };
+                two_threads(format, size, features, in_order);
             }
         }
     }
