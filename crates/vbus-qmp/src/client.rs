@@ -2,19 +2,24 @@
 //! A client that waits for each answer.
 
 use std::collections::VecDeque;
-use std::io::Write;
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::sockopt::{self, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use serde_json::{Value, json};
 
 use crate::lines::{LineError, Lines};
 use crate::message::Message;
 
 /// The longest line that the client accepts, in bytes.
-const LINE_MAX: usize = 16 << 20;
+const LINE_MAX: usize = 1 << 20;
+/// The most events that the client keeps. QEMU answers a command at once, and sends few meanwhile.
+const EVENTS_MAX: usize = 256;
 /// How long QEMU may take to send its greeting. QEMU serves one client at a time. Other clients
 /// wait without an answer.
 const GREETING: Duration = Duration::from_secs(5);
@@ -34,7 +39,7 @@ impl Qmp {
     /// # Errors
     /// Nobody listens there, QEMU serves another client, or the other end is not QEMU.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Qmp> {
-        let socket = UnixStream::connect(path)
+        let socket = connect(path, timeout)
             .with_context(|| format!("cannot reach QEMU at {}", path.display()))?;
         Qmp::over(socket, timeout).with_context(|| format!("the QMP socket {}", path.display()))
     }
@@ -44,7 +49,6 @@ impl Qmp {
     /// # Errors
     /// QEMU serves another client, or the other end is not QEMU.
     pub fn over(socket: UnixStream, timeout: Duration) -> Result<Qmp> {
-        socket.set_write_timeout(Some(timeout.max(Duration::from_millis(1))))?;
         let now = Instant::now();
         let mut qmp = Qmp {
             socket,
@@ -73,7 +77,11 @@ impl Qmp {
     pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
-        self.socket.write_all(line.as_bytes()).context("QEMU has gone")?;
+        let mut socket = Until { socket: &self.socket, deadline: self.deadline };
+        socket.write_all(line.as_bytes()).map_err(|error| match error.kind() {
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => anyhow!("QEMU did not read in time"),
+            _ => anyhow!("QEMU has gone"),
+        })?;
         loop {
             let message = self
                 .message(self.deadline)
@@ -81,7 +89,10 @@ impl Qmp {
             match message {
                 Message::Return(value) => return Ok(value),
                 Message::Error(error) => return Err(error.into()),
-                Message::Event(event) => self.events.push_back(event),
+                Message::Event(event) => {
+                    ensure!(self.events.len() < EVENTS_MAX, "QEMU sends events without end");
+                    self.events.push_back(event);
+                }
                 Message::Greeting | Message::Unknown => {}
             }
         }
@@ -123,10 +134,8 @@ impl Qmp {
     /// Returns the next message. Keeps a part of a line that arrived before `deadline`.
     fn message(&mut self, deadline: Instant) -> Result<Message> {
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            ensure!(!left.is_zero(), "QEMU did not answer in time");
-            self.socket.set_read_timeout(Some(left))?;
-            match self.lines.next(&self.socket) {
+            ensure!(deadline > Instant::now(), "QEMU did not answer in time");
+            match self.lines.next(Until { socket: &self.socket, deadline }) {
                 Ok(Some(line)) => return Ok(line.into()),
                 Ok(None) => {}
                 Err(LineError::Closed) => bail!("QEMU has gone"),
@@ -136,9 +145,58 @@ impl Qmp {
     }
 }
 
+/// Connects to the socket `path`. A listener whose backlog is full lets this wait, `timeout` at
+/// most.
+fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let timeout = timeout.max(Duration::from_millis(1));
+    set_socket_timeout(&socket, sockopt::Timeout::Send, Some(timeout))?;
+    let address = SocketAddrUnix::new(path)?;
+    retry_on_intr(|| rustix::net::connect(&socket, &address)).map_err(|error| match error {
+        Errno::AGAIN => io::Error::new(ErrorKind::TimedOut, "it accepts no client in time"),
+        error => error.into(),
+    })?;
+    Ok(socket.into())
+}
+
+/// A socket whose reads and writes all end at the deadline, however little the other end does at a
+/// time.
+struct Until<'a> {
+    socket: &'a UnixStream,
+    deadline: Instant,
+}
+
+impl Until<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
+    }
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_read_timeout(self.left()?)?;
+        self.socket.read(bytes)
+    }
+}
+
+impl Write for Until<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.set_write_timeout(self.left()?)?;
+        self.socket.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
+    use rustix::event::{PollFd, PollFlags, poll};
+
     use super::*;
 
     const LONG: Duration = Duration::from_secs(60);
@@ -192,5 +250,69 @@ mod tests {
         assert!(complaint(&[json!({ "hello": 1 })], true, LONG).contains("is not QEMU"));
         let refusal = json!({ "error": { "class": "GenericError", "desc": "no" } });
         assert!(complaint(&[greeting, refusal], false, LONG).ends_with("QEMU: no"));
+    }
+
+    /// What becomes of a command with `bytes` of text, to an end that answers in its own way.
+    fn outcome(
+        bytes: usize,
+        timeout: Duration,
+        act: impl FnOnce(UnixStream) + Send + 'static,
+    ) -> String {
+        let (ours, theirs) = qemu(&[json!({ "QMP": {} }), json!({ "return": {} })]);
+        let mut qmp = Qmp::over(ours, LONG).unwrap();
+        // It ends with the connection.
+        let acting = std::thread::spawn(move || act(theirs));
+        qmp.set_timeout(timeout);
+        let error = qmp.run("long", json!({ "text": "x".repeat(bytes) })).unwrap_err();
+        drop(qmp);
+        acting.join().unwrap();
+        format!("{error:#}")
+    }
+
+    #[test]
+    fn another_end_does_not_extend_the_time_and_takes_no_memory_without_end() {
+        let short = Duration::from_millis(50);
+        // More than the socket takes.
+        let reads_nothing = outcome(4 << 20, short, |stream| {
+            poll(&mut [PollFd::new(&stream, PollFlags::RDHUP)], None).unwrap();
+        });
+        assert_eq!(reads_nothing, "QEMU did not read in time");
+        let dribbles = outcome(0, short, |mut stream| {
+            while stream.write_all(b" ").is_ok() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        assert!(dribbles.ends_with("in time"), "{dribbles}");
+        let floods = outcome(
+            0,
+            LONG,
+            |mut stream| {
+                while stream.write_all(b"{\"event\": \"A\"}\n").is_ok() {}
+            },
+        );
+        assert_eq!(floods, "QEMU sends events without end");
+    }
+
+    #[test]
+    fn a_listener_that_accepts_nobody_is_not_waited_for_without_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp.sock");
+        let socket =
+            socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .unwrap();
+        rustix::net::bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&socket, 0).unwrap();
+        // Those that the backlog takes.
+        let mut waiting = Vec::new();
+        let refused = loop {
+            match connect(&path, Duration::from_millis(10)) {
+                Ok(socket) => waiting.push(socket),
+                Err(error) => break error,
+            }
+            assert!(waiting.len() < 100);
+        };
+        assert_eq!(refused.kind(), ErrorKind::TimedOut);
+        let error = Qmp::connect(&path, Duration::from_millis(10)).err().unwrap();
+        assert!(format!("{error:#}").ends_with("it accepts no client in time"), "{error:#}");
     }
 }
