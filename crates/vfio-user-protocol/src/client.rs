@@ -17,6 +17,7 @@ use rustix::net::{
 };
 
 use crate::closer::Closer;
+use crate::eventfd::is_eventfd;
 use crate::message::{
     self, DATAMATCH, DEVICE_RESETS, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData, IrqVerb,
     Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SetIrqs, SubRegion, Version,
@@ -79,6 +80,9 @@ pub enum ClientError {
     /// The ends have not negotiated this command.
     #[error("{0}: the server does not support it")]
     NotNegotiated(&'static str),
+    /// What the server gave for writes to this offset of a region is no eventfd.
+    #[error("what the server gave for writes to {0:#x} is no eventfd")]
+    NotEventfd(u64),
     /// The server sends descriptors without end, and the client cannot close them as fast. The
     /// connection cannot be used any more.
     #[error("the server sends descriptors that cannot be closed")]
@@ -575,11 +579,11 @@ impl Client {
     /// Asks for the eventfds whose writes have the effect of writes to a region. The result omits
     /// sub-regions of other types, and those with flags other than a value to match.
     ///
-    /// The client has checked the form of the reply. Whether an offset is within the region is for
-    /// the caller to check.
+    /// The client has checked the form of the reply, and that each descriptor is an eventfd.
+    /// Whether an offset is within the region is for the caller to check.
     ///
     /// # Errors
-    /// See [`Client::device_info`].
+    /// [`ClientError::NotEventfd`]; otherwise see [`Client::device_info`].
     pub fn io_eventfds(&mut self, region: u32) -> Result<Vec<IoEventFd>, ClientError> {
         let argsz = self.info(command::DEVICE_GET_REGION_IO_FDS, 16, region)?.argsz;
         if argsz as usize <= Info::LEN {
@@ -618,6 +622,10 @@ fn io_eventfds(reply: &Message, region: u32) -> Result<Vec<IoEventFd>, ClientErr
         let fd = reply.fds.as_slice().get(fd_index as usize).ok_or_else(mismatch)?;
         if kind != 0 || flags & !DATAMATCH != 0 {
             continue;
+        }
+        // The close of anything else may wait for the server, and the caller closes what it gets.
+        if !is_eventfd(fd).unwrap_or(false) {
+            return Err(ClientError::NotEventfd(offset));
         }
         let fd = fd.try_clone().map_err(|_| Errno::MFILE)?;
         let datamatch = (flags & DATAMATCH != 0).then_some(datamatch);

@@ -51,7 +51,7 @@ fn lies_are_told_apart() {
             }),
         ),
         (
-            "doorbell 2 is no eventfd",
+            "0x1008 is no eventfd",
             Box::new(|d| d.io[2].fd = std::fs::File::open("/dev/null").unwrap().into()),
         ),
         ("eventfd for 0x800 of BAR0", Box::new(|d| d.io[1].offset = 0x800)),
