@@ -8,11 +8,12 @@
 //! root is needed.
 //!
 //! What only some scenarios need is in parts of their own, which are fetched when they are first
-//! needed: [other kernels](kernels), and [more tools](Kit::tools).
+//! needed: [other kernels](kernels), [more tools](Kit::tools), and [compilers](toolchain).
 
 pub mod apt;
 pub mod kernels;
 pub mod part;
+pub mod toolchain;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -70,6 +70,29 @@ pub fn remove(dir: &Path) -> Result<()> {
     }
 }
 
+/// All files below `dirs`, sorted, whose name passes `wanted`.
+///
+/// # Errors
+/// A folder cannot be read.
+pub fn files(dirs: &[PathBuf], wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+    let mut left = dirs.to_vec();
+    let mut files = Vec::new();
+    while let Some(dir) = left.pop() {
+        let entries = fs::read_dir(&dir).with_context(|| format!("no folder {}", dir.display()))?;
+        for entry in entries {
+            let entry = entry?;
+            let kind = entry.file_type()?;
+            if kind.is_dir() {
+                left.push(entry.path());
+            } else if kind.is_file() && wanted(&entry.file_name().to_string_lossy()) {
+                files.push(entry.path());
+            }
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {

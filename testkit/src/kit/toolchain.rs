@@ -16,8 +16,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::kit::apt::{self, Packages, Source};
-use crate::kit::{LIBRARIES, LOADER, part};
+use super::apt::{self, Packages, Source};
+use super::{LIBRARIES, LOADER, part};
 
 /// The edition of this part.
 const EDITION: u32 = 1;
@@ -115,7 +115,7 @@ impl Toolchain {
 
 /// Lets the programs in the files of another part of the kit, below its folder `programs`, run
 /// anywhere.
-pub(super) fn wrap_part(root: &Path, programs: &str) -> Result<()> {
+pub fn wrap_part(root: &Path, programs: &str) -> Result<()> {
     wrap(root, &[programs], FROM_OTHER_PARTS)
 }
 
@@ -123,7 +123,7 @@ pub(super) fn wrap_part(root: &Path, programs: &str) -> Result<()> {
 /// toolchain's files are in `toolchain`, as seen from `root`.
 fn wrap(root: &Path, programs: &[&str], toolchain: &str) -> Result<()> {
     let dirs: Vec<PathBuf> = programs.iter().map(|dir| root.join(dir)).collect();
-    for path in super::files(&dirs, |_| true)? {
+    for path in part::files(&dirs, |_| true)? {
         if !is_program(&path)? {
             continue;
         }

@@ -7,10 +7,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::toolchain;
 use crate::kit::apt::{self, Apt, Packages, Source};
 use crate::kit::kernels::DebianKernel;
-use crate::kit::part;
+use crate::kit::{part, toolchain};
 use crate::report::Skip;
 
 /// The edition of these parts.

@@ -9,9 +9,10 @@ use anyhow::{Context, Result, ensure};
 
 use super::headers::Headers;
 use super::object;
-use super::toolchain::Toolchain;
 use crate::initramfs::modinfo;
 use crate::kit::kernels::DebianKernel;
+use crate::kit::part::files;
+use crate::kit::toolchain::Toolchain;
 
 /// The compiler, by the name under which Debian's kernels know theirs.
 const COMPILER: &str = "x86_64-linux-gnu-gcc-14";
@@ -37,7 +38,7 @@ pub(super) fn build(
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
 
     let sources = super::sources();
-    let shim = super::files(&[sources.join("shim")], |name| !name.starts_with('.'))?;
+    let shim = files(&[sources.join("shim")], |name| !name.starts_with('.'))?;
     let inputs = [&shim[..], &[sources.join("Kbuild"), object.to_owned()]].concat();
     let fingerprint = super::fingerprint(&inputs, &headers.release)?;
     let module = dir.join("vbus.ko");

@@ -3,13 +3,12 @@
 //!
 //! The Rust part is one object for all kernels ([`object`]). The kernel's own build compiles the C
 //! shim for each kernel and links the two, against nothing but the kernel's headers (`link.rs`).
-//! All that this needs is in parts of the kit: [`toolchain`] and [`headers`]. Nothing is installed,
+//! All that this needs is in parts of the kit: [`toolchain`](crate::kit::toolchain) and [`headers`]. Nothing is installed,
 //! and no root is needed.
 
 pub mod headers;
 mod link;
 mod object;
-pub mod toolchain;
 
 use std::collections::hash_map::DefaultHasher;
 use std::fs;
@@ -19,8 +18,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::kit::kernels::DebianKernel;
+use crate::kit::toolchain::Toolchain;
 use crate::workspace;
-use toolchain::Toolchain;
 
 /// A built module.
 pub struct Module {
@@ -63,26 +62,6 @@ fn out() -> PathBuf {
     workspace::target().join("module")
 }
 
-/// All files below `dirs`, sorted, whose name passes `wanted`.
-fn files(dirs: &[PathBuf], wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
-    let mut left = dirs.to_vec();
-    let mut files = Vec::new();
-    while let Some(dir) = left.pop() {
-        let entries = fs::read_dir(&dir).with_context(|| format!("no folder {}", dir.display()))?;
-        for entry in entries {
-            let entry = entry?;
-            let kind = entry.file_type()?;
-            if kind.is_dir() {
-                left.push(entry.path());
-            } else if kind.is_file() && wanted(&entry.file_name().to_string_lossy()) {
-                files.push(entry.path());
-            }
-        }
-    }
-    files.sort();
-    Ok(files)
-}
-
 /// A number that differs if one of the files, or the text `more`, does.
 fn fingerprint(files: &[PathBuf], more: &str) -> Result<String> {
     let mut hasher = DefaultHasher::new();
@@ -112,6 +91,7 @@ fn note(built: &Path, fingerprint: &str) -> Result<()> {
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
+    use crate::kit::part::files;
 
     #[test]
     fn the_module_has_the_version_of_the_workspace() {

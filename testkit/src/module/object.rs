@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use super::toolchain::Toolchain;
+use crate::kit::part::files;
+use crate::kit::toolchain::Toolchain;
 use crate::progress::Progress;
 use crate::workspace;
 
@@ -117,7 +118,7 @@ pub fn build(toolchain: &Toolchain) -> Result<PathBuf> {
     }
     let sources = ["vbus-shm/src", "vbus-driver/src"].map(|source| crates.join(source));
     let sources = [&sources[..], &[super::sources().join("src")]].concat();
-    let sources = super::files(&sources, |name| name.ends_with(".rs"))?;
+    let sources = files(&sources, |name| name.ends_with(".rs"))?;
     let fingerprint = super::fingerprint(&sources, &library_fingerprint)?;
     let object = dir.join(NAME);
     if !super::is_fresh(&object, &fingerprint) {
