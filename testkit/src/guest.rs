@@ -34,6 +34,7 @@ pub struct Guest {
     name: String,
     port: Arc<Mutex<UnixStream>>,
     state: Arc<(Mutex<State>, Condvar)>,
+    patience: u32,
 }
 
 #[derive(Default)]
@@ -65,6 +66,7 @@ impl Guest {
             name: name.to_owned(),
             port: Arc::new(Mutex::new(port)),
             state: Arc::clone(&state),
+            patience: 1,
         };
         thread::spawn(move || {
             for line in reader.split(b'\n').map_while(std::result::Result::ok) {
@@ -75,6 +77,18 @@ impl Guest {
             state.1.notify_all();
         });
         Ok(guest)
+    }
+
+    /// The same guest, but every wait for something in it may take this many times as long as its
+    /// caller says.
+    #[must_use]
+    pub fn with_patience(self, patience: u32) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// A time within which something happens in the guest, as long as it may take.
+    pub fn at_most(&self, limit: Duration) -> Duration {
+        limit.saturating_mul(self.patience)
     }
 
     /// Watches the guest from now on. If its agent does not answer pings for `silence`, the guest
@@ -202,7 +216,7 @@ impl Guest {
         limit: Duration,
         mut check: impl FnMut(&mut State) -> Option<T>,
     ) -> Result<T> {
-        let began = Instant::now();
+        let (began, limit) = (Instant::now(), self.at_most(limit));
         let mut state = lock(&self.state.0);
         loop {
             if let Some(found) = check(&mut state) {

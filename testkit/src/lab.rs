@@ -27,8 +27,9 @@ pub struct Options {
     #[arg(long, value_name = "PATH")]
     pub qemu: Option<PathBuf>,
     /// The guests' Linux: 6.1, 6.12 or 7.x of Debian, which the kit fetches (the cloud flavour;
-    /// 6.1-generic and so on: the flavour for machines of all kinds); or the path of a kernel
-    /// (bzImage) [default: 6.12]
+    /// 6.1-generic and so on: the flavour for machines of all kinds); 6.12-kasan or 6.12-kcsan,
+    /// which check themselves and are built at first; or the path of a kernel (bzImage)
+    /// [default: 6.12]
     #[arg(long, value_name = "KERNEL")]
     pub kernel: Option<KernelChoice>,
     /// The modules that go with a kernel of your own (lib/modules/VERSION); without it they must be
@@ -82,6 +83,14 @@ impl Options {
         match &self.kernel {
             Some(KernelChoice::File(path)) => Some(path),
             _ => None,
+        }
+    }
+
+    /// How many times as long as usual anything in a guest may take.
+    fn patience(&self) -> u32 {
+        match &self.kernel {
+            Some(KernelChoice::Debian(kernel)) => kernel.patience(),
+            _ => 1,
         }
     }
 
@@ -226,7 +235,8 @@ impl Lab {
         let userland = userland(options, kit.as_ref())?;
         let ours = Ours { agent: &programs.agent, guest: &programs.guest };
         let initramfs = dir.path().join("initramfs");
-        let system = System::build(kernel, modules, &userland, &ours, initramfs)?;
+        let system = System::build(kernel, modules, &userland, &ours, initramfs)?
+            .with_patience(options.patience());
 
         let mut lab = Self {
             kit,
@@ -319,7 +329,8 @@ impl Lab {
         let userland = userland(&self.options, Some(kit))?;
         let ours = Ours { agent: &self.agent, guest: &self.guest };
         let initramfs = self.dir.path().join(format!("initramfs-{kernel}"));
-        System::build(image, modules, &userland, &ours, initramfs)
+        let system = System::build(image, modules, &userland, &ours, initramfs)?;
+        Ok(system.with_patience(kernel.patience()))
     }
 
     /// QEMU's version.
@@ -408,7 +419,7 @@ impl Scene<'_> {
 
 /// The image and the modules of a kernel.
 fn files(kernel: KernelFiles) -> (PathBuf, Option<PathBuf>) {
-    (kernel.image, Some(kernel.modules))
+    (kernel.image, kernel.modules)
 }
 
 /// The programs of the guests' root file system.

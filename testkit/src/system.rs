@@ -16,6 +16,7 @@ pub struct System {
     kernel: PathBuf,
     initramfs: PathBuf,
     modules: Option<Modules>,
+    patience: u32,
 }
 
 /// Where a kernel's modules are.
@@ -72,12 +73,23 @@ impl System {
             None => ("xzcat".into(), &[]),
         };
         let modules = modules.map(|dir| Modules { dir, unxz });
-        let system = Self { kernel, initramfs, modules };
+        let system = Self { kernel, initramfs, modules, patience: 1 };
         system.add_modules(&mut archive, &initramfs::MODULES)?;
         initramfs::add_ours(&mut archive, ours.agent, ours.guest)?;
         // The user's archive may be compressed.
         write(base, archive, &system.initramfs)?;
         Ok(system)
+    }
+
+    /// The same, but whatever a guest does may take this many times as long.
+    #[must_use]
+    pub fn with_patience(self, patience: u32) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// How many times as long as usual anything in a guest may take.
+    pub fn patience(&self) -> u32 {
+        self.patience
     }
 
     /// The kernel.

@@ -73,7 +73,7 @@ fn boots(lab: &mut Lab) -> Result<bool> {
     eprintln!("guests: trying /dev/kvm with a guest, for {} s at most", KVM_TRIAL.as_secs());
     lab.set_accel(Accel::Kvm);
     let trial = VmSpec::new("kvm").start(&lab.scene("trial")?);
-    let works = trial.is_ok_and(|vm| vm.guest.wait_boot(1, KVM_TRIAL).is_ok());
+    let works = trial.is_ok_and(|vm| vm.guest.with_patience(1).wait_boot(1, KVM_TRIAL).is_ok());
     fs::create_dir_all(&folder)?;
     fs::write(&cache, json!({"key": key, "kvm": works}).to_string())?;
     Ok(works)

@@ -18,6 +18,9 @@ use crate::system::System;
 /// How long a guest may take to boot. It needs a few seconds, and more where many share a CPU.
 pub const BOOT: Duration = Duration::from_secs(180);
 
+/// How long a guest may take to let a device go, or to power itself off.
+const LIMIT: Duration = Duration::from_secs(120);
+
 /// The description of a virtual machine. The defaults suit most tests.
 #[derive(Clone)]
 pub struct VmSpec {
@@ -205,7 +208,8 @@ impl VmSpec {
             Process::start(command, &format!("QEMU of guest {}", self.name), &logs.0)?;
         let control = Qmp::new(control.accept(&mut process)?)
             .map_err(|error| process.complaint(&format!("does not start: {error:#}")))?;
-        let guest = Guest::new(&self.name, agent.accept(&mut process)?)?;
+        let guest =
+            Guest::new(&self.name, agent.accept(&mut process)?)?.with_patience(system.patience());
         Ok(Vm { guest, process, control, command_line, began, qmp, console, log: logs.1 })
     }
 }
@@ -291,8 +295,8 @@ impl Vm {
     pub fn unplug(&mut self, id: &str) -> Result<Duration> {
         let began = Instant::now();
         self.control.execute("device_del", json!({"id": id}))?;
-        self.control
-            .wait_event("DEVICE_DELETED", Duration::from_secs(120), |data| data["device"] == id)?;
+        let limit = self.guest.at_most(LIMIT);
+        self.control.wait_event("DEVICE_DELETED", limit, |data| data["device"] == id)?;
         Ok(began.elapsed())
     }
 
@@ -304,7 +308,7 @@ impl Vm {
     /// Powers the guest off from inside and waits for QEMU's end.
     pub fn power_off(mut self) -> Result<()> {
         self.guest.start("poweroff -f")?;
-        let status = self.process.wait(Duration::from_secs(120))?;
+        let status = self.process.wait(self.guest.at_most(LIMIT))?;
         ensure!(status.success(), self.process.complaint(&format!("ended badly ({status})")));
         Ok(())
     }

@@ -41,12 +41,18 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Fetch QEMU, a kernel and the guests' programs into target/kit
+    ///
+    /// Two kernels are built here, of Debian's source: 6.12-kasan checks memory, locks, objects and
+    /// DMA (KASAN, kmemleak, lockdep, DMA-API debugging), and 6.12-kcsan watches for data races.
+    /// Each takes a quarter of an hour on two free processors. `cargo xtask test linux --kernel
+    /// 6.12-kasan` runs the scenarios of the Linux driver with it.
     Kit {
         /// The Debian mirror, in place of the one in apt's configuration
         #[arg(long, value_name = "URL")]
         mirror: Option<String>,
         /// Also fetch this kernel of Debian: 6.1, 6.12 or 7.x, or one of them with -generic after
-        /// it; repeat it for more. Tests fetch those that they need
+        /// it; or build 6.12-kasan or 6.12-kcsan; repeat it for more. Tests get those that they
+        /// need
         #[arg(long = "kernel", value_name = "KERNEL")]
         kernels: Vec<DebianKernel>,
     },

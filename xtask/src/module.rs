@@ -25,8 +25,8 @@ In a guest with the kernel RELEASE (`uname -r` says it), as root:
 #[derive(clap::Args)]
 #[command(after_help = HELP)]
 pub struct Args {
-    /// A kernel of Debian: 6.1, 6.12 or 7.x, or one of them with -generic after it; repeat it for
-    /// more [default: 6.1, 6.12 and 7.x]
+    /// A kernel of Debian: 6.1, 6.12 or 7.x, or one of them with -generic after it; or 6.12-kasan
+    /// or 6.12-kcsan; repeat it for more [default: 6.1, 6.12 and 7.x]
     #[arg(long = "kernel", value_name = "KERNEL")]
     kernels: Vec<DebianKernel>,
     /// Build for both flavours, cloud and generic, of every kernel

@@ -148,6 +148,8 @@ pub struct Packages {
     pub complete: Vec<String>,
     /// Packages that come alone.
     pub alone: Vec<String>,
+    /// Whether something is compiled with the headers of C that the packages have.
+    pub keep_headers: bool,
 }
 
 /// Downloads packages of `source` and unpacks them into `dir/root`. `choose` names them, once apt
@@ -202,7 +204,10 @@ pub fn fetch(
         apt.run("apt-get", args, folder, &mut progress)?;
     }
     drop(progress);
-    unpack(&archives, &dir.join("root"))
+    let root = dir.join("root");
+    let names = unpack(&archives, &root)?;
+    prune(&root, packages.keep_headers)?;
+    Ok(names)
 }
 
 /// Unpacks all packages in the folder `archives` into the folder `root`. Returns their names.
@@ -231,23 +236,17 @@ fn unpack(archives: &Path, root: &Path) -> Result<Vec<String>> {
         packages.push(name);
     }
     drop(progress);
-    prune(root)?;
     Ok(packages)
 }
 
 /// Removes the files that no guest and no program of the kit reads. They are half of the kit.
-fn prune(root: &Path) -> Result<()> {
-    for unused in [
-        "usr/share/doc",
-        "usr/share/man",
-        "usr/share/locale",
-        "usr/share/perl5",
-        "usr/include",
-        "usr/share/info",
-    ] {
+fn prune(root: &Path, keep_headers: bool) -> Result<()> {
+    for unused in
+        ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/perl5", "usr/share/info"]
+    {
         remove(&root.join(unused))?;
     }
-    Ok(())
+    if keep_headers { Ok(()) } else { remove(&root.join("usr/include")) }
 }
 
 /// An apt that uses only the kit's folder.

@@ -66,6 +66,11 @@ pub enum Flavour {
     Cloud,
     /// Machines of all kinds: `amd64`.
     Generic,
+    /// The scenarios' guests, with checks of memory (KASAN, kmemleak), locks (lockdep), objects and
+    /// DMA. It is [built here](super::debug_kernel).
+    Kasan,
+    /// The scenarios' guests, with a watch for data races (KCSAN). It is built here.
+    Kcsan,
 }
 
 impl Flavour {
@@ -74,12 +79,24 @@ impl Flavour {
         match self {
             Self::Cloud => "cloud-amd64",
             Self::Generic => "amd64",
+            Self::Kasan => "kasan",
+            Self::Kcsan => "kcsan",
+        }
+    }
+
+    /// What follows the name of the series on command lines.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Cloud => "",
+            Self::Generic => "-generic",
+            Self::Kasan => "-kasan",
+            Self::Kcsan => "-kcsan",
         }
     }
 }
 
-/// One of Debian's kernels. Its text form is that of the series for the cloud flavour (`6.12`), and
-/// has `-generic` at its end for the other.
+/// One of Debian's kernels, or one of its source. Its text form is that of the series for the cloud
+/// flavour (`6.12`), and has the name of the other flavours at its end (`6.12-generic`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DebianKernel {
     /// The series.
@@ -103,11 +120,27 @@ impl DebianKernel {
         Self { series: Series::V7, flavour: Flavour::Generic },
     ];
 
+    /// The kernels that check themselves and the driver.
+    pub const DEBUG: [Self; 2] = [
+        Self { series: Series::V6_12, flavour: Flavour::Kasan },
+        Self { series: Series::V6_12, flavour: Flavour::Kcsan },
+    ];
+
+    /// Whether it is one of [`DEBUG`](Self::DEBUG).
+    pub fn is_debug(self) -> bool {
+        Self::DEBUG.contains(&self)
+    }
+
+    /// How many times as long as with the others things may take in a guest with this kernel.
+    pub fn patience(self) -> u32 {
+        if self.is_debug() { 10 } else { 1 }
+    }
+
     /// Whether the kernel of this release (`uname -r`) is one of these.
     pub fn is(self, release: &str) -> bool {
         let is_cloud = release.ends_with("-cloud-amd64");
         release.starts_with(self.series.prefix())
-            && release.ends_with("-amd64")
+            && release.ends_with(&format!("-{}", self.flavour.suffix()))
             && is_cloud == (self.flavour == Flavour::Cloud)
     }
 }
@@ -115,7 +148,7 @@ impl DebianKernel {
 impl fmt::Display for DebianKernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.series.name())?;
-        f.write_str(if self.flavour == Flavour::Generic { "-generic" } else { "" })
+        f.write_str(self.flavour.name())
     }
 }
 
@@ -123,12 +156,13 @@ impl FromStr for DebianKernel {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let all = Self::CLOUD.into_iter().chain(Self::GENERIC);
+        let all = Self::CLOUD.into_iter().chain(Self::GENERIC).chain(Self::DEBUG);
         let found = all.into_iter().find(|kernel| kernel.to_string() == text);
         found.ok_or_else(|| {
             format!(
                 "Debian's kernels are 6.1, 6.12 and 7.x, and with -generic after it the flavour for \
-                 machines of all kinds; {text:?} is none of them"
+                 machines of all kinds; 6.12-kasan and 6.12-kcsan are built of Debian's source; \
+                 {text:?} is none of them"
             )
         })
     }
@@ -140,8 +174,8 @@ pub struct KernelFiles {
     pub release: String,
     /// Its image.
     pub image: PathBuf,
-    /// The folder of its modules.
-    pub modules: PathBuf,
+    /// The folder of its modules; none if all that guests need is built in.
+    pub modules: Option<PathBuf>,
 }
 
 impl KernelFiles {
@@ -153,7 +187,7 @@ impl KernelFiles {
         let image = images.into_iter().find(|path| path.exists());
         let image = image
             .with_context(|| format!("the packages of Linux {release} have no image of it"))?;
-        Ok(Self { release: release.to_owned(), image, modules })
+        Ok(Self { release: release.to_owned(), image, modules: Some(modules) })
     }
 }
 
@@ -220,7 +254,8 @@ mod tests {
 
     #[test]
     fn a_kernel_has_one_name_and_knows_its_releases() {
-        for kernel in DebianKernel::CLOUD.into_iter().chain(DebianKernel::GENERIC) {
+        let all = [&DebianKernel::CLOUD[..], &DebianKernel::GENERIC, &DebianKernel::DEBUG];
+        for kernel in all.concat() {
             assert_eq!(kernel.to_string().parse(), Ok(kernel));
         }
         let kernel = |text: &str| text.parse::<DebianKernel>();
@@ -234,6 +269,9 @@ mod tests {
             ("7.x", "7.3.4+deb13-cloud-amd64", true),
             ("7.x-generic", "7.3.4+deb13-cloud-amd64", false),
             ("7.x", "6.7.12-cloud-amd64", false),
+            ("6.12-kasan", "6.12.117-kasan", true),
+            ("6.12-kcsan", "6.12.117-kasan", false),
+            ("6.12-generic", "6.12.117-kasan", false),
         ];
         for (name, release, is) in cases {
             assert_eq!(kernel(name).unwrap().is(release), is, "{name}, {release}");

@@ -8,9 +8,11 @@
 //! root is needed.
 //!
 //! What only some scenarios need is in parts of their own, which are fetched when they are first
-//! needed: [other kernels](kernels), [more tools](Kit::tools), and [compilers](toolchain).
+//! needed: [other kernels](kernels), [more tools](Kit::tools), [compilers](toolchain), and
+//! [kernels that check themselves](debug_kernel).
 
 pub mod apt;
+pub mod debug_kernel;
 pub mod kernels;
 pub mod part;
 pub mod toolchain;
@@ -103,11 +105,18 @@ impl Kit {
         KernelFiles::find(&self.root, &self.stamp.kernel)
     }
 
-    /// One of Debian's kernels. It is fetched if it is not here yet.
+    /// One of Debian's kernels. It is fetched if it is not here yet. One that checks itself is
+    /// [built](debug_kernel) if it is not here yet, which takes long.
     ///
     /// # Errors
-    /// apt cannot fetch it. The error is a [`Skip`](crate::report::Skip) if the mirror lacks it.
+    /// apt cannot fetch it. The error is a [`Skip`](crate::report::Skip) if the mirror lacks it. Or
+    /// it does not build.
     pub fn kernel(&self, kernel: DebianKernel) -> Result<KernelFiles> {
+        if kernel.is_debug() {
+            let target = self.dir.parent().unwrap_or(&self.dir);
+            let built = debug_kernel::get(target, kernel, self.mirror.as_deref())?;
+            return Ok(KernelFiles { release: built.release, image: built.image, modules: None });
+        }
         let own = self.default_kernel()?;
         if kernel.is(&own.release) {
             return Ok(own);
@@ -189,6 +198,7 @@ fn fetch(dir: &Path, mirror: Option<&str>) -> Result<Stamp> {
         Ok(Packages {
             complete: PACKAGES.map(str::to_owned).into(),
             alone: kernels::packages(apt, KERNEL_PACKAGE)?,
+            keep_headers: false,
         })
     })?;
     let root = dir.join("root");

@@ -121,7 +121,7 @@ pub fn wrap_part(root: &Path, programs: &str) -> Result<()> {
 
 /// Puts a script in the place of each program below the folders `programs` of `root`. The
 /// toolchain's files are in `toolchain`, as seen from `root`.
-fn wrap(root: &Path, programs: &[&str], toolchain: &str) -> Result<()> {
+pub(super) fn wrap(root: &Path, programs: &[&str], toolchain: &str) -> Result<()> {
     let dirs: Vec<PathBuf> = programs.iter().map(|dir| root.join(dir)).collect();
     for path in part::files(&dirs, |_| true)? {
         if !is_program(&path)? {

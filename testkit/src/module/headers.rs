@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::kit::apt::{self, Apt, Packages, Source};
 use crate::kit::kernels::DebianKernel;
-use crate::kit::{part, toolchain};
+use crate::kit::{debug_kernel, part, toolchain};
 use crate::report::Skip;
 
 /// The edition of these parts.
@@ -40,6 +40,10 @@ struct Stamp {
 /// # Errors
 /// apt cannot fetch them. The error is a [`Skip`] if the mirror lacks them.
 pub fn get(target: &Path, kernel: DebianKernel, mirror: Option<&str>) -> Result<Headers> {
+    if kernel.is_debug() {
+        let built = debug_kernel::get(target, kernel, mirror)?;
+        return Ok(Headers { release: built.release, own: built.build, common: built.source });
+    }
     let dir = target.join("kit/headers").join(kernel.to_string());
     let (root, stamp, _) = part::open(&dir, EDITION, |fresh| {
         let source = Source::suite(mirror, kernel.series.suite())?;

@@ -20,6 +20,7 @@ use anyhow::{Context, Result};
 use crate::kit::kernels::DebianKernel;
 use crate::kit::toolchain::Toolchain;
 use crate::workspace;
+use object::Checks;
 
 /// A built module.
 pub struct Module {
@@ -38,18 +39,18 @@ pub struct Module {
 pub fn build(kernel: DebianKernel, mirror: Option<&str>) -> Result<Module> {
     let toolchain = Toolchain::get(&workspace::target(), mirror)?;
     let headers = headers::get(&workspace::target(), kernel, mirror)?;
-    let object = object::build(&toolchain)?;
+    let object = object::build(&toolchain, Checks::of(kernel.flavour))?;
     let path = link::build(&toolchain, &headers, kernel, &object)?;
     Ok(Module { release: headers.release, path })
 }
 
-/// Builds the Rust part of the module, which is the same for every kernel. For `mirror` see
+/// Builds the Rust part of the module, which is the same for each of Debian's kernels. For `mirror` see
 /// [`Kit::get`](crate::kit::Kit::get). Returns its path.
 ///
 /// # Errors
 /// Those of [`build`].
 pub fn object(mirror: Option<&str>) -> Result<PathBuf> {
-    object::build(&Toolchain::get(&workspace::target(), mirror)?)
+    object::build(&Toolchain::get(&workspace::target(), mirror)?, Checks::None)
 }
 
 /// The sources of the module: the folder `linux` of the workspace.

@@ -6,11 +6,13 @@
 //! return thunks, retpolines and landing pads throughout, and no instruction that a kernel may not
 //! use.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::kit::kernels::Flavour;
 use crate::kit::part::files;
 use crate::kit::toolchain::Toolchain;
 use crate::progress::Progress;
@@ -20,8 +22,7 @@ use crate::workspace;
 pub const NAME: &str = "vbus_rs.prebuilt";
 
 /// The flags of all of it.
-const FLAGS: [&str; 18] = [
-    "--target=x86_64-unknown-none",
+const FLAGS: [&str; 17] = [
     // Only what is built here.
     "--sysroot=/dev/null",
     "-Copt-level=2",
@@ -46,9 +47,80 @@ const FLAGS: [&str; 18] = [
     "-Cdebuginfo=0",
 ];
 
+/// What has the compiler check each access of memory, as in kernels with KASAN: the flags that they
+/// compile their own Rust with. The offset is that of x86-64.
+const KASAN_FLAGS: [&str; 6] = [
+    "-Zsanitizer=kernel-address",
+    "-Zsanitizer-recover=kernel-address",
+    "-Cllvm-args=-asan-mapping-offset=0xdffffc0000000000",
+    "-Cllvm-args=-asan-instrumentation-with-call-threshold=10000",
+    "-Cllvm-args=-asan-stack=1",
+    "-Cllvm-args=-asan-kernel-mem-intrinsic-prefix=1",
+];
+
+/// What has the compiler tell KCSAN of each access: those that kernels with KCSAN have for clang.
+/// A volatile access is then one that may race, as READ_ONCE is in C.
+const KCSAN_FLAGS: [&str; 4] = [
+    "-Zsanitizer=thread",
+    "-Cllvm-args=-tsan-instrument-func-entry-exit=0",
+    "-Cllvm-args=-tsan-compound-read-before-write=1",
+    "-Cllvm-args=-tsan-distinguish-volatile=1",
+];
+
+/// The target that is compiled for.
+const TARGET: &str = "x86_64-unknown-none";
+
 /// The most bytes of the stack that one function may take. The stack has 16 KiB, and the kernel's
 /// own functions are on it too. (The kernel warns of 2 KiB in C.)
 const FRAME_MAX: u64 = 3072;
+
+/// What the compiler adds to the driver's own code.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Checks {
+    /// Nothing.
+    None,
+    /// A check of each access of memory. The kernel must have KASAN.
+    Kasan,
+    /// A word to the kernel of each access of memory. It must have KCSAN.
+    Kcsan,
+}
+
+impl Checks {
+    /// The checks that a kernel of this kind can do.
+    pub fn of(flavour: Flavour) -> Self {
+        match flavour {
+            Flavour::Kasan => Self::Kasan,
+            Flavour::Kcsan => Self::Kcsan,
+            Flavour::Cloud | Flavour::Generic => Self::None,
+        }
+    }
+
+    /// The name of the folder of what is built with them.
+    fn folder(self) -> &'static str {
+        match self {
+            Self::None => "object",
+            Self::Kasan => "object-kasan",
+            Self::Kcsan => "object-kcsan",
+        }
+    }
+
+    fn flags(self) -> &'static [&'static str] {
+        match self {
+            Self::None => &[],
+            Self::Kasan => &KASAN_FLAGS,
+            Self::Kcsan => &KCSAN_FLAGS,
+        }
+    }
+
+    /// The most bytes of the stack that one function may take. With KASAN each variable has room
+    /// around it, and the kernel's stack is twice as large.
+    fn frame_max(self) -> u64 {
+        match self {
+            Self::None | Self::Kcsan => FRAME_MAX,
+            Self::Kasan => 2 * FRAME_MAX,
+        }
+    }
+}
 
 /// A crate to compile.
 struct Crate {
@@ -62,15 +134,20 @@ struct Crate {
 ///
 /// # Errors
 /// It does not compile.
-pub fn build(toolchain: &Toolchain) -> Result<PathBuf> {
-    let dir = super::out().join("object");
+pub fn build(toolchain: &Toolchain, checks: Checks) -> Result<PathBuf> {
+    let dir = super::out().join(checks.folder());
     fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let lock = fs::File::create(dir.join("lock"))?;
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
 
     let crates = workspace::root().join("crates");
     let version = toolchain.rustc_version()?;
-    let settings = format!("{version} {FLAGS:?}");
+    let target = match checks {
+        Checks::None | Checks::Kasan => TARGET.into(),
+        Checks::Kcsan => target_with_kcsan(toolchain, &dir)?.into_os_string(),
+    };
+    let compiler = Compiler { toolchain, dir: &dir, target, checks };
+    let settings = format!("{version} {FLAGS:?} {:?}", checks.flags());
     let core = Crate {
         name: "core",
         edition: "2021",
@@ -111,8 +188,8 @@ pub fn build(toolchain: &Toolchain) -> Result<PathBuf> {
             "module",
             &format!("compiling Rust's core for the kernel ({version}); this takes half a minute"),
         );
-        compile(toolchain, &dir, &core, None)?;
-        compile(toolchain, &dir, &builtins, None)?;
+        compiler.compile(&core, None)?;
+        compiler.compile(&builtins, None)?;
         super::note(&library, &library_fingerprint)?;
         drop(progress);
     }
@@ -123,10 +200,10 @@ pub fn build(toolchain: &Toolchain) -> Result<PathBuf> {
     let object = dir.join(NAME);
     if !super::is_fresh(&object, &fingerprint) {
         eprintln!("module: compiling the Rust part of the driver");
-        compile(toolchain, &dir, &shm, None)?;
-        compile(toolchain, &dir, &driver, None)?;
-        compile(toolchain, &dir, &linux, Some(&object))?;
-        check_stack(toolchain, &object)?;
+        compiler.compile(&shm, None)?;
+        compiler.compile(&driver, None)?;
+        compiler.compile(&linux, Some(&object))?;
+        check_stack(toolchain, &object, checks.frame_max())?;
         super::note(&object, &fingerprint)?;
     }
     Ok(object)
@@ -134,14 +211,14 @@ pub fn build(toolchain: &Toolchain) -> Result<PathBuf> {
 
 /// Checks that no function takes so much of the kernel's small stack that a chain of calls could
 /// run out of it.
-fn check_stack(toolchain: &Toolchain, object: &Path) -> Result<()> {
+fn check_stack(toolchain: &Toolchain, object: &Path, most: u64) -> Result<()> {
     let args = ["--disassemble".as_ref(), "--no-show-raw-insn".as_ref(), object.as_os_str()];
     let frames = frames(&toolchain.run("x86_64-linux-gnu-objdump", args)?);
     ensure!(!frames.is_empty(), "objdump shows no function of {}", object.display());
     for (function, bytes) in frames {
         ensure!(
-            bytes <= FRAME_MAX,
-            "{function} takes {bytes} bytes of the kernel's stack, and {FRAME_MAX} is the most: \
+            bytes <= most,
+            "{function} takes {bytes} bytes of the kernel's stack, and {most} is the most: \
              build large values in place (KBox), or pass less by value"
         );
     }
@@ -166,31 +243,65 @@ fn frames(disassembly: &str) -> Vec<(String, u64)> {
     frames
 }
 
-/// Compiles a crate: to a library in `dir`, or to the object.
-fn compile(toolchain: &Toolchain, dir: &Path, it: &Crate, object: Option<&Path>) -> Result<()> {
-    let mut rustc = toolchain.command("rustc");
-    rustc
-        .args(FLAGS)
-        .args([&format!("--crate-name={}", it.name), &format!("--edition={}", it.edition)])
-        .args(it.args)
-        .arg("-L")
-        .arg(dir)
-        .arg(&it.source)
-        // These flags are unstable. The kernels compile their own Rust with the same.
+/// Writes the description of the same target for kernels with KCSAN, of which rustc knows nothing.
+/// Returns its path.
+fn target_with_kcsan(toolchain: &Toolchain, dir: &Path) -> Result<PathBuf> {
+    let output = toolchain
+        .command("rustc")
+        .args(["-Zunstable-options", "--print=target-spec-json", "--target", TARGET])
         .env("RUSTC_BOOTSTRAP", "1")
-        .env_remove("RUSTFLAGS");
-    match object {
-        Some(object) => rustc.arg(format!("--emit=obj={}", object.display())),
-        None => rustc.arg("--out-dir").arg(dir),
-    };
-    let output = rustc.output().context("cannot run the kit's rustc")?;
-    ensure!(
-        output.status.success(),
-        "{} does not compile for the kernel:\n{}",
-        it.name,
-        String::from_utf8_lossy(&output.stderr).trim()
-    );
-    Ok(())
+        .output()
+        .context("cannot run the kit's rustc")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "rustc does not describe {TARGET}: {}", said.trim());
+    let mut target: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let sanitizers = target["supported-sanitizers"].as_array_mut();
+    sanitizers.context("rustc knows no sanitizers for this target")?.push("thread".into());
+    let path = dir.join(format!("{TARGET}-kcsan.json"));
+    fs::write(&path, serde_json::to_vec_pretty(&target)?)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+/// How crates are compiled.
+struct Compiler<'a> {
+    toolchain: &'a Toolchain,
+    /// The folder of the libraries.
+    dir: &'a Path,
+    target: OsString,
+    checks: Checks,
+}
+
+impl Compiler<'_> {
+    /// Compiles a crate: to a library, or to the object.
+    fn compile(&self, it: &Crate, object: Option<&Path>) -> Result<()> {
+        let mut rustc = self.toolchain.command("rustc");
+        rustc
+            .arg("--target")
+            .arg(&self.target)
+            .args(FLAGS)
+            .args(self.checks.flags())
+            .args([&format!("--crate-name={}", it.name), &format!("--edition={}", it.edition)])
+            .args(it.args)
+            .arg("-L")
+            .arg(self.dir)
+            .arg(&it.source)
+            // These flags are unstable. The kernels compile their own Rust with the same.
+            .env("RUSTC_BOOTSTRAP", "1")
+            .env_remove("RUSTFLAGS");
+        match object {
+            Some(object) => rustc.arg(format!("--emit=obj={}", object.display())),
+            None => rustc.arg("--out-dir").arg(self.dir),
+        };
+        let output = rustc.output().context("cannot run the kit's rustc")?;
+        ensure!(
+            output.status.success(),
+            "{} does not compile for the kernel:\n{}",
+            it.name,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::bus::Bus;
+use crate::guest::Guest;
 
 /// The bytes of a frame.
 const FRAME: usize = 1514;
@@ -86,11 +87,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits until the NIC has received `frames` more frames.
+/// Waits until the NIC of a guest has received `frames` more frames.
 ///
 /// # Errors
 /// It does not.
-pub fn wait(bus: &Bus, nic: &str, frames: u64) -> Result<()> {
+pub fn wait(guest: &Guest, bus: &Bus, nic: &str, frames: u64) -> Result<()> {
+    let limit = guest.at_most(LIMIT);
     let (before, began) = (bus.received_frames(nic)?, Instant::now());
     loop {
         let now = bus.received_frames(nic)?;
@@ -98,10 +100,10 @@ pub fn wait(bus: &Bus, nic: &str, frames: u64) -> Result<()> {
             return Ok(());
         }
         ensure!(
-            began.elapsed() < LIMIT,
+            began.elapsed() < limit,
             "{nic} has received {} frames of {frames} within {} s",
             now - before,
-            LIMIT.as_secs()
+            limit.as_secs()
         );
         std::thread::sleep(Duration::from_millis(20));
     }

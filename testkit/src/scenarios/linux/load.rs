@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::bus::{Bus, device};
 use crate::guest::Guest;
-use crate::kit::kernels::{DebianKernel, Flavour, Series};
+use crate::kit::kernels::{DebianKernel, Series};
 use crate::lab::Scene;
 use crate::linux;
 use crate::report::Skip;
@@ -27,17 +27,17 @@ const TIMES: u32 = 5;
 
 /// Linux 6.1 of Debian 12.
 pub fn v6_1(scene: &Scene) -> Result<()> {
-    load(scene, DebianKernel { series: Series::V6_1, flavour: Flavour::Cloud })
+    load(scene, linux::kernel_of(scene, Series::V6_1))
 }
 
 /// Linux 6.12 of Debian 13.
 pub fn v6_12(scene: &Scene) -> Result<()> {
-    load(scene, DebianKernel { series: Series::V6_12, flavour: Flavour::Cloud })
+    load(scene, linux::kernel_of(scene, Series::V6_12))
 }
 
 /// Linux 7 of Debian 13's backports.
 pub fn v7(scene: &Scene) -> Result<()> {
-    load(scene, DebianKernel { series: Series::V7, flavour: Flavour::Cloud })
+    load(scene, linux::kernel_of(scene, Series::V7))
 }
 
 /// The kernels for machines of all kinds. They are large, so they are for long runs.

@@ -12,7 +12,7 @@ use super::wire::{FAR, NICS, Wire};
 use crate::guest::Guest;
 use crate::initramfs::Archive;
 use crate::iperf::{Load, Received};
-use crate::kit::kernels::{DebianKernel, Flavour, Series};
+use crate::kit::kernels::Series;
 use crate::lab::Scene;
 use crate::linux::{self, IP};
 use crate::nic;
@@ -63,7 +63,7 @@ struct Station(Wire);
 
 impl Station {
     fn boot(scene: &Scene, series: Series) -> Result<Self> {
-        let kernel = DebianKernel { series, flavour: Flavour::Cloud };
+        let kernel = linux::kernel_of(scene, series);
         let settings = [
             "mac = \"02:00:00:00:00:01\"\nqueue-pairs = 4\nspeed = 10000\nmsix = true",
             "mac = \"02:00:00:00:00:02\"",

@@ -78,7 +78,7 @@ impl Flooded {
         linux::insert(self.guest(), "")?;
         let interface = linux::interface(self.guest(), 0)?;
         self.guest().ok(&format!("ip link set {interface} up"))?;
-        flood::wait(&self.bus, NIC, FRAMES)
+        flood::wait(self.guest(), &self.bus, NIC, FRAMES)
     }
 
     /// Checks in a fresh kernel, in which no driver has the NIC, that no frame comes into memory.
@@ -129,10 +129,11 @@ pub fn sleep(scene: &Scene) -> Result<()> {
         let mut once = || -> Result<()> {
             flooded.vm.control.forget_events()?;
             let sleeps = flooded.vm.guest.start("echo mem > /sys/power/state")?;
-            flooded.vm.control.wait_event("SUSPEND", SLEEP, |_| true)?;
+            let limit = flooded.guest().at_most(SLEEP);
+            flooded.vm.control.wait_event("SUSPEND", limit, |_| true)?;
             flooded.vm.control.execute("system_wakeup", json!({}))?;
             sleeps.ok(SLEEP)?;
-            flood::wait(&flooded.bus, NIC, FRAMES)
+            flood::wait(flooded.guest(), &flooded.bus, NIC, FRAMES)
         };
         once().with_context(|| format!("time {time}"))?;
     }

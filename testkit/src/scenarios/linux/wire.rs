@@ -201,6 +201,7 @@ impl Wire {
     pub fn flow(&self, bytes: u64) -> Result<()> {
         let sent =
             || -> Result<Vec<u64>> { NICS.iter().map(|name| self.bus.sent_bytes(name)).collect() };
+        let limit = self.guest().at_most(TRANSFER);
         let (before, began) = (sent()?, std::time::Instant::now());
         loop {
             let now = sent()?;
@@ -208,9 +209,9 @@ impl Wire {
                 return Ok(());
             }
             ensure!(
-                began.elapsed() < TRANSFER,
+                began.elapsed() < limit,
                 "{bytes} bytes do not go each way within {} s: {before:?} before, {now:?} now",
-                TRANSFER.as_secs()
+                limit.as_secs()
             );
             std::thread::sleep(Duration::from_millis(20));
         }

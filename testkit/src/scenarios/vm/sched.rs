@@ -96,13 +96,13 @@ impl Stage {
 
     /// Waits until the threads have these classes.
     pub fn wait(&self, what: &str, classes: [Class; 2]) -> Result<Duration> {
-        let began = Instant::now();
+        let (began, limit) = (Instant::now(), self.vm.guest.at_most(LIMIT));
         loop {
             let now = [self.class(0)?, self.class(1)?];
             if now == classes {
                 return Ok(began.elapsed());
             }
-            if began.elapsed() > LIMIT {
+            if began.elapsed() > limit {
                 let report = self.bus.run(&["device", "show", "cpus"]).unwrap_or_default();
                 bail!("{what}: the threads are {now:?}, not {classes:?}\n{report}");
             }
