@@ -2,6 +2,7 @@
 /* State pages as character devices. state.h says what each function does. */
 #include <linux/cc_platform.h>
 #include <linux/cdev.h>
+#include <linux/completion.h>
 #include <linux/device.h>
 #include <linux/fs.h>
 #include <linux/idr.h>
@@ -27,6 +28,19 @@ static dev_t first;
 static DEFINE_IDA(minors);
 /* Whoever looks for a folder and makes one holds it. */
 static DEFINE_MUTEX(folders);
+
+/*
+ * Somebody else may hold a device of the class after the driver has let it go, and then its release
+ * function runs late. This counts the devices that are not released yet, and the module itself.
+ */
+static atomic_t unreleased = ATOMIC_INIT(1);
+static DECLARE_COMPLETION(all_released);
+
+static void count_release(void)
+{
+	if (atomic_dec_and_test(&unreleased))
+		complete(&all_released);
+}
 
 struct node {
 	struct device dev;
@@ -86,10 +100,8 @@ static char *devnode(struct device *dev, umode_t *mode)
 	return path;
 }
 
-static struct class class = {
-	.name = "vbus-state",
-	.devnode = devnode,
-};
+/* Allocated: the kernel may look at it after the module has gone. */
+static struct class *class;
 
 static int node_open(struct inode *inode, struct file *file)
 {
@@ -244,6 +256,7 @@ static const struct file_operations node_fops = {
 static void folder_release(struct device *dev)
 {
 	kfree(dev);
+	count_release();
 }
 
 void *shim_folder_new(void *pci, const char *name, u64 bytes, int *error)
@@ -254,14 +267,15 @@ void *shim_folder_new(void *pci, const char *name, u64 bytes, int *error)
 	*error = -ENOMEM;
 	if (!dev)
 		return NULL;
+	atomic_inc(&unreleased);
 	device_initialize(dev);
-	dev->class = &class;
+	dev->class = class;
 	dev->parent = &((struct pci_dev *)pci)->dev;
 	dev->release = folder_release;
 	mutex_lock(&folders);
 	*error = dev_set_name(dev, "%.*s", (int)bytes, name);
 	if (!*error) {
-		other = class_find_device_by_name(&class, dev_name(dev));
+		other = class_find_device_by_name(class, dev_name(dev));
 		if (other) {
 			put_device(other);
 			*error = -EEXIST;
@@ -291,6 +305,7 @@ static void node_release_dev(struct device *dev)
 	ida_free(&minors, MINOR(dev->devt));
 	mutex_destroy(&node->lock);
 	kfree(node);
+	count_release();
 }
 
 void *shim_node_new(void *folder, const char *name, u64 bytes, unsigned int mode, void *page,
@@ -313,8 +328,9 @@ void *shim_node_new(void *folder, const char *name, u64 bytes, unsigned int mode
 	INIT_LIST_HEAD(&node->openings);
 	node->mode = mode;
 	node->page = page;
+	atomic_inc(&unreleased);
 	device_initialize(&node->dev);
-	node->dev.class = &class;
+	node->dev.class = class;
 	node->dev.parent = folder;
 	node->dev.groups = node_groups;
 	node->dev.devt = MKDEV(MAJOR(first), minor);
@@ -396,15 +412,24 @@ int shim_state_start(void)
 
 	if (error)
 		return error;
-	error = class_register(&class);
-	if (error)
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 4, 0)
+	class = class_create("vbus-state");
+#else
+	class = class_create(THIS_MODULE, "vbus-state");
+#endif
+	if (IS_ERR(class)) {
 		unregister_chrdev_region(first, NODES);
-	return error;
+		return PTR_ERR(class);
+	}
+	class->devnode = devnode;
+	return 0;
 }
 
 void shim_state_end(void)
 {
-	class_unregister(&class);
+	count_release();
+	wait_for_completion(&all_released);
+	class_destroy(class);
 	unregister_chrdev_region(first, NODES);
 	ida_destroy(&minors);
 }
