@@ -189,8 +189,8 @@ pub fn check_kernel(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// A kernel's log without the data races that KCSAN has found in the kernel alone, and their number.
-/// A trace has the name of the module behind each of its functions.
+/// A kernel's log without the data races that KCSAN has found in the kernel alone, and their
+/// number. A trace has the name of the module behind each of its functions.
 fn without_races(log: &str) -> (String, usize) {
     let (mut kept, mut races) = (String::new(), 0);
     for piece in log.split_inclusive(FRAME) {

@@ -3,8 +3,8 @@
 //!
 //! The Rust part is one object for all kernels ([`object`]). The kernel's own build compiles the C
 //! shim for each kernel and links the two, against nothing but the kernel's headers (`link.rs`).
-//! All that this needs is in parts of the kit: [`toolchain`](crate::kit::toolchain) and [`headers`]. Nothing is installed,
-//! and no root is needed.
+//! All that this needs is in parts of the kit: the [toolchain](crate::kit::toolchain) and
+//! [`headers`]. Nothing is installed, and no root is needed.
 
 pub mod headers;
 mod link;
@@ -44,8 +44,8 @@ pub fn build(kernel: DebianKernel, mirror: Option<&str>) -> Result<Module> {
     Ok(Module { release: headers.release, path })
 }
 
-/// Builds the Rust part of the module, which is the same for each of Debian's kernels. For `mirror` see
-/// [`Kit::get`](crate::kit::Kit::get). Returns its path.
+/// Builds the Rust part of the module, which is the same for each of Debian's kernels. For
+/// `mirror` see [`Kit::get`](crate::kit::Kit::get). Returns its path.
 ///
 /// # Errors
 /// Those of [`build`].
