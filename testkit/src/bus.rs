@@ -215,7 +215,7 @@ impl Bus {
     }
 
     /// The sum of a counter of a NIC's queue pairs.
-    fn sum_of_pairs(&self, nic: &str, counter: fn(&Value) -> Option<u64>) -> Result<u64> {
+    pub fn sum_of_pairs(&self, nic: &str, counter: fn(&Value) -> Option<u64>) -> Result<u64> {
         let stats = self.stats()?;
         let device = stats.as_array().into_iter().flatten().find(|device| device["name"] == nic);
         let pairs = device.and_then(|device| device["device"]["pairs"].as_array());

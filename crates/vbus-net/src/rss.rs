@@ -30,6 +30,8 @@ pub struct Rss {
     kinds: u32,
     key: [u8; KEY_BYTES],
     table: Vec<u16>,
+    /// The queue of frames that are not hashed; `None`: the first entry of the table.
+    unclassified: Option<u16>,
 }
 
 const TCP: u8 = 6;
@@ -104,18 +106,26 @@ impl Rss {
     /// also be empty: then frames are hashed, but the hash chooses no queue.
     pub fn new(kinds: u32, key: [u8; KEY_BYTES], table: Vec<u16>) -> Option<Rss> {
         let fits = table.is_empty() || table.len().is_power_of_two();
-        fits.then_some(Rss { kinds, key, table })
+        fits.then_some(Rss { kinds, key, table, unclassified: None })
+    }
+
+    /// The same, with frames that are not hashed in `queue`. Without a table it has no effect.
+    #[must_use]
+    pub fn with_unclassified(mut self, queue: u16) -> Rss {
+        self.unclassified = Some(queue);
+        self
     }
 
     /// The queue that `hash` chooses, if there is a table. Frames that are not hashed have hash 0.
     pub fn queue(&self, hash: Hash) -> Option<u16> {
         let mask = self.table.len().checked_sub(1)?;
-        self.table.get(hash.value as usize & mask).copied()
+        let unclassified = self.unclassified.filter(|_| hash.kind == 0);
+        unclassified.or_else(|| self.table.get(hash.value as usize & mask).copied())
     }
 
-    /// The highest queue that the table names, if there is a table.
+    /// The highest queue that a frame can have, if there is a table.
     pub fn highest_queue(&self) -> Option<u16> {
-        self.table.iter().copied().max()
+        self.table.iter().copied().max().map(|highest| highest.max(self.unclassified.unwrap_or(0)))
     }
 
     /// The hash of a frame.

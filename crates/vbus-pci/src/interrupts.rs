@@ -541,6 +541,25 @@ mod tests {
     }
 
     #[test]
+    fn a_message_is_sent_only_while_messages_are_active() {
+        let irqs = Interrupts::new(true, false, 2);
+        let (intx, fd) = pair();
+        irqs.connect(IrqIndex::Intx, 0, vec![Some(fd)]).unwrap();
+        assert!(!irqs.send_message(Some(1)) && !irqs.send_message(None) && !irqs.pending());
+        irqs.raise_intx();
+        assert_eq!((taken(&intx), irqs.pending()), (1, true));
+        irqs.acknowledge();
+        let (second, fd) = pair();
+        irqs.connect(IrqIndex::Msix, 1, vec![Some(fd)]).unwrap();
+        assert!([Some(1), Some(0), Some(7), None].into_iter().all(|v| irqs.send_message(v)));
+        assert_eq!((taken(&second), pending_byte(&irqs), irqs.pending()), (1, 1, false));
+        // Messages became active between the two calls of a device: none of them is lost.
+        irqs.raise_intx();
+        assert_eq!((taken(&intx), taken(&second), pending_byte(&irqs)), (0, 1, 1));
+        assert!(!irqs.pending());
+    }
+
+    #[test]
     fn nothing_is_lost_while_a_vmm_adds_a_vector() {
         let irqs = Interrupts::new(true, true, 3);
         let connect = |count: usize| {

@@ -121,6 +121,13 @@ impl Host {
         rundir::check_socket_path(&path)?;
         let endpoint = self.bus.create(&spec.name, &spec.class, &spec.settings)?;
         if let Some(pic) = &spec.pic {
+            if endpoint.device().front().is_some() {
+                let _ = self.bus.remove(&spec.name);
+                bail!(
+                    "\"pic\" is for drivers of vbus; a device of class {} has others",
+                    spec.class
+                );
+            }
             endpoint.set_router(pic);
         }
         if !endpoint.device().takes_drivers() {

@@ -54,6 +54,11 @@ pub mod feature {
     pub const GUEST_USO6: u64 = 1 << 55;
     /// The driver may send UDP segments.
     pub const HOST_USO: u64 = 1 << 56;
+    /// The header before each frame has room for a hash. Before a frame to the driver it is the
+    /// frame's.
+    pub const HASH_REPORT: u64 = 1 << 57;
+    /// The driver chooses receive queues by a hash.
+    pub const RSS: u64 = 1 << 60;
     /// The configuration has speed and duplex mode.
     pub const SPEED_DUPLEX: u64 = 1 << 63;
 }
@@ -80,6 +85,12 @@ pub mod config {
     pub const DUPLEX: usize = 16;
     /// The duplex mode if nobody knows it.
     pub const DUPLEX_UNKNOWN: u8 = 0xff;
+    /// 8 bits: the longest key of the hash.
+    pub const RSS_KEY_MAX: usize = 17;
+    /// 16 bits: the most entries of the table of queues.
+    pub const RSS_TABLE_MAX: usize = 18;
+    /// 32 bits: the kinds of frames that can be hashed.
+    pub const HASH_KINDS: usize = 20;
     /// Bytes of the configuration.
     pub const BYTES: usize = 24;
 }
@@ -102,6 +113,10 @@ pub mod command {
     pub const ANNOUNCE_ACK: (u8, u8) = (3, 0);
     /// How many queue pairs are in use.
     pub const MQ_PAIRS_SET: (u8, u8) = (4, 0);
+    /// Key, kinds and table of receive-side scaling.
+    pub const MQ_RSS_CONFIG: (u8, u8) = (4, 1);
+    /// Key and kinds of the hash that is reported.
+    pub const MQ_HASH_CONFIG: (u8, u8) = (4, 2);
     /// The offloads that the driver accepts.
     pub const GUEST_OFFLOADS_SET: (u8, u8) = (5, 0);
     /// How interrupts of transmit queues are held back.

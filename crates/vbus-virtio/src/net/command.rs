@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The commands of the control queue (VIRTIO 1.3, section 5.1.6.5), out of a driver's bytes.
 
-use vbus_net::{Addresses, Mac, Vlans};
+use vbus_net::rss::{KEY_BYTES, kinds};
+use vbus_net::{Addresses, Mac, Rss, Vlans};
 
 use super::abi::command as number;
 
 /// The most addresses of one kind that a driver can list. More, and all of that kind pass.
 const LISTED_MAX: usize = 64;
+
+/// The most entries of a table of queues.
+pub const RSS_TABLE_MAX: u16 = 128;
 
 /// The longest command, in bytes. The tables of addresses may be long.
 pub const BYTES_MAX: usize = 64 << 10;
@@ -28,6 +32,10 @@ pub enum Command {
     Announced,
     /// How many queue pairs are in use.
     Pairs(u16),
+    /// Receive-side scaling, and how many queue pairs transmit. `None`: no hashes.
+    Scale(Option<Rss>, u16),
+    /// The hash that is reported. `None`: none is.
+    Hash(Option<Rss>),
     /// The offloads that the driver accepts, as feature bits.
     Offloads(u64),
     /// How interrupts are held back.
@@ -75,6 +83,22 @@ pub fn parse(bytes: &[u8]) -> Option<Command> {
         number::VLAN_DELETE => Command::Vlan(word(data)?, false),
         number::ANNOUNCE_ACK => Command::Announced,
         number::MQ_PAIRS_SET => Command::Pairs(word(data)?),
+        number::MQ_RSS_CONFIG => {
+            let (mask, unclassified) = (word(data.get(4..)?)?, word(data.get(6..)?)?);
+            let entries = usize::from(mask) + 1;
+            let table = data.get(8..8 + entries * 2)?.chunks_exact(2);
+            let table: Vec<u16> = table.filter_map(word).collect();
+            let rest = data.get(8 + entries * 2..)?;
+            let key = key(rest.get(2..)?)?;
+            if mask >= RSS_TABLE_MAX {
+                return None;
+            }
+            let rss = hash(long(data)?, key, table)?;
+            Command::Scale(rss.map(|rss| rss.with_unclassified(unclassified)), word(rest)?)
+        }
+        number::MQ_HASH_CONFIG => {
+            Command::Hash(hash(long(data)?, key(data.get(12..)?)?, Vec::new())?)
+        }
         number::GUEST_OFFLOADS_SET => Command::Offloads(u64::from_le_bytes(*data.first_chunk()?)),
         number::COALESCE_TX_SET => Command::Coalesce(Which::Tx, coalesce(data)?),
         number::COALESCE_RX_SET => Command::Coalesce(Which::Rx, coalesce(data)?),
@@ -100,6 +124,28 @@ fn long(data: &[u8]) -> Option<u32> {
 
 fn coalesce(data: &[u8]) -> Option<Coalesce> {
     Some(Coalesce { frames: long(data)?, usecs: long(data.get(4..)?)? })
+}
+
+/// A key with its length before it. A shorter one ends with zeros.
+fn key(data: &[u8]) -> Option<[u8; KEY_BYTES]> {
+    let (&len, bytes) = data.split_first()?;
+    let len = usize::from(len);
+    let mut key = [0; KEY_BYTES];
+    key.get_mut(..len)?.copy_from_slice(bytes.get(..len)?);
+    Some(key)
+}
+
+/// How frames of these kinds are hashed. `Some(None)`: there are no kinds. `None`: a kind that the
+/// device cannot hash, or a table whose length is no power of two.
+fn hash(of: u32, key: [u8; KEY_BYTES], table: Vec<u16>) -> Option<Option<Rss>> {
+    if of & !kinds::ALL != 0 {
+        return None;
+    }
+    // A table without kinds puts all frames into the queue for those that are not hashed.
+    if of == 0 && table.is_empty() {
+        return Some(None);
+    }
+    Rss::new(of, key, table).map(Some)
 }
 
 /// A table of addresses, and the bytes after it.
@@ -183,6 +229,8 @@ mod tests {
     #[test]
     fn commands_are_read() {
         let mac = [2, 0, 0, 0, 0, 7];
+        let mut short = [0; KEY_BYTES];
+        short[..2].copy_from_slice(&[5, 6]);
         let table = [&[1, 0, 1, 0, 0, 0][..], &mac, &[0, 0, 0, 0]].concat();
         for (bytes, command) in [
             (&[0, 0, 1][..], Command::Promiscuous(true)),
@@ -203,12 +251,40 @@ mod tests {
                 Command::Coalesce(Which::Queue(3), Coalesce { frames: 8, usecs: 50 }),
             ),
             (&[6, 3, 3, 0], Command::CoalesceOf(3)),
+            (
+                &[&[4, 1, 3, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 2, 0, 2, 5, 6][..]].concat(),
+                Command::Scale(
+                    Rss::new(3, short, vec![0, 1]).map(|rss| rss.with_unclassified(1)),
+                    2,
+                ),
+            ),
+            (
+                &[4, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 5, 6],
+                Command::Hash(Rss::new(1, short, vec![])),
+            ),
         ] {
             assert_eq!(parse(bytes), Some(command), "{bytes:?}");
             for len in 0..bytes.len() {
                 assert_eq!(parse(&bytes[..len]), None, "{bytes:?} cut to {len}");
             }
         }
+    }
+
+    #[test]
+    fn a_hash_is_one_that_the_device_has() {
+        let scale = |kinds: u32, mask: u16, entries: usize, key: u8| {
+            let head = [&[4, 1][..], &kinds.to_le_bytes(), &mask.to_le_bytes(), &[0, 0]].concat();
+            parse(&[head, vec![0; entries * 2], vec![1, 0, key], vec![7; 255]].concat())
+        };
+        assert!(matches!(scale(0x3f, 127, 128, 40), Some(Command::Scale(Some(_), 1))));
+        assert!(matches!(scale(0, 0, 1, 0), Some(Command::Scale(Some(_), 1))));
+        for (kinds, mask, entries, key) in
+            [(0x40, 0, 1, 40), (1, 2, 3, 40), (1, 255, 256, 40), (1, 0, 1, 41)]
+        {
+            assert_eq!(scale(kinds, mask, entries, key), None, "{kinds} {mask} {key}");
+        }
+        let none = [4, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        assert_eq!(parse(&none), Some(Command::Hash(None)));
     }
 
     #[test]

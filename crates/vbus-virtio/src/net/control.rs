@@ -139,6 +139,16 @@ impl Control {
                 }
                 return self.configure(Some(before));
             }
+            Command::Scale(rss, tx) => {
+                let before = self.work.receiver.steering.queues();
+                if !self.has(feature::RSS) || !self.work.set_scale(rss, tx) {
+                    return Answer::Now(false, Vec::new());
+                }
+                return self.configure(Some(before));
+            }
+            Command::Hash(rss) => {
+                self.has(feature::HASH_REPORT) && self.work.receiver.steering.set_rss(rss)
+            }
             Command::Offloads(bits) => {
                 let may = self.work.driver.features & offloads::GUEST;
                 if !self.has(feature::CTRL_GUEST_OFFLOADS) || bits & !may != 0 {

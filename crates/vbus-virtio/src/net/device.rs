@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex, Weak};
 
 use vbus_core::{ErrorCode, Progress, Task, lock};
 use vbus_net::front::{Duplex, Nic};
+use vbus_net::rss;
 
 use super::abi::{self, config as at, feature};
+use super::command::RSS_TABLE_MAX;
 use super::offloads;
 use super::session::NicSession;
 use crate::device::{Driver, Kind, Session, Transport, VirtioDevice, feature as common};
@@ -15,11 +17,19 @@ use crate::device::{Driver, Kind, Session, Transport, VirtioDevice, feature as c
 /// The most descriptors of a queue.
 const QUEUE_SIZE: u16 = 1024;
 
+/// What a card offers of the things that not every driver is the faster with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Packed queues.
+    pub packed: bool,
+    /// Receive-side scaling, and the report of hashes.
+    pub rss: bool,
+}
+
 /// A network card, in front of its back end.
 pub struct VirtioNic {
     nic: Nic,
-    /// Whether it offers packed queues.
-    packed: bool,
+    options: Offer,
     /// Locked while the configuration is published, so that the transport gets the newest last.
     transport: Mutex<Option<Weak<dyn Transport>>>,
     /// How many of the requests to announce its addresses the driver has answered. Locked with
@@ -28,8 +38,8 @@ pub struct VirtioNic {
 }
 
 impl VirtioNic {
-    pub fn new(nic: Nic, packed: bool) -> VirtioNic {
-        VirtioNic { nic, packed, transport: Mutex::default(), announced: AtomicU64::new(0) }
+    pub fn new(nic: Nic, options: Offer) -> VirtioNic {
+        VirtioNic { nic, options, transport: Mutex::default(), announced: AtomicU64::new(0) }
     }
 
     /// The device behind the front.
@@ -57,14 +67,18 @@ impl VirtioNic {
         let backend = &self.nic.backend;
         let wanted = config.backend.offloads;
         let mut features = common::ALL | common::ACCESS_PLATFORM;
-        features &= if self.packed { !0 } else { !common::RING_PACKED };
+        features &= if self.options.packed { !0 } else { !common::RING_PACKED };
         features |= offloads::bits(wanted & backend.tx_offloads(), wanted & backend.rx_offloads());
         features |= feature::MAC | feature::MTU | feature::STATUS | feature::MRG_RXBUF;
         features |= feature::CTRL_VQ | feature::CTRL_RX | feature::CTRL_VLAN;
         features |= feature::GUEST_ANNOUNCE | feature::CTRL_GUEST_OFFLOADS;
         features |= feature::NOTF_COAL | feature::VQ_NOTF_COAL;
         features |= if config.mac_changes { feature::CTRL_MAC_ADDR } else { 0 };
-        features |= if config.queue_pairs > 1 { feature::MQ } else { 0 };
+        let several = config.queue_pairs > 1;
+        features |= if several { feature::MQ } else { 0 };
+        if self.options.rss && backend.steers() {
+            features |= feature::HASH_REPORT | if several { feature::RSS } else { 0 };
+        }
         features |= if config.speed > 0 { feature::SPEED_DUPLEX } else { 0 };
         features
     }
@@ -119,6 +133,11 @@ impl VirtioNic {
         set(at::MTU, &config.mtu.to_le_bytes());
         set(at::SPEED, &speed.to_le_bytes());
         set(at::DUPLEX, &[duplex]);
+        if self.options.rss {
+            set(at::RSS_KEY_MAX, &[u8::try_from(rss::KEY_BYTES).unwrap_or(0)]);
+            set(at::RSS_TABLE_MAX, &RSS_TABLE_MAX.to_le_bytes());
+            set(at::HASH_KINDS, &rss::kinds::ALL.to_le_bytes());
+        }
         area
     }
 }

@@ -31,7 +31,7 @@ use vbus_pci::OwnFunction;
 
 use crate::device::VirtioDevice;
 use crate::pci;
-use device::{News, VirtioNic};
+use device::{News, Offer, VirtioNic};
 
 /// The class of virtio network cards.
 pub struct VirtioNetClass {
@@ -54,14 +54,15 @@ enum Reached {
     Pci,
 }
 
-/// Checks the settings. Returns those of every Ethernet device, and whether queues may be packed.
-fn parse(value: &Value) -> Result<(Config, bool), CreateError> {
+/// Checks the settings. Returns those of every Ethernet device, and what else the card offers.
+fn parse(value: &Value) -> Result<(Config, Offer), CreateError> {
     let mut settings = Settings::new(value)?;
     settings.choice("transport", &[("pci", Reached::Pci)])?;
     let packed = settings.flag("packed")?.unwrap_or(true);
+    let rss = settings.flag("rss")?.unwrap_or(false);
     let config = Config::take(&mut settings)?;
     settings.finish()?;
-    Ok((config, packed))
+    Ok((config, Offer { packed, rss }))
 }
 
 impl DeviceClass for VirtioNetClass {
@@ -71,7 +72,7 @@ impl DeviceClass for VirtioNetClass {
 
     fn help(&self) -> &'static str {
         "Network card for the virtio driver that every system has. The settings of venet; packed \
-         (true), transport = \"pci\". Set msix = true for speed; without it the guest has INTx, \
+         (true), rss (false), transport = \"pci\". Set msix = true for speed; without it the guest has INTx, \
          and QEMU 11.1 can unplug the device."
     }
 
@@ -80,9 +81,9 @@ impl DeviceClass for VirtioNetClass {
     }
 
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
-        let (config, packed) = parse(config)?;
+        let (config, offer) = parse(config)?;
         let nic = Nic::create(name, config, &self.switches, &self.opener)?;
-        let nic = Arc::new(VirtioNic::new(nic, packed));
+        let nic = Arc::new(VirtioNic::new(nic, offer));
         let device: Arc<dyn VirtioDevice> = nic.clone();
         let function = OwnFunction::new(move |endpoint, options| {
             pci::function(device.clone(), endpoint, options)

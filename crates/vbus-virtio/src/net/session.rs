@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicU64;
 
 use vbus_core::{ErrorCode, Task, TaskHandle};
 use vbus_net::front::{Pairs, Receiver, Setting, Setup};
-use vbus_net::{Filter, HEADER_BYTES, Offloads, Steering};
+use vbus_net::{Filter, Offloads, Rss, Steering};
 
 use super::abi::feature;
 use super::command::{Coalesce, Wanted, Which};
@@ -46,14 +46,14 @@ impl NicSession {
             filter,
             offloads: AtomicU64::new(offloads::to_driver(features).bits()),
             steering: Arc::new(Steering::new(1)),
-            hash: false,
+            hash: features & feature::HASH_REPORT != 0,
             backpressure: nic.config.backpressure,
             moved: Box::new(|| {}),
         });
         let pairs = Pairs::start(&Setup {
             nic,
             receiver: &receiver,
-            by_hash: false,
+            by_hash: features & feature::RSS != 0,
             tx_offloads: offloads::from_driver(features),
             memory: &driver.memory,
             place: (&driver.executor, driver.worker, &driver.counters),
@@ -74,7 +74,8 @@ impl NicSession {
     /// The number of the control queue, if the driver uses it.
     fn control_queue(&self) -> Option<u16> {
         let features = self.work.driver.features;
-        let pairs = if features & feature::MQ != 0 { self.work.queue_pairs() } else { 1 };
+        let several = features & (feature::MQ | feature::RSS) != 0;
+        let pairs = if several { self.work.queue_pairs() } else { 1 };
         (features & feature::CTRL_VQ != 0).then_some(pairs * 2)
     }
 }
@@ -110,6 +111,19 @@ impl Work {
         }
         self.pairs.queues_changed();
         true
+    }
+
+    /// Chooses receive queues by a hash, and uses as many pairs as the hash and `tx` need. Returns
+    /// false, and changes nothing, if there are not so many.
+    pub fn set_scale(&self, rss: Option<Rss>, tx: u16) -> bool {
+        let highest = rss.as_ref().and_then(Rss::highest_queue).map_or(0, |highest| highest + 1);
+        let queues = tx.max(highest);
+        if queues == 0 || queues > self.queue_pairs() {
+            return false;
+        }
+        // Between the steps frames are steered by their flow.
+        let steering = &self.receiver.steering;
+        steering.set_rss(None) && self.set_queues(queues) && steering.set_rss(rss)
     }
 
     /// Holds the interrupts of queues back from now on. Returns false if there is no such queue.
@@ -161,15 +175,15 @@ impl Session for NicSession {
         let Some(task) = work.pairs.task(pair) else { return Ok(()) };
         let Some(coalesce) = work.coalesce.get(usize::from(index)) else { return Ok(()) };
         let memory = work.driver.memory.clone();
+        let header_bytes = work.receiver.header_bytes();
         if index % 2 == 0 {
             let mergeable = features & feature::MRG_RXBUF != 0;
             let indirect = features & common::INDIRECT_DESC != 0;
-            let header_bytes = work.receiver.header_bytes();
             let ring = RxFrames::new(enabled, memory, header_bytes, (mergeable, indirect));
             work.pairs.set_rx(pair, Some((ring, coalesce.clone())));
         } else {
             let ring = TxFrames::new(enabled, memory);
-            work.pairs.set_tx(pair, Some((ring, HEADER_BYTES, coalesce.clone())));
+            work.pairs.set_tx(pair, Some((ring, header_bytes, coalesce.clone())));
         }
         doorbell.bind(task)
     }

@@ -354,10 +354,10 @@ impl VirtioFunction {
             }
             Ok(session)
         });
+        shared.started.store(true, Ordering::Relaxed);
         match begun {
             Ok(session) => {
                 running.session = Some(session);
-                shared.started.store(true, Ordering::Relaxed);
                 host.counters().opens.one();
                 host.set_state(ConnectionState::Open);
                 tracing::info!(
@@ -369,6 +369,8 @@ impl VirtioFunction {
             Err(code) => {
                 shared.end(&mut running);
                 shared.broken(code);
+                drop(running);
+                shared.interrupt_config();
             }
         }
     }

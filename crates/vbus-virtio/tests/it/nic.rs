@@ -25,6 +25,8 @@ const ANNOUNCE: u64 = 1 << 21;
 const MQ: u64 = 1 << 22;
 const CTRL_MAC: u64 = 1 << 23;
 const RING_PACKED: u64 = 1 << 34;
+const HASH_REPORT: u64 = 1 << 57;
+const RSS: u64 = 1 << 60;
 
 const HEADER: usize = 12;
 const MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
@@ -318,6 +320,41 @@ fn queue_pairs_are_taken_into_use() {
     let sent = frame(MACS[1], MACS[0], 60);
     a.send(&[0; HEADER], &sent);
     assert_eq!(b.receive(addr).1, sent);
+}
+
+#[test]
+fn a_hash_chooses_the_queue_and_is_reported() {
+    let lab = Lab::new();
+    let mut a = lab.card(0, json!({}), 0);
+    let settings = json!({ "queue-pairs": 2, "rss": true });
+    let mut b = lab.card(1, settings, MQ | RSS | HASH_REPORT | CTRL_VQ);
+    assert_eq!((b.driver.config(17, 1), b.driver.config(18, 2)), (40, 128));
+    let (mut second, _tx) = (b.driver.queue(2, 64), b.driver.queue(3, 64));
+    // TCP over IPv4 by the addresses and ports; everything else to queue 0.
+    let command = |table: [u8; 2], pairs: u8| {
+        let head = [4, 1, 2, 0, 0, 0, 1, 0, 0, 0, table[0], 0, table[1], 0, pairs, 0, 40];
+        [&head[..], &[7; 40]].concat()
+    };
+    for bad in [command([0, 2], 2), command([0, 1], 3)] {
+        assert!(!b.command(&bad));
+    }
+    assert!(b.command(&command([1, 1], 2)));
+    let addr = b.driver.memory.alloc(2048);
+    second.add(&b.driver.memory, &[(addr, 2048, true)]);
+    b.driver.notify(&second);
+    let (_, bytes) = segment(100);
+    a.send(&[0; HEADER], &bytes);
+    let (_, len) = second.wait(&b.driver.memory);
+    let received = b.driver.memory.read(addr, len as usize);
+    assert_eq!((received[16], &received[20..]), (2, &bytes[..]), "TCP over IPv4");
+    assert_ne!(received[12..16], [0; 4]);
+    let addr = b.post(2048, false);
+    let sent = frame(MACS[1], MACS[0], 60);
+    a.send(&[0; HEADER], &sent);
+    let (_, len) = b.rx.wait(&b.driver.memory);
+    let received = b.driver.memory.read(addr, len as usize);
+    assert_eq!((&received[12..20], &received[20..]), (&[0; 8][..], &sent[..]));
+    assert!(b.command(&[&[4, 2, 0, 0, 0, 0][..], &[0; 9]].concat()), "no hashes any more");
 }
 
 #[test]

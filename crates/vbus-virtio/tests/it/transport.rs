@@ -314,6 +314,9 @@ fn an_error_needs_a_reset() {
     driver.start();
     assert_eq!(driver.status() & NEEDS_RESET, NEEDS_RESET);
     assert_eq!(driver.endpoint.state(), ConnectionState::Broken(ErrorCode::BAD_LAYOUT));
+    assert!(signal.take());
+    assert_eq!(driver.isr(), 2);
+    driver.function.mask_irq(IrqIndex::Intx, false).unwrap();
     // A queue whose driver breaks the rules.
     assert!(driver.agree(VERSION_1));
     let mut queue = driver.queue(0, 16);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The class `virtio-net` in front of the driver that a distribution's kernel has.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::bus::{Bus, device};
 use crate::guest::Guest;
@@ -14,11 +14,19 @@ use crate::vm::VmSpec;
 const BYTES: u64 = 16 << 20;
 
 /// The settings of the guest's two cards. The first has packed queues and MSI-X, the second split
-/// queues, two pairs and INTx.
+/// queues, two pairs, receive-side scaling and INTx.
 const CARDS: [(&str, &str); 2] = [
     ("virt-0", "msix = true"),
-    ("virt-1", "packed = false\nqueue-pairs = 2\nmtu = 9000\nmac = \"02:00:00:00:00:51\""),
+    (
+        "virt-1",
+        "packed = false\nrss = true\nqueue-pairs = 2\nmtu = 9000\nmac = \"02:00:00:00:00:51\"",
+    ),
 ];
+
+/// The numbers of features that the guest's driver accepts: those of both cards, and those that
+/// only one of them has.
+const ACCEPTED: [usize; 9] = [0, 1, 11, 15, 17, 28, 29, 32, 33];
+const ONLY: [&[usize]; 2] = [&[34], &[22, 57, 60]];
 
 /// The addresses of the guest with venet, one for each network.
 const PEER: [&str; 2] = ["10.0.0.1", "10.0.1.1"];
@@ -27,7 +35,8 @@ const PEER: [&str; 2] = ["10.0.0.1", "10.0.1.1"];
 const OWN: [&str; 2] = ["10.0.0.2", "10.0.1.2"];
 
 /// A guest with the kernel's own driver exchanges pings and hashed streams with a guest that has
-/// venet, on one switch. Its driver is unbound and bound, and it reboots.
+/// venet, on one switch. Its driver is unbound and bound, a card is unplugged and plugged, and it
+/// reboots.
 pub fn net(scene: &Scene) -> Result<()> {
     let switch = |name: &str, class: &str, settings: &str| {
         device(name, class, &format!("backend = \"switch\"\n{settings}"))
@@ -47,12 +56,25 @@ pub fn net(scene: &Scene) -> Result<()> {
     b.guest.ok(&format!("ip addr add {}/24 dev vbus0", PEER[1]))?;
     a.wait_boot(1)?;
     exchange(&a.guest, &b.guest)?;
-
-    for id in ["virtio0", "virtio1"] {
-        let driver = "/sys/bus/virtio/drivers/virtio_net";
-        a.guest.ok(&format!("echo {id} > {driver}/unbind"))?;
-        a.guest.ok(&format!("echo {id} > {driver}/bind"))?;
+    negotiated(&a.guest)?;
+    for (name, _) in CARDS {
+        let segments = bus.sum_of_pairs(name, |pair| {
+            Some(pair["tx"]["segments"].as_u64()? + pair["rx"]["segments"].as_u64()?)
+        })?;
+        ensure!(segments > 0, "{name}: no segment was left to the other end");
     }
+
+    for at in 0..2 {
+        let driver = "/sys/bus/virtio/drivers/virtio_net";
+        a.guest.ok(&format!("echo virtio{at} > {driver}/unbind"))?;
+        a.guest.ok(&format!("echo virtio{at} > {driver}/bind"))?;
+    }
+    exchange(&a.guest, &b.guest)?;
+
+    // QEMU 11.1 cannot unplug a function with MSI-X.
+    a.unplug("dev1")?;
+    a.plug("dev1", 1, &bus.socket(CARDS[1].0))?;
+    a.guest.ok("until ls /sys/bus/virtio/devices/virtio1/net/*; do sleep 0.05; done")?;
     exchange(&a.guest, &b.guest)?;
 
     a.reset()?;
@@ -61,6 +83,21 @@ pub fn net(scene: &Scene) -> Result<()> {
     drop(peer);
     a.power_off()?;
     b.power_off()
+}
+
+/// Checks which features and which interrupts the guest's driver uses.
+fn negotiated(guest: &Guest) -> Result<()> {
+    for (at, only) in ONLY.into_iter().enumerate() {
+        let bits = guest.ok(&format!("cat /sys/bus/virtio/devices/virtio{at}/features"))?;
+        let has = |bit: usize| bits.as_bytes().get(bit) == Some(&b'1');
+        let here = ACCEPTED.iter().chain(only).all(|bit| has(*bit));
+        ensure!(here && !ONLY[1 - at].iter().any(|bit| has(*bit)), "card {at} has {bits}");
+    }
+    let interrupts = guest.ok("cat /proc/interrupts")?;
+    let of = |name: &str| interrupts.lines().find(|line| line.ends_with(name));
+    ensure!(of("virtio0-input.0").is_some(), "card 0 has no vector of its own:\n{interrupts}");
+    ensure!(of("virtio1").is_some(), "card 1 has no INTx:\n{interrupts}");
+    Ok(())
 }
 
 /// Sets up both cards of `a` and sends through each in both directions.
