@@ -242,7 +242,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ),
     beside_kvm(
         "kvm::traffic",
-        "TCP both ways with 2 CPUs, interrupts that move, reboot",
+        "TCP both ways with 2 CPUs, interrupts that move, a virtio card, reboot",
         kvm::devices::traffic,
     ),
     beside_kvm(

@@ -16,8 +16,8 @@ use crate::queue::{Chain, Part, Queue, Violation};
 /// How many chains a ring takes at a time, for one look at where the queue is.
 const BATCH: usize = 32;
 
-/// A queue with the chains that were taken from it.
-pub struct Frames {
+/// A queue with the chains that were taken from it. `S` is what the direction needs besides.
+pub struct Frames<S> {
     queue: Queue,
     call: Call,
     memory: Arc<MemoryContext>,
@@ -27,13 +27,65 @@ pub struct Frames {
     back: Vec<(Chain, u32)>,
     /// Empty chains, for their memory.
     spare: Vec<Chain>,
+    side: S,
 }
 
-impl Frames {
-    fn new(enabled: Enabled, memory: Arc<MemoryContext>) -> Frames {
+/// A queue of frames from the driver.
+pub type TxFrames = Frames<Sending>;
+
+/// A queue of buffers for frames to the driver.
+pub type RxFrames = Frames<Receiving>;
+
+/// What a transmit queue needs.
+#[derive(Default)]
+pub struct Sending {
+    /// The frame that was taken.
+    chain: Option<Chain>,
+    took: bool,
+}
+
+/// What a receive queue needs.
+pub struct Receiving {
+    /// Whether a frame may use several buffers.
+    mergeable: bool,
+    /// The least bytes of a buffer: those of the header.
+    bytes_min: usize,
+    /// Descriptors of the queue. `None`: the driver may use indirect tables, of which any number
+    /// fits.
+    descriptors: Option<usize>,
+    /// Parts of the buffers that the device holds.
+    parts: usize,
+}
+
+impl TxFrames {
+    /// The ring over `enabled`, a queue in `memory`.
+    pub fn new(enabled: Enabled, memory: Arc<MemoryContext>) -> TxFrames {
+        Frames::over(enabled, memory, Sending::default())
+    }
+}
+
+impl RxFrames {
+    /// The ring over `enabled`, a queue in `memory`. A header of `header_bytes` bytes precedes each
+    /// frame. `mergeable`: a frame may use several buffers. `indirect`: the driver may use indirect
+    /// tables.
+    pub fn new(
+        enabled: Enabled,
+        memory: Arc<MemoryContext>,
+        header_bytes: usize,
+        (mergeable, indirect): (bool, bool),
+    ) -> RxFrames {
+        let size = usize::from(enabled.queue.layout().size);
+        let descriptors = (!indirect).then_some(size);
+        let side = Receiving { mergeable, bytes_min: header_bytes, descriptors, parts: 0 };
+        Frames::over(enabled, memory, side)
+    }
+}
+
+impl<S> Frames<S> {
+    fn over(enabled: Enabled, memory: Arc<MemoryContext>, side: S) -> Frames<S> {
         let Enabled { queue, call, .. } = enabled;
         let (ahead, back, spare) = Default::default();
-        Frames { queue, call, memory, ahead, back, spare }
+        Frames { queue, call, memory, ahead, back, spare, side }
     }
 
     /// The next chain that the driver has made available.
@@ -62,12 +114,10 @@ impl Frames {
     }
 }
 
-impl Frames {
-    /// Gives the chains back. Returns whether the driver wants an interrupt.
+impl<S: Send> Ring for Frames<S> {
     fn post(&mut self) -> bool {
-        let memory = self.memory.clone();
-        let view = memory.view();
-        // A queue that is not there any more is found by the next take.
+        let view = self.memory.view();
+        // The next take finds a queue that is not there any more.
         let Ok(mut turn) = self.queue.turn(&view) else { return false };
         for (mut chain, written) in self.back.drain(..) {
             turn.complete(&mut chain, written);
@@ -76,102 +126,29 @@ impl Frames {
         turn.flush().is_wanted()
     }
 
-    fn arm(&mut self) -> Armed {
+    fn interrupt(&self, wanted: bool) {
+        self.call.notify(wanted);
+    }
+
+    fn arm(&mut self, _after: u32) -> Armed {
         if !self.ahead.is_empty() {
             return Armed::Missed;
         }
-        let memory = self.memory.clone();
-        let view = memory.view();
+        let view = self.memory.view();
         self.queue.turn(&view).map_or(Armed::Missed, |mut turn| turn.arm())
     }
 
     fn disarm(&mut self) {
-        let memory = self.memory.clone();
-        let view = memory.view();
+        let view = self.memory.view();
         if let Ok(mut turn) = self.queue.turn(&view) {
             turn.disarm();
         }
     }
-}
 
-/// A queue of frames from the driver.
-pub struct TxFrames {
-    frames: Frames,
-    /// The frame that was taken.
-    chain: Option<Chain>,
-    took: bool,
-}
-
-impl TxFrames {
-    /// The ring over `enabled`, a queue in `memory`.
-    pub fn new(enabled: Enabled, memory: Arc<MemoryContext>) -> TxFrames {
-        TxFrames { frames: Frames::new(enabled, memory), chain: None, took: false }
+    fn pending(&self) -> u32 {
+        u32::try_from(self.ahead.len()).unwrap_or(u32::MAX)
     }
 }
-
-/// A queue of buffers for frames to the driver.
-pub struct RxFrames {
-    frames: Frames,
-    /// Whether a frame may use several buffers.
-    mergeable: bool,
-    /// The least bytes of a buffer: those of the header.
-    bytes_min: usize,
-    /// Descriptors of the queue. `None`: the driver may use indirect tables, of which any number
-    /// fits.
-    descriptors: Option<usize>,
-    /// Parts of the buffers that the device holds.
-    parts: usize,
-}
-
-impl RxFrames {
-    /// The ring over `enabled`, a queue in `memory`. A header of `header_bytes` bytes precedes each
-    /// frame. `mergeable`: a frame may use several buffers. `indirect`: the driver may use indirect
-    /// tables.
-    pub fn new(
-        enabled: Enabled,
-        memory: Arc<MemoryContext>,
-        header_bytes: usize,
-        (mergeable, indirect): (bool, bool),
-    ) -> RxFrames {
-        let size = usize::from(enabled.queue.layout().size);
-        RxFrames {
-            frames: Frames::new(enabled, memory),
-            mergeable,
-            bytes_min: header_bytes,
-            descriptors: (!indirect).then_some(size),
-            parts: 0,
-        }
-    }
-}
-
-macro_rules! ring {
-    ($type:ty) => {
-        impl Ring for $type {
-            fn post(&mut self) -> bool {
-                self.frames.post()
-            }
-
-            fn interrupt(&self, wanted: bool) {
-                self.frames.call.notify(wanted);
-            }
-
-            fn arm(&mut self, _after: u32) -> Armed {
-                self.frames.arm()
-            }
-
-            fn disarm(&mut self) {
-                self.frames.disarm();
-            }
-
-            fn pending(&self) -> u32 {
-                u32::try_from(self.frames.ahead.len()).unwrap_or(u32::MAX)
-            }
-        }
-    };
-}
-
-ring!(TxFrames);
-ring!(RxFrames);
 
 /// Calls `each` with the first `len` bytes of `parts`.
 fn slices<'v>(
@@ -195,11 +172,11 @@ fn slices<'v>(
 
 impl TxRing for TxFrames {
     fn take(&mut self, view: &View<'_>) -> Result<Option<usize>, ErrorCode> {
-        if self.chain.is_none() {
-            self.chain = self.frames.next(view)?;
-            self.took |= self.chain.is_some();
+        if self.side.chain.is_none() {
+            self.side.chain = self.next(view)?;
+            self.side.took |= self.side.chain.is_some();
         }
-        Ok(self.chain.as_ref().map(|chain| chain.readable_bytes() as usize))
+        Ok(self.side.chain.as_ref().map(|chain| chain.readable_bytes() as usize))
     }
 
     fn slices<'v>(
@@ -207,16 +184,16 @@ impl TxRing for TxFrames {
         view: &'v View<'_>,
         each: impl FnMut(DriverSlice<'v>),
     ) -> Result<(), ErrorCode> {
-        let parts = self.chain.as_ref().map_or(&[][..], Chain::readable);
+        let parts = self.side.chain.as_ref().map_or(&[][..], Chain::readable);
         slices(parts, view, usize::MAX, false, each)
     }
 
     fn took(&mut self) -> bool {
-        std::mem::take(&mut self.took)
+        std::mem::take(&mut self.side.took)
     }
 
     fn done(&mut self, _view: &View<'_>) -> Result<(), ErrorCode> {
-        self.frames.back.extend(self.chain.take().map(|chain| (chain, 0)));
+        self.back.extend(self.side.chain.take().map(|chain| (chain, 0)));
         Ok(())
     }
 }
@@ -225,16 +202,16 @@ impl RxRing for RxFrames {
     type Buffer = Chain;
 
     fn buffers_max(&self) -> usize {
-        if self.mergeable { BUFFERS_MAX } else { 1 }
+        if self.side.mergeable { BUFFERS_MAX } else { 1 }
     }
 
     fn take(&mut self, view: &View<'_>) -> Result<Option<Chain>, ErrorCode> {
-        let Some(chain) = self.frames.next(view)? else { return Ok(None) };
+        let Some(chain) = self.next(view)? else { return Ok(None) };
         // The header of a frame lies in its first buffer.
-        if (chain.writable_bytes() as usize) < self.bytes_min {
+        if (chain.writable_bytes() as usize) < self.side.bytes_min {
             return Err(ErrorCode::BAD_LENGTH);
         }
-        self.parts += chain.writable().len();
+        self.side.parts += chain.writable().len();
         Ok(Some(chain))
     }
 
@@ -259,15 +236,15 @@ impl RxRing for RxFrames {
         _more: bool,
     ) -> Result<(), ErrorCode> {
         // The header of the frame says how many buffers it has. All come back with one post.
-        self.parts -= chain.writable().len();
-        self.frames.back.push((chain, u32::try_from(len).unwrap_or(u32::MAX)));
+        self.side.parts -= chain.writable().len();
+        self.back.push((chain, u32::try_from(len).unwrap_or(u32::MAX)));
         Ok(())
     }
 
     fn holds_all(&self) -> bool {
-        let layout = self.frames.queue.layout();
-        self.frames.held() >= usize::from(layout.size)
-            || self.descriptors.is_some_and(|descriptors| self.parts >= descriptors)
+        let layout = self.queue.layout();
+        self.held() >= usize::from(layout.size)
+            || self.side.descriptors.is_some_and(|descriptors| self.side.parts >= descriptors)
     }
 }
 

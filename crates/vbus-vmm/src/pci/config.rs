@@ -7,7 +7,7 @@ use vbus_pci_config::register::{COMMAND_MASTER, COMMAND_MEMORY};
 use vbus_pci_config::{Builder, CONVENTIONAL_BYTES, ConfigSpace, Header};
 use vbus_shm::abi::capability;
 
-use super::description::Description;
+use super::description::{Description, Front, VirtioParts};
 
 /// The offset of each capability, if the function has it.
 const VENDOR: u8 = 0x40;
@@ -35,10 +35,19 @@ pub(super) fn config_space(description: &Description, records: &[Record]) -> Con
         subsystem: u16::from_le_bytes([id_low, id_high]),
         interrupt_pin: description.pin,
     };
-    let mut builder = Builder::new(CONVENTIONAL_BYTES, &header)
-        .bar(0, description.bar)
-        .vendor(VENDOR, &vendor_capability(description, records));
-    if description.msi {
+    let mut builder = Builder::new(CONVENTIONAL_BYTES, &header).bar(0, description.bar);
+    match &description.front {
+        Front::Vbus { registers } => {
+            builder = builder.vendor(VENDOR, &vendor_capability(description, *registers, records));
+        }
+        Front::Virtio(parts) => {
+            for (at, content) in virtio_capabilities(description, parts) {
+                builder = builder.vendor(at, &content);
+            }
+        }
+    }
+    // The capabilities of a virtio device leave no room for MSI, which none of them has.
+    if description.msi && matches!(description.front, Front::Vbus { .. }) {
         builder = builder.msi(MSI, true);
     }
     if let Some(layout) = description.msix {
@@ -50,14 +59,32 @@ pub(super) fn config_space(description: &Description, records: &[Record]) -> Con
     builder.build()
 }
 
+/// The capabilities of a virtio device: where each is, and its content without its id and link.
+fn virtio_capabilities(description: &Description, parts: &VirtioParts) -> [(u8, Vec<u8>); 4] {
+    let content = |kind: u8, (offset, len): (u32, u32), more: &[u8]| {
+        let mut bytes = vec![0, kind, 0, 0, 0, 0];
+        bytes.extend_from_slice(&offset.to_le_bytes());
+        bytes.extend_from_slice(&len.to_le_bytes());
+        bytes.extend_from_slice(more);
+        bytes
+    };
+    let stride = u32::from(description.stride).to_le_bytes();
+    [
+        (VENDOR, content(VirtioParts::COMMON, parts.common, &[])),
+        (VENDOR + 0x10, content(VirtioParts::ISR, parts.isr, &[])),
+        (VENDOR + 0x20, content(VirtioParts::DEVICE, parts.device, &[])),
+        (VENDOR + 0x30, content(VirtioParts::NOTIFY, parts.notify, &stride)),
+    ]
+}
+
 /// The content of the vendor-specific capability, without its id and link.
-fn vendor_capability(description: &Description, records: &[Record]) -> Vec<u8> {
+fn vendor_capability(description: &Description, registers: u32, records: &[Record]) -> Vec<u8> {
     let mut bytes = vec![0; usize::from(capability::HEADER_BYTES)];
     bytes[usize::from(capability::VERSION)] = capability::LAYOUT;
     let signature = usize::from(capability::SIGNATURE);
     bytes[signature..signature + 4].copy_from_slice(&capability::SIGNATURE_VALUE.to_le_bytes());
-    let registers = usize::from(capability::REGISTERS);
-    bytes[registers..registers + 4].copy_from_slice(&description.registers.to_le_bytes());
+    let at = usize::from(capability::REGISTERS);
+    bytes[at..at + 4].copy_from_slice(&registers.to_le_bytes());
     let mut first = [0; capability::RECORD_BYTES as usize];
     first[0] = capability::KIND_MMIO;
     first[2..4].copy_from_slice(&description.stride.to_le_bytes());
@@ -81,7 +108,7 @@ mod tests {
 
     use vbus_pci_config::capabilities;
 
-    use super::super::description::tests::{ALL, space};
+    use super::super::description::tests::{ALL, space, virtio_space};
     use super::*;
 
     fn config(records: &[Record]) -> ConfigSpace {
@@ -101,6 +128,20 @@ mod tests {
         assert_eq!(space.bytes()[0x54..0x64], [2, 0, 1, 0, 0, 0xc0, 0, 0, 3, 3, 3, 3, 3, 3, 3, 3]);
         let full = config(&[[7; 8]; 9]);
         assert_eq!((full.bytes()[0x42], full.bytes()[0x70]), (44, 5), "four records, and no more");
+    }
+
+    #[test]
+    fn a_virtio_device_has_its_parts() {
+        let server = virtio_space();
+        let description = Description::parse(&server, 0x8000, &ALL).unwrap();
+        let space = config_space(&description, &[[7; 8]]);
+        let list: Result<Vec<_>, _> = capabilities(space.bytes()).collect();
+        assert_eq!(list.unwrap(), [(9, 0x40), (9, 0x50), (9, 0x60), (9, 0x70), (0x11, 0x88)]);
+        for (at, bytes) in [(0x40, 16), (0x50, 16), (0x60, 16), (0x70, 20)] {
+            // All but the link is the server's.
+            assert_eq!(space.bytes()[at..at + bytes][2..], server[at..at + bytes][2..]);
+        }
+        assert_eq!(space.bytes()[..8], server[..8]);
     }
 
     #[test]

@@ -19,9 +19,10 @@ pub enum BadFunction {
     /// The connection failed, or the server refused.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// The function is not of vbus.
+    /// The function is neither of vbus nor of virtio.
     #[error(
-        "not a vbus device: {0:04x}:{1:04x} has no capability that says where the registers are"
+        "neither a vbus nor a virtio device: {0:04x}:{1:04x} has no capability that says where the \
+         registers are"
     )]
     Foreign(u16, u16),
     /// The vbus capability has a layout that this program does not know.
@@ -39,6 +40,47 @@ fn lie(what: impl Into<String>) -> BadFunction {
     BadFunction::Lie(what.into())
 }
 
+/// How a driver finds the registers of a function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Front {
+    /// A device of vbus: the offset of the registers in BAR0.
+    Vbus { registers: u32 },
+    /// A virtio device (VIRTIO 1.3, section 4.1.4): its parts in BAR0. The doorbells are its notify
+    /// area.
+    Virtio(VirtioParts),
+}
+
+/// The parts of a virtio device in BAR0: offset and bytes of each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct VirtioParts {
+    pub(super) common: (u32, u32),
+    pub(super) isr: (u32, u32),
+    pub(super) device: (u32, u32),
+    pub(super) notify: (u32, u32),
+}
+
+impl VirtioParts {
+    /// The numbers of the parts in their capabilities.
+    pub(super) const COMMON: u8 = 1;
+    pub(super) const NOTIFY: u8 = 2;
+    pub(super) const ISR: u8 = 3;
+    pub(super) const DEVICE: u8 = 4;
+
+    fn all(&self) -> [(u32, u32); 4] {
+        [self.common, self.isr, self.device, self.notify]
+    }
+
+    /// Whether the function has told all parts.
+    fn is_whole(&self) -> bool {
+        self.all().iter().all(|(_, len)| *len > 0)
+    }
+
+    /// Whether this is the PCI device id of a virtio device that is not a transitional one.
+    fn is_device((vendor, device): (u16, u16)) -> bool {
+        vendor == 0x1af4 && (0x1040..0x1080).contains(&device)
+    }
+}
+
 /// A function, as its server describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Description {
@@ -49,8 +91,8 @@ pub(super) struct Description {
     pub(super) subsystem: u32,
     /// The size of BAR0 in bytes, a power of two.
     pub(super) bar: u32,
-    /// The offset of the registers in BAR0.
-    pub(super) registers: u32,
+    /// Where its registers are.
+    pub(super) front: Front,
     /// The offset of the first doorbell in BAR0, and the distance from one doorbell to the next.
     pub(super) doorbells: u32,
     pub(super) stride: u16,
@@ -108,37 +150,34 @@ impl Description {
         let mut bytes = [0; CONFIG_BYTES];
         client.region_read(REGION_CONFIG, 0, &mut bytes)?;
         let mut description = Description::parse(&bytes, bar.size, &interrupts)?;
-        let mut register = |offset: u64| {
-            let mut value = [0; 4];
-            client.region_read(
-                REGION_BAR0,
-                u64::from(description.registers) + offset,
-                &mut value,
-            )?;
-            Ok::<u32, ClientError>(u32::from_le_bytes(value))
-        };
-        let magic = register(reg::MAGIC)?;
-        if magic != reg::MAGIC_VALUE {
-            return Err(lie(format!("registers that begin with {magic:#x}")));
+        if let Front::Vbus { registers } = description.front {
+            let mut register = |offset: u64| {
+                let mut value = [0; 4];
+                client.region_read(REGION_BAR0, u64::from(registers) + offset, &mut value)?;
+                Ok::<u32, ClientError>(u32::from_le_bytes(value))
+            };
+            let magic = register(reg::MAGIC)?;
+            if magic != reg::MAGIC_VALUE {
+                return Err(lie(format!("registers that begin with {magic:#x}")));
+            }
+            description.doorbell_count = register(reg::MAX_REGIONS)?;
         }
-        let count = register(reg::MAX_REGIONS)?;
+        description.check_doorbells()?;
+        Ok(description)
+    }
+
+    /// Checks that the doorbells lie in BAR0, and not in a structure of MSI-X.
+    fn check_doorbells(&self) -> Result<(), BadFunction> {
+        let (first, count) = (u64::from(self.doorbells), self.doorbell_count);
         if count > bar0::DOORBELL_COUNT {
             return Err(lie(format!("{count} doorbells")));
         }
-        description.doorbell_count = count;
-        let end =
-            u64::from(description.doorbells) + u64::from(description.stride) * u64::from(count);
-        if end > u64::from(description.bar)
-            || description
-                .msix
-                .is_some_and(|msix| overlaps(&msix, &(description.doorbells.into()..end)))
+        let range = first..first + u64::from(self.stride) * u64::from(count);
+        if range.end > u64::from(self.bar) || self.msix.is_some_and(|msix| overlaps(&msix, &range))
         {
-            return Err(lie(format!(
-                "{count} doorbells from {:#x} of BAR0 on",
-                description.doorbells
-            )));
+            return Err(lie(format!("{count} doorbells from {first:#x} of BAR0 on")));
         }
-        Ok(description)
+        Ok(())
     }
 
     /// Parses a configuration space. `bar` is the size of BAR0 in bytes.
@@ -167,7 +206,7 @@ impl Description {
             class: u32_at(register::REVISION),
             subsystem: u32_at(register::SUBSYSTEM),
             bar,
-            registers: 0,
+            front: Front::Virtio(VirtioParts::default()),
             doorbells: 0,
             stride: 0,
             pin: if interrupts.intx > 0 { bytes[register::INTERRUPT_PIN] } else { 0 },
@@ -179,6 +218,8 @@ impl Description {
         if description.pin > 4 {
             return Err(lie(format!("interrupt pin {}", description.pin)));
         }
+        // The distance from one doorbell of a virtio device to the next.
+        let mut notify = 0;
         for found in capabilities(bytes) {
             let (id, at) = found.map_err(|e| lie(e.to_string()))?;
             let rest = &bytes[at..];
@@ -197,6 +238,11 @@ impl Description {
                             capability::HEADER_BYTES + capability::RECORD_BYTES,
                         ))?;
                         description.vendor(rest)?;
+                    } else if VirtioParts::is_device(description.ids) {
+                        long_enough(20)?;
+                        if let Some(multiplier) = description.virtio(rest)? {
+                            notify = multiplier;
+                        }
                     }
                 }
                 id::MSI => {
@@ -217,10 +263,59 @@ impl Description {
                 other => tracing::debug!("capability {other:#x} at {at:#x} is not passed on"),
             }
         }
-        if description.stride == 0 {
-            return Err(BadFunction::Foreign(vendor, device));
+        match description.front {
+            Front::Vbus { .. } => {}
+            Front::Virtio(parts) if parts.is_whole() => description.doorbells_of(&parts, notify)?,
+            Front::Virtio(_) => return Err(BadFunction::Foreign(vendor, device)),
         }
         Ok(description)
+    }
+
+    /// Parses a capability of a virtio device, which is long enough. The first one of a part
+    /// counts. Returns the multiplier of the notify area if this one has it.
+    fn virtio(&mut self, bytes: &[u8]) -> Result<Option<u32>, BadFunction> {
+        let Front::Virtio(parts) = &mut self.front else { return Ok(None) };
+        let u32_at = |at: usize| {
+            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+        };
+        let (kind, bar, offset, len) = (bytes[3], bytes[4], u32_at(8), u32_at(12));
+        let part = match kind {
+            VirtioParts::COMMON => &mut parts.common,
+            VirtioParts::NOTIFY => &mut parts.notify,
+            VirtioParts::ISR => &mut parts.isr,
+            VirtioParts::DEVICE => &mut parts.device,
+            // The guest's configuration space is the VMM's, so it has no window to BAR0.
+            _ => return Ok(None),
+        };
+        if part.1 > 0 {
+            return Ok(None);
+        }
+        let end = u64::from(offset) + u64::from(len);
+        if bar != 0 || offset % 4 != 0 || len == 0 || end > u64::from(self.bar) {
+            return Err(lie(format!("virtio part {kind} of {len:#x} bytes at {offset:#x}")));
+        }
+        *part = (offset, len);
+        Ok((kind == VirtioParts::NOTIFY).then(|| u32_at(16)))
+    }
+
+    /// Takes the notify area of a virtio device as its doorbells, with the distance `stride`.
+    fn doorbells_of(&mut self, parts: &VirtioParts, stride: u32) -> Result<(), BadFunction> {
+        let (first, len) = parts.notify;
+        let fits = u16::try_from(stride).ok().filter(|stride| *stride > 0 && stride % 4 == 0);
+        let Some(stride) = fits else {
+            return Err(lie(format!("doorbells at {first:#x} in steps of {stride}")));
+        };
+        (self.doorbells, self.stride) = (first, stride);
+        self.doorbell_count = len / u32::from(stride);
+        let range = |(at, len): (u32, u32)| u64::from(at)..u64::from(at) + u64::from(len);
+        let doorbells = range(parts.notify);
+        for part in [parts.common, parts.isr, parts.device].map(range) {
+            let meets = part.start < doorbells.end && doorbells.start < part.end;
+            if meets || self.msix.is_some_and(|msix| overlaps(&msix, &part)) {
+                return Err(lie(format!("virtio parts that overlap at {:#x}", part.start)));
+            }
+        }
+        Ok(())
     }
 
     /// Parses the vendor-specific capability, which is long enough for one record.
@@ -239,13 +334,14 @@ impl Description {
         if bytes[record] != capability::KIND_MMIO {
             return Err(lie(format!("its first doorbells are of kind {}", bytes[record])));
         }
-        self.registers = u32_at(usize::from(capability::REGISTERS));
+        let registers = u32_at(usize::from(capability::REGISTERS));
         self.stride = u16::from_le_bytes([bytes[record + 2], bytes[record + 3]]);
         self.doorbells = u32_at(record + 4);
-        let registers_end = u64::from(self.registers) + 0x1000;
-        if self.registers % 0x1000 != 0 || registers_end > u64::from(self.bar) {
-            return Err(lie(format!("registers at {:#x} of BAR0", self.registers)));
+        let registers_end = u64::from(registers) + 0x1000;
+        if registers % 0x1000 != 0 || registers_end > u64::from(self.bar) {
+            return Err(lie(format!("registers at {registers:#x} of BAR0")));
         }
+        self.front = Front::Vbus { registers };
         if self.stride == 0 || self.stride % 4 != 0 || self.doorbells % 4 != 0 {
             return Err(lie(format!(
                 "doorbells at {:#x} in steps of {}",
@@ -325,8 +421,8 @@ pub(super) mod tests {
             (0x0200_0001, 0x0001_1af4, 0x4000)
         );
         assert_eq!(
-            (description.registers, description.doorbells, description.stride, description.pin),
-            (0, 0x1000, 4, 1)
+            (&description.front, description.doorbells, description.stride, description.pin),
+            (&Front::Vbus { registers: 0 }, 0x1000, 4, 1)
         );
         assert_eq!(description.msix, Some(LAYOUT));
         assert!(description.msi && description.express);
@@ -334,6 +430,59 @@ pub(super) mod tests {
         // Its ids and its revision are its own.
         let description = parse(|b| (b[1], b[8]) = (0x86, 9)).unwrap();
         assert_eq!((description.ids, description.class & 0xff), ((0x86f4, 0x10f5), 9));
+    }
+
+    /// The configuration space of a virtio network card, as a server gives it.
+    pub(in super::super) fn virtio_space() -> [u8; CONFIG_BYTES] {
+        let mut bytes = [0; CONFIG_BYTES];
+        let mut set = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+        set(0, &[0xf4, 0x1a, 0x41, 0x10, 0, 0, 0x10, 0, 1, 0, 0, 2]);
+        set(0x2c, &[0xf4, 0x1a, 0, 0x11]);
+        set(0x34, &[0x40]);
+        set(0x3d, &[1]);
+        set(0x40, &[9, 0x50, 16, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0]);
+        set(0x50, &[9, 0x60, 16, 3, 0, 0, 0, 0, 0, 0x10, 0, 0, 1, 0, 0, 0]);
+        set(0x60, &[9, 0x70, 16, 4, 0, 0, 0, 0, 0, 0x20, 0, 0, 24, 0, 0, 0]);
+        set(0x70, &[9, 0x84, 20, 2, 0, 0, 0, 0, 0, 0x30, 0, 0, 20, 0, 0, 0, 4, 0, 0, 0]);
+        set(0x84, &[9, 0x98, 20, 5]);
+        set(0x98, &[0x11, 0, 5, 0, 0, 0x40, 0, 0, 0, 0x50, 0, 0]);
+        bytes
+    }
+
+    fn parse_virtio(change: impl FnOnce(&mut [u8])) -> Result<Description, String> {
+        let mut bytes = virtio_space();
+        change(&mut bytes);
+        let parsed = Description::parse(&bytes, 0x8000, &ALL);
+        parsed.and_then(|d| d.check_doorbells().map(|()| d)).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_virtio_device() {
+        let description = parse_virtio(|_| ()).unwrap();
+        let (common, isr) = ((0, 0x40), (0x1000, 1));
+        let (device, notify) = ((0x2000, 24), (0x3000, 20));
+        let parts = VirtioParts { common, isr, device, notify };
+        assert_eq!(description.front, Front::Virtio(parts));
+        let Description { doorbells, stride, doorbell_count, .. } = description;
+        assert_eq!((doorbells, stride, doorbell_count), (0x3000, 4, 5));
+        for (message, at, value) in [
+            ("neither a vbus nor a virtio device: 1af4:10f5", 2, 0xf5),
+            ("neither a vbus nor a virtio device", 0x53, 9),
+            ("virtio part 1 of 0x40 bytes at 0x0", 0x44, 1),
+            ("virtio part 3 of 0x1 bytes at 0x1001", 0x58, 1),
+            ("virtio part 4 of 0x0 bytes at 0x2000", 0x6c, 0),
+            ("virtio part 2 of 0xff000014 bytes", 0x7f, 0xff),
+            ("in steps of 0", 0x80, 0),
+            ("in steps of 6", 0x80, 6),
+            ("in steps of 65540", 0x82, 1),
+            ("virtio parts that overlap at 0x2000", 0x79, 0x20),
+            ("virtio parts that overlap at 0x2000", 0x9d, 0x20),
+            ("5 doorbells from 0x3000", 0x9d, 0x30),
+            ("1029 doorbells", 0x7d, 0x10),
+        ] {
+            let error = parse_virtio(|bytes| bytes[at] = value).unwrap_err();
+            assert!(error.contains(message), "{error:?} for {message:?}");
+        }
     }
 
     #[test]
@@ -398,6 +547,15 @@ pub(super) mod tests {
         let mut seed = 0x9e37_79b9_7f4a_7c15u64;
         for _ in 0..20_000 {
             let _ = parse(|bytes| {
+                for _ in 0..6 {
+                    seed = seed
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1_442_695_040_888_963_407);
+                    let [at, value, ..] = (seed >> 40).to_le_bytes();
+                    bytes[usize::from(at)] = value;
+                }
+            });
+            let _ = parse_virtio(|bytes| {
                 for _ in 0..6 {
                     seed = seed
                         .wrapping_mul(6_364_136_223_846_793_005)

@@ -9,7 +9,7 @@ use vbus_shm::abi::capability;
 use vfio_user_protocol::IoEventFd;
 
 use super::config::Record;
-use super::description::{BadFunction, Description};
+use super::description::{BadFunction, Description, Front};
 use super::resources::Resources;
 use crate::layout;
 
@@ -63,6 +63,9 @@ pub(super) fn connect(
     slot: u8,
     resources: &Resources,
 ) -> Vec<Record> {
+    if matches!(description.front, Front::Virtio(_)) {
+        return Vec::new(); // Its driver knows no other way than the notify area.
+    }
     let (mut records, numbers) = (Vec::new(), bells.numbers());
     let mut connect = |kind, range: DoorbellRange| match bells.set_range(kind, Some(range)) {
         Ok(()) => records.extend(range.record(kind)),

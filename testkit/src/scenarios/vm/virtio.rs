@@ -104,7 +104,10 @@ fn negotiated(guest: &Guest) -> Result<()> {
 fn exchange(a: &Guest, b: &Guest) -> Result<()> {
     for at in 0..2 {
         let interface = interface(a, at)?;
-        a.ok(&format!("ip addr add {}/24 dev {interface} && ip link set {interface} up", OWN[at]))?;
+        a.ok(&format!(
+            "ip addr replace {}/24 dev {interface} && ip link set {interface} up",
+            OWN[at]
+        ))?;
         nic::ping(a, PEER[at], 3)?;
         nic::transfer(a, b, PEER[at], 5000, BYTES, 1, TRANSFER)?;
         nic::transfer(b, a, OWN[at], 5001, BYTES, 2, TRANSFER)?;

@@ -38,7 +38,7 @@ fn lies_are_told_apart() {
         ("BAR0 of 0x5000 bytes", Box::new(|d| d.regions[0] = 0x5000)),
         ("BAR0 of 0x10000000000 bytes", Box::new(|d| d.regions[0] = 1 << 40)),
         ("header type 0xff", Box::new(|d| d.config.fill(0xff))),
-        ("not a vbus device: 1af4:10f5", Box::new(|d| d.config[0x44] = 0)),
+        ("neither a vbus nor a virtio device: 1af4:10f5", Box::new(|d| d.config[0x44] = 0)),
         ("without an end", Box::new(|d| d.config[0x91] = 0x70)),
         ("8 MSI-X vectors, 1 interrupts", Box::new(|d| d.irq_counts[2] = 1)),
         ("registers that begin with 0x0", Box::new(|d| d.memory[..4].fill(0))),
