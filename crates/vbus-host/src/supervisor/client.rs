@@ -413,4 +413,26 @@ mod tests {
         supervisor.stop_within(BOUND * 60);
         assert!(lock(&supervisor.child).try_wait().unwrap().is_some());
     }
+
+    #[test]
+    fn a_class_change_does_not_wait_for_what_takes_long() {
+        let (supervisor, [quick, slow]) = deaf();
+        let asking = supervisor.clone();
+        let long = std::thread::spawn(move || asking.ask(&Verb::Settle));
+        assert_eq!(verb::receive_plain::<Verb>(&slow).unwrap(), Some(Verb::Settle));
+        // It has no answer. A thread changes its class meanwhile.
+        let answering = std::thread::spawn(move || {
+            let asked = verb::receive_plain::<Verb>(&quick).unwrap();
+            verb::send(&quick, &Answer::Ok(Value::Null), &[]).unwrap();
+            asked
+        });
+        let (told, hears) = channel();
+        let asking = supervisor.clone();
+        std::thread::spawn(move || told.send(asking.ask(&Verb::Nice { thread: 7 })).unwrap());
+        hears.recv_timeout(BOUND).expect("it waits for the long request").unwrap();
+        assert_eq!(answering.join().unwrap(), Some(Verb::Nice { thread: 7 }));
+        verb::send(&slow, &Answer::Ok(Value::Null), &[]).unwrap();
+        long.join().unwrap().unwrap();
+        lock(&supervisor.child).kill().unwrap();
+    }
 }

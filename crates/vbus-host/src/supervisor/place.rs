@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, RwLock};
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, open, openat};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxFlags, fstat, open, openat, statx};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
@@ -230,7 +230,10 @@ impl Place {
             Place::Named(path) => openat(CWD, path, flags, Mode::empty())?,
             Place::Within { folder, name } => openat(folder, name, flags, Mode::empty())?,
         };
-        match FileType::from_raw_mode(fstat(&file)?.st_mode) {
+        // Class changes wait for the answer, so no file system is asked: it may be somebody's own.
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let found = statx(&file, c"", flags, StatxFlags::TYPE)?;
+        match FileType::from_raw_mode(found.stx_mode.into()) {
             FileType::Socket => {}
             FileType::Symlink => return Err(io::Error::other("it is a symbolic link")),
             _ => return Err(Errno::CONNREFUSED.into()),
