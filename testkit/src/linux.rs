@@ -75,9 +75,7 @@ pub fn system(scene: &Scene, kernel: DebianKernel) -> Result<System> {
         module.release
     );
     let mut archive = Archive::default();
-    let bytes =
-        fs::read(&module.path).with_context(|| format!("cannot read {}", module.path.display()))?;
-    archive.file(MODULE.trim_start_matches('/'), 0o644, &bytes)?;
+    add(&mut archive, &module)?;
     if let Some(kit) = scene.lab.kit() {
         initramfs::add_tools(&mut archive, kit)?;
     }
@@ -111,6 +109,33 @@ pub fn kernel_of(scene: &Scene, series: Series) -> DebianKernel {
 
 fn cloud(series: Series) -> DebianKernel {
     DebianKernel { series, flavour: Flavour::Cloud }
+}
+
+/// What the guests of L1 boot, with the module beside it. It is the lab's kernel, for which the
+/// module is built.
+///
+/// # Errors
+/// Those of [`system`]. It is a [`Skip`] if the lab's kernel is another one.
+pub fn lab_system(scene: &Scene) -> Result<System> {
+    let base = scene.lab.system();
+    let module = module::build(cloud(Series::V6_12), scene.lab.options().mirror.as_deref())?;
+    let release = base.kernel_version();
+    if module.release != release {
+        let why = format!("the module is for Linux {}, the guests have {release}", module.release);
+        return Err(Skip(why).into());
+    }
+    let mut archive = Archive::default();
+    add(&mut archive, &module)?;
+    let folder = scene.dir().join("l2");
+    fs::create_dir_all(&folder)?;
+    base.extend(archive, &folder)
+}
+
+/// Adds the module to a root file system.
+fn add(archive: &mut Archive, module: &module::Module) -> Result<()> {
+    let bytes =
+        fs::read(&module.path).with_context(|| format!("cannot read {}", module.path.display()))?;
+    archive.file(MODULE.trim_start_matches('/'), 0o644, &bytes)
 }
 
 /// Loads the module. `parameters` are its parameters.

@@ -5,6 +5,7 @@ use anyhow::{Result, anyhow};
 
 use crate::l1::{Clock, L1};
 use crate::lab::{Lab, Options, Scene};
+use crate::linux;
 use crate::report::{Figures, Outcome, Report, Skip};
 use crate::scenario::{Scenario, Test};
 use crate::trial;
@@ -98,6 +99,15 @@ struct Failed {
     proof: Option<String>,
 }
 
+/// Starts an L1, whose guests have the Linux driver if it can be built for them.
+fn start(scene: Scene, clock: Clock) -> Result<L1> {
+    let system = match linux::lab_system(&scene) {
+        Err(error) if error.is::<Skip>() => scene.lab.system().clone(),
+        system => system?,
+    };
+    L1::start_with(scene, clock, &[], &system)
+}
+
 /// Runs a scenario in the running L1. If there is none, starts one called `name`. A failure ends
 /// the L1.
 fn attempt<'a>(
@@ -114,7 +124,7 @@ fn attempt<'a>(
             running
         }
         None => {
-            let started = lab.scene(name).and_then(|scene| L1::start(scene, clock, &[]));
+            let started = lab.scene(name).and_then(|scene| start(scene, clock));
             started.map_err(|error| Failed { error, proof: None })?
         }
     };

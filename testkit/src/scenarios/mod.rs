@@ -272,7 +272,8 @@ pub const SCENARIOS: &[Scenario] = &[
     ),
     beside_kvm(
         "kvm::doorbell_kinds",
-        "Linux is offered doorbells by memory and by port, and takes the cheaper",
+        "Linux is offered doorbells by memory, port and hypercall; program and driver take the \
+         cheapest",
         kvm::doorbells::kinds,
     ),
     beside_kvm(
