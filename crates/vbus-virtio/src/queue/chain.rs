@@ -37,8 +37,9 @@ pub(super) struct Head {
 pub struct Chain {
     pub(super) head: Option<Head>,
     parts: Vec<Part>,
-    /// How many of `parts` are for reading.
+    /// How many of `parts` are for reading, and their bytes.
     readable: usize,
+    readable_bytes: u32,
     /// Bytes of all parts.
     total: u32,
 }
@@ -46,7 +47,7 @@ pub struct Chain {
 impl Chain {
     /// Room for a chain.
     pub const fn new() -> Chain {
-        Chain { head: None, parts: Vec::new(), readable: 0, total: 0 }
+        Chain { head: None, parts: Vec::new(), readable: 0, readable_bytes: 0, total: 0 }
     }
 
     /// Whether the chain is one that a queue gave out and that was not returned yet.
@@ -72,12 +73,12 @@ impl Chain {
 
     /// Bytes of the readable parts.
     pub fn readable_bytes(&self) -> u32 {
-        self.readable().iter().map(|part| part.len).sum()
+        self.readable_bytes
     }
 
     /// Bytes of the writable parts.
     pub fn writable_bytes(&self) -> u32 {
-        self.writable().iter().map(|part| part.len).sum()
+        self.total - self.readable_bytes
     }
 
     /// A chain that was given out before, with these parts, of which `readable` are for reading.
@@ -92,7 +93,7 @@ impl Chain {
     pub(super) fn clear(&mut self) {
         self.head = None;
         self.parts.clear();
-        (self.readable, self.total) = (0, 0);
+        (self.readable, self.readable_bytes, self.total) = (0, 0, 0);
     }
 
     /// Appends a descriptor's range, if it may follow what is there.
@@ -110,7 +111,10 @@ impl Chain {
             return Err(Violation::ReadableAfterWritable);
         }
         self.total = self.total.checked_add(len).ok_or(Violation::Total)?;
-        self.readable += usize::from(!write);
+        if !write {
+            self.readable += 1;
+            self.readable_bytes = self.total;
+        }
         self.parts.push(Part { addr, len });
         Ok(())
     }

@@ -10,7 +10,7 @@ use vbus_core::shm::signal::Armed;
 use super::chain::{Chain, Head};
 use super::layout::{BadLayout, Format, Layout, RingFeatures};
 use super::memory::{Area, Areas, areas};
-use super::order::{Order, Run, Taken};
+use super::order::{Complete, Order, Run};
 use super::packed::Packed;
 use super::split::Split;
 use super::state::{BadState, InFlight, Position, State, Unsettled};
@@ -135,8 +135,12 @@ impl Queue {
             let head = Head { queue: queue.number, id, slots, sequence };
             let chain = Chain::of(head, parts, *readable)?;
             if let Some(order) = &mut queue.order {
-                let writable = written.is_none().then(|| chain.writable_bytes());
-                order.take(Taken { id, slots, writable, written: *written });
+                order.take();
+                if let Some(written) = *written {
+                    // Nobody knows any more how many bytes it could have been.
+                    // It is not the oldest, as was checked.
+                    _ = order.complete(sequence, Complete { id, slots, written, whole: false });
+                }
             }
             queue.sequence = sequence.wrapping_add(1);
             if written.is_none() {
@@ -176,10 +180,8 @@ impl Queue {
         let mut in_flight: Vec<_> = chains.iter().map(in_flight).collect();
         if let Some(order) = &self.order {
             // Those that are complete and wait have their places between the others.
-            for (at, taken) in order.iter().enumerate().filter(|(_, taken)| taken.written.is_some())
-            {
-                let Taken { id, slots, written, .. } = *taken;
-                let (parts, readable) = (Vec::new(), 0);
+            for (at, &Complete { id, slots, written, .. }) in order.waiting() {
+                let (parts, readable, written) = (Vec::new(), 0, Some(written));
                 in_flight.insert(at, InFlight { id, slots, parts, readable, written });
             }
         }
@@ -255,8 +257,7 @@ impl Turn<'_> {
                 let sequence = queue.sequence;
                 chain.head = Some(Head { queue: queue.number, id, slots, sequence });
                 if let Some(order) = &mut queue.order {
-                    let writable = Some(chain.writable_bytes());
-                    order.take(Taken { id, slots, writable, written: None });
+                    order.take();
                 }
                 queue.sequence = sequence.wrapping_add(1);
                 queue.given = queue.given.saturating_add(1);
@@ -310,18 +311,20 @@ impl Turn<'_> {
         queue.held -= 1;
         let Some(areas) = &self.areas else { return };
         let ring = &mut queue.ring;
+        let Head { id, slots, sequence, .. } = head;
         let Some(order) = &mut queue.order else {
-            ring.release(head.id);
-            let (id, slots) = (head.id, head.slots);
+            ring.release(id);
             ring.put_used(areas, Run { id, written, buffers: 1, slots, open: true });
             return;
         };
-        order.complete(head.sequence, written);
-        while let Some((id, run)) = order.advance() {
+        let whole = written == chain.writable_bytes();
+        let mut oldest = order.complete(sequence, Complete { id, slots, written, whole });
+        while let Some((id, run)) = oldest {
             ring.release(id);
             if let Some(run) = run {
                 ring.put_used(areas, run);
             }
+            oldest = order.advance();
         }
     }
 

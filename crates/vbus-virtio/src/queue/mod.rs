@@ -66,7 +66,7 @@
 //! - *It takes memory away from a running queue*: the device reads zeros for the rest of the turn.
 //!   The next turn fails with [`Violation::Unmapped`].
 //!
-//! A queue takes 4 KiB of memory at most, and 20 bytes more for each descriptor with IN_ORDER. A
+//! A queue takes 4 KiB of memory at most, and 12 bytes more for each descriptor with IN_ORDER. A
 //! [`Chain`] takes 16 KiB if the driver has sent the longest.
 //!
 //! # State

@@ -3,18 +3,15 @@
 //! back to the driver in the order in which the queue gave them out, and a run of them by one used
 //! element (VIRTIO 1.3, 2.7.9 and 2.8.9).
 
-use std::collections::VecDeque;
-
-/// A buffer in flight.
+/// A buffer that the device has completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Taken {
+pub(super) struct Complete {
     pub(super) id: u16,
     pub(super) slots: u16,
-    /// Bytes that the device may write. `None`: nobody knows, because another queue object has
-    /// completed the buffer.
-    pub(super) writable: Option<u32>,
-    /// The bytes that the device wrote, once it has completed the buffer.
-    pub(super) written: Option<u32>,
+    /// The bytes that the device wrote.
+    pub(super) written: u32,
+    /// These are all bytes that it might write.
+    pub(super) whole: bool,
 }
 
 /// Complete buffers that go back by one used element: that of the last one.
@@ -32,54 +29,81 @@ pub(super) struct Run {
     pub(super) open: bool,
 }
 
-/// The buffers in flight, oldest first.
+/// The buffers in flight, by their sequence numbers.
 #[derive(Debug)]
 pub(super) struct Order {
-    taken: VecDeque<Taken>,
-    /// The sequence number of the oldest.
+    /// Those that are complete and wait for an earlier one. A buffer has the place of its sequence
+    /// number modulo the length, which is a power of two and at least the queue's size.
+    complete: Box<[Option<Complete>]>,
+    /// The sequence number of the oldest, and that of the next.
     first: u16,
+    next: u16,
     /// Those that are complete and were not written to the ring.
     run: Option<Run>,
 }
 
 impl Order {
     pub(super) fn new(size: u16) -> Order {
-        Order { taken: VecDeque::with_capacity(size.into()), first: 0, run: None }
+        let complete = vec![None; usize::from(size).next_power_of_two()].into();
+        Order { complete, first: 0, next: 0, run: None }
     }
 
-    pub(super) fn take(&mut self, taken: Taken) {
-        self.taken.push_back(taken);
+    /// The queue has given out a buffer, with the next sequence number.
+    #[inline]
+    pub(super) fn take(&mut self) {
+        self.next = self.next.wrapping_add(1);
     }
 
     /// Forgets the newest.
     pub(super) fn put_back(&mut self) {
-        self.taken.pop_back();
+        self.next = self.next.wrapping_sub(1);
     }
 
-    /// The buffer with sequence number `sequence` is complete.
-    pub(super) fn complete(&mut self, sequence: u16, written: u32) {
-        let index = usize::from(sequence.wrapping_sub(self.first));
-        if let Some(taken) = self.taken.get_mut(index) {
-            taken.written = Some(written);
+    #[inline]
+    fn place(&mut self, sequence: u16) -> Option<&mut Option<Complete>> {
+        let at = usize::from(sequence) & (self.complete.len() - 1);
+        self.complete.get_mut(at)
+    }
+
+    /// The buffer with sequence number `sequence` is complete. If it is the oldest one, it is moved
+    /// to the run, as by [`advance`](Self::advance).
+    #[inline]
+    pub(super) fn complete(
+        &mut self,
+        sequence: u16,
+        complete: Complete,
+    ) -> Option<(u16, Option<Run>)> {
+        let age = sequence.wrapping_sub(self.first);
+        if age >= self.next.wrapping_sub(self.first) {
+            return None;
         }
+        if age == 0 {
+            return Some(self.append(complete));
+        }
+        *self.place(sequence)? = Some(complete);
+        None
     }
 
     /// Moves the oldest buffer to the run, if it is complete. Returns its id, and the run before it
     /// if the buffer begins another one.
+    #[inline]
     pub(super) fn advance(&mut self) -> Option<(u16, Option<Run>)> {
-        let Taken { id, slots, writable, written } = *self.taken.front()?;
-        let written = written?;
-        self.taken.pop_front();
+        let oldest = self.place(self.first)?.take()?;
+        Some(self.append(oldest))
+    }
+
+    #[inline]
+    fn append(&mut self, oldest: Complete) -> (u16, Option<Run>) {
+        let Complete { id, slots, written, whole } = oldest;
         self.first = self.first.wrapping_add(1);
-        let open = Some(written) == writable;
         let (before, former) = match self.run {
-            Some(run) if run.open => (run, None),
-            former => (Run { id, written, buffers: 0, slots: 0, open }, former),
+            Some(run) if run.open => ((run.buffers, run.slots), None),
+            former => ((0, 0), former),
         };
         // All of them were in flight at once, so the sums are at most the queue's size.
-        let (buffers, slots) = (before.buffers + 1, before.slots + slots);
-        self.run = Some(Run { id, written, buffers, slots, open });
-        Some((id, former))
+        let (buffers, slots) = (before.0 + 1, before.1 + slots);
+        self.run = Some(Run { id, written, buffers, slots, open: whole });
+        (id, former)
     }
 
     /// The run, which ends.
@@ -92,9 +116,13 @@ impl Order {
         self.run.is_some()
     }
 
-    /// All that are in flight, oldest first.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Taken> {
-        self.taken.iter()
+    /// Those that are complete and wait for an earlier one, oldest first, with their places among
+    /// those in flight.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = (usize, &Complete)> {
+        (0..self.next.wrapping_sub(self.first)).filter_map(|age| {
+            let at = usize::from(self.first.wrapping_add(age)) & (self.complete.len() - 1);
+            Some((usize::from(age), self.complete.get(at)?.as_ref()?))
+        })
     }
 }
 
@@ -104,23 +132,24 @@ mod tests {
 
     #[test]
     fn a_run_goes_on_while_its_buffers_are_wholly_written() {
-        let mut order = Order::new(8);
-        for (id, writable) in [(7, 0), (5, 100), (3, 100), (1, 0)] {
-            order.take(Taken { id, slots: 2, writable: Some(writable), written: None });
-        }
-        order.complete(1, 100);
-        assert_eq!(order.advance(), None, "the first is not complete");
-        order.complete(0, 0);
-        order.complete(2, 60);
-        assert_eq!(order.advance(), Some((7, None)));
+        let mut order = Order::new(3);
+        (0..4).for_each(|_| order.take());
+        let complete = |id, written, whole| Complete { id, slots: 2, written, whole };
+        assert_eq!(order.complete(1, complete(5, 100, true)), None, "the first is not complete");
+        assert_eq!(order.advance(), None);
+        assert_eq!(order.waiting().collect::<Vec<_>>(), [(1, &complete(5, 100, true))]);
+        assert_eq!(order.complete(2, complete(3, 60, false)), None);
+        assert_eq!(order.complete(4, complete(9, 0, true)), None);
+        assert_eq!(order.complete(0, complete(7, 0, true)), Some((7, None)));
         assert_eq!(order.advance(), Some((5, None)));
         assert_eq!(order.advance(), Some((3, None)));
         assert_eq!(order.advance(), None);
-        order.complete(3, 0);
         let run = Run { id: 3, written: 60, buffers: 3, slots: 6, open: false };
-        assert_eq!(order.advance(), Some((1, Some(run))), "60 bytes must be told");
+        let last = order.complete(3, complete(1, 0, true));
+        assert_eq!(last, Some((1, Some(run))), "60 bytes must be told");
         let run = Run { id: 1, written: 0, buffers: 1, slots: 2, open: true };
         assert_eq!(order.end_run(), Some(run));
-        assert!(!order.has_run() && order.iter().next().is_none());
+        assert!(!order.has_run() && order.waiting().next().is_none());
+        assert_eq!(order.advance(), None, "the fifth was not in flight");
     }
 }
