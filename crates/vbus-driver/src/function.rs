@@ -357,6 +357,7 @@ impl<H: Hal> Function<H> {
             self.close();
             return Err(error);
         }
+        self.hal.opened();
         Ok(())
     }
 

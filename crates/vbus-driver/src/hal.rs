@@ -82,6 +82,11 @@ pub trait Hal: Clone + fmt::Debug {
         waited < COMMAND_BOUND
     }
 
+    /// A connection has been opened. From now on an interrupt controller of the bus
+    /// ([`Pic`](crate::pic::Pic)) may carry the function's interrupts. The provided method does
+    /// nothing.
+    fn opened(&self) {}
+
     /// A connection has ended, and the device has not confirmed that it has let go of the memory of
     /// that connection (64 KiB, and all regions). The driver never frees it. It calls this once for
     /// each such connection, so that an environment can count them, and refuse more memory to such

@@ -134,6 +134,11 @@ impl<H: Hal> Pic<H> {
         self.function.call(function, 0, &mut buffer)
     }
 
+    /// Bounds how long commands wait from now on: see [`Function::set_budget`].
+    pub fn set_budget(&mut self, nanoseconds: Option<u64>) {
+        self.function.set_budget(nanoseconds);
+    }
+
     /// Closes the connection. Routed interrupts come from their own devices again. The device has
     /// let go of all pages when this returns.
     pub fn close(&mut self) {
