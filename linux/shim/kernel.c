@@ -8,10 +8,12 @@
 #include <linux/cpumask.h>
 #include <linux/delay.h>
 #include <linux/dma-mapping.h>
+#include <linux/hrtimer.h>
 #include <linux/interrupt.h>
 #include <linux/io.h>
 #include <linux/iommu.h>
 #include <linux/ioport.h>
+#include <linux/irq.h>
 #include <linux/ktime.h>
 #include <linux/lockdep.h>
 #include <linux/mm.h>
@@ -184,11 +186,16 @@ void shim_pci_free_vectors(void *pci)
 	pci_free_irq_vectors(pci);
 }
 
+int shim_pci_vector(void *pci, u32 index)
+{
+	return pci_irq_vector(pci, index);
+}
+
 struct shim_irq {
 	bool (*handler)(void *data);
 	void *data;
 	struct pci_dev *pci;
-	int number;
+	u32 number;
 	char name[32];
 };
 
@@ -199,25 +206,29 @@ static irqreturn_t shim_irq_handler(int number, void *irq)
 	return shim->handler(shim->data) ? IRQ_HANDLED : IRQ_NONE;
 }
 
-void *shim_irq_request(void *pci, u32 index, bool shared, const char *name, u64 name_bytes,
+void *shim_irq_request(void *pci, u32 number, u32 traits, const char *name, u64 name_bytes,
 		       bool (*handler)(void *data), void *data, int *error)
 {
 	struct shim_irq *irq = kzalloc(sizeof(*irq), GFP_KERNEL);
+	unsigned long flags = 0;
 
 	*error = -ENOMEM;
 	if (!irq)
 		return NULL;
+	if (traits & SHIM_IRQ_SHARED)
+		flags |= IRQF_SHARED;
+	if (traits & SHIM_IRQ_PASSES_ON)
+		flags |= IRQF_NO_THREAD;
+	if (traits & SHIM_IRQ_BOUND)
+		flags |= IRQF_NOBALANCING;
 	irq->handler = handler;
 	irq->data = data;
 	irq->pci = pci;
+	irq->number = number;
 	memcpy(irq->name, name, min_t(u64, name_bytes, sizeof(irq->name) - 1));
 	/* It becomes the name of a folder in /proc/irq, and a device may have any name. */
 	strreplace(irq->name, '/', '!');
-	irq->number = pci_irq_vector(pci, index);
-	*error = irq->number;
-	if (irq->number >= 0)
-		*error = request_irq(irq->number, shim_irq_handler, shared ? IRQF_SHARED : 0,
-				     irq->name, irq);
+	*error = request_irq(number, shim_irq_handler, flags, irq->name, irq);
 	if (*error) {
 		kfree(irq);
 		return NULL;
@@ -247,14 +258,24 @@ void shim_irq_prefer(void *irq, u32 nth)
 	(void)irq_set_affinity_and_hint(shim->number, cpumask_of(cpu));
 }
 
-void shim_irq_disable(void *irq)
+void shim_irq_bind(u32 number, u32 cpu)
 {
-	disable_irq(((struct shim_irq *)irq)->number);
+	const struct cpumask *now = irq_get_effective_affinity_mask(number);
+
+	if (!shim_cpu_online(cpu) || (now && cpumask_equal(now, cpumask_of(cpu))))
+		return;
+	/* Without this all is as before, only on another processor. */
+	(void)irq_set_affinity_and_hint(number, cpumask_of(cpu));
 }
 
-void shim_irq_enable(void *irq)
+u32 shim_cpus(void)
 {
-	enable_irq(((struct shim_irq *)irq)->number);
+	return nr_cpu_ids;
+}
+
+bool shim_cpu_online(u32 cpu)
+{
+	return cpu < nr_cpu_ids && cpu_online(cpu);
 }
 
 int shim_dma_mask(void *pci, u32 bits)
@@ -481,7 +502,7 @@ void shim_mutex_unlock(void *mutex)
 }
 
 struct shim_spin {
-	spinlock_t lock;
+	raw_spinlock_t lock;
 	struct lock_class_key key;
 };
 
@@ -492,7 +513,7 @@ void *shim_spin_new(void)
 	if (!shim)
 		return NULL;
 	lockdep_register_key(&shim->key);
-	spin_lock_init(&shim->lock);
+	raw_spin_lock_init(&shim->lock);
 	lockdep_set_class(&shim->lock, &shim->key);
 	return shim;
 }
@@ -509,13 +530,13 @@ unsigned long shim_spin_lock(void *lock)
 {
 	unsigned long flags;
 
-	spin_lock_irqsave(&((struct shim_spin *)lock)->lock, flags);
+	raw_spin_lock_irqsave(&((struct shim_spin *)lock)->lock, flags);
 	return flags;
 }
 
 void shim_spin_unlock(void *lock, unsigned long flags)
 {
-	spin_unlock_irqrestore(&((struct shim_spin *)lock)->lock, flags);
+	raw_spin_unlock_irqrestore(&((struct shim_spin *)lock)->lock, flags);
 }
 
 struct shim_work {
@@ -561,4 +582,47 @@ void shim_work_after(void *work, u32 milliseconds)
 void shim_work_cancel(void *work)
 {
 	cancel_delayed_work_sync(&((struct shim_work *)work)->work);
+}
+
+struct shim_timer {
+	struct hrtimer timer;
+	void (*run)(void *data);
+	void *data;
+};
+
+static enum hrtimer_restart shim_timer_runs(struct hrtimer *timer)
+{
+	struct shim_timer *shim = container_of(timer, struct shim_timer, timer);
+
+	shim->run(shim->data);
+	return HRTIMER_NORESTART;
+}
+
+void *shim_timer_new(void (*run)(void *data), void *data)
+{
+	struct shim_timer *shim = kzalloc(sizeof(*shim), GFP_KERNEL);
+
+	if (!shim)
+		return NULL;
+	shim->run = run;
+	shim->data = data;
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 13, 0)
+	hrtimer_setup(&shim->timer, shim_timer_runs, CLOCK_MONOTONIC, HRTIMER_MODE_REL_PINNED_HARD);
+#else
+	hrtimer_init(&shim->timer, CLOCK_MONOTONIC, HRTIMER_MODE_REL_PINNED_HARD);
+	shim->timer.function = shim_timer_runs;
+#endif
+	return shim;
+}
+
+void shim_timer_free(void *timer)
+{
+	hrtimer_cancel(&((struct shim_timer *)timer)->timer);
+	kfree(timer);
+}
+
+void shim_timer_after(void *timer, u64 nanoseconds)
+{
+	hrtimer_start(&((struct shim_timer *)timer)->timer, ns_to_ktime(nanoseconds),
+		      HRTIMER_MODE_REL_PINNED_HARD);
 }

@@ -145,11 +145,6 @@ bool shim_sched_sleeping(void)
 	return READ_ONCE(sched_sleeping);
 }
 
-u32 shim_sched_cpus(void)
-{
-	return nr_cpu_ids;
-}
-
 u64 shim_sched_clock(void)
 {
 	return sched_clock();

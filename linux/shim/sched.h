@@ -50,8 +50,6 @@ void shim_sched_renew_on(void *hook, u32 cpu);
 bool shim_sched_task(u32 pid, struct shim_task *task);
 /* Whether a CPU keeps the class of real-time tasks that sleep: the module's parameter. */
 bool shim_sched_sleeping(void);
-/* One more than the highest number that a CPU of this machine can have. */
-u32 shim_sched_cpus(void);
 /* Nanoseconds of this CPU's clock. From any context. */
 u64 shim_sched_clock(void);
 

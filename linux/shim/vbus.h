@@ -105,12 +105,18 @@ u32 shim_pci_msix_vectors(void *pci);
 /* Allocates 1 to `most` vectors of one of `kinds`. Their number, or a negative errno. */
 int shim_pci_vectors(void *pci, u32 most, u32 kinds);
 void shim_pci_free_vectors(void *pci);
+/* The number by which the kernel knows a vector, or a negative errno. */
+int shim_pci_vector(void *pci, u32 index);
+
+#define SHIM_IRQ_SHARED 1	/* others may have handlers of it too */
+#define SHIM_IRQ_PASSES_ON 2	/* the handler calls others, and so never runs in a thread */
+#define SHIM_IRQ_BOUND 4	/* only the driver says which processor handles it */
 /*
- * Calls `handler` with `data` at each interrupt of vector `index`, in hard interrupt context. It
+ * Calls `handler` with `data` at each interrupt of this number, in hard interrupt context. It
  * returns false if the interrupt was not its own. The first 31 bytes of `name` are copied. NULL,
  * and a negative errno in `error`: it cannot be had.
  */
-void *shim_irq_request(void *pci, u32 index, bool shared, const char *name, u64 name_bytes,
+void *shim_irq_request(void *pci, u32 number, u32 traits, const char *name, u64 name_bytes,
 		       bool (*handler)(void *data), void *data, int *error);
 /* Returns when no handler runs any more. May sleep. */
 void shim_irq_free(void *irq);
@@ -118,9 +124,14 @@ void shim_irq_free(void *irq);
 u32 shim_irq_number(void *irq);
 /* The nth of the processors near the function handles it, unless the administrator says else. */
 void shim_irq_prefer(void *irq, u32 nth);
-/* Waits until the handler does not run, and keeps it from running. May sleep. */
-void shim_irq_disable(void *irq);
-void shim_irq_enable(void *irq);
+/*
+ * Lets a processor handle the interrupt of this number, if it is online and does not do so already.
+ * May sleep.
+ */
+void shim_irq_bind(u32 number, u32 cpu);
+/* One more than the highest number that a processor of this machine can have. */
+u32 shim_cpus(void);
+bool shim_cpu_online(u32 cpu);
 
 /* ---- kernel.c: DMA ---- */
 
@@ -180,7 +191,10 @@ void shim_mutex_free(void *mutex);
 void shim_mutex_lock(void *mutex);
 void shim_mutex_unlock(void *mutex);
 
-/* A spin lock, held with interrupts off; NULL: there is no memory. */
+/*
+ * A spin lock for any context, also where the kernel's own spin locks sleep. It is held with
+ * interrupts off. NULL: there is no memory.
+ */
 void *shim_spin_new(void);
 void shim_spin_free(void *lock);
 /* Returns what unlock needs. */
@@ -200,5 +214,14 @@ void shim_work_free(void *work);
 void shim_work_after(void *work, u32 milliseconds);
 /* It does not run, and is not asked to run, when this returns. May sleep. */
 void shim_work_cancel(void *work);
+
+/* ---- kernel.c: timers, in hard interrupt context ---- */
+
+/* Calls `run` with `data` when the time has come. NULL: there is no memory. */
+void *shim_timer_new(void (*run)(void *data), void *data);
+/* Returns when it does not run, and frees it. May sleep. Nobody starts it any more. */
+void shim_timer_free(void *timer);
+/* Runs it on this processor after this time, in place of the time set before. From any context. */
+void shim_timer_after(void *timer, u64 nanoseconds);
 
 #endif

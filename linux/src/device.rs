@@ -11,11 +11,11 @@ use vbus_shm::abi;
 use crate::hal::KernelHal;
 use crate::interrupt::Interrupts;
 use crate::kernel::pci::{Claimed, Pci};
-use crate::kernel::{Errno, KBox, sysfs};
+use crate::kernel::{Errno, KBox, cpu, sysfs};
 use crate::{dev_err, dev_info, dev_warn};
 
 /// The most vectors that the driver takes: one for each queue pair of the largest NIC, and one for
-/// events.
+/// events. An interrupt controller has one for each processor.
 const VECTORS_MAX: u32 = 17;
 /// How often each kind of doorbell is rung when the driver measures them.
 const RINGS: u32 = 32;
@@ -49,6 +49,7 @@ fn driver_of(class: u32) -> Option<Probe> {
     // Class numbers have 16 bits.
     match u16::try_from(class).ok()? {
         abi::class::VENET => Some(|device| Ok(self::class(crate::net::probe(device)?))),
+        abi::class::PIC => Some(|device| Ok(self::class(crate::pic::probe(device)?))),
         abi::class::SCHED => Some(|device| Ok(self::class(crate::sched::probe(device)?))),
         abi::class::STATE => Some(|device| Ok(self::class(crate::state::probe(device)?))),
         _ => None,
@@ -88,11 +89,13 @@ impl Device {
             );
             return Err(Errno::NO_DEVICE);
         };
+        let class = info.class;
         // Without it VMMs withhold the function's messages.
         pci.set_master(true);
         KernelHal::claim_ports(&inspect);
         let costs = inspect.choose_doorbell(RINGS);
-        let interrupts = Interrupts::new(pci, VECTORS_MAX, inspect.acknowledger())
+        let most = if class == u32::from(abi::class::PIC) { cpu::numbers() } else { VECTORS_MAX };
+        let interrupts = Interrupts::new(&inspect, most)
             .inspect_err(|error| dev_err!(pci, "the kernel has no interrupt for it: {error}"))?;
         pci.save();
         Ok((Self { inspect, costs, interrupts, _claimed: claimed }, probe))

@@ -13,6 +13,7 @@ use crate::kernel::dma::{Coherent, Joined};
 use crate::kernel::pci::{Bar, Pci};
 use crate::kernel::port::Ports;
 use crate::kernel::{Errno, KVec, Ref, time};
+use crate::pic::sources;
 use crate::{dev_info, dev_warn};
 
 /// How long the driver spins for a command before it sleeps, in nanoseconds: most commands end
@@ -37,6 +38,8 @@ struct Inner {
     ports: Ports,
     /// Connections whose memory is lost.
     lost: AtomicU32,
+    /// Connections that were opened.
+    opens: AtomicU32,
 }
 
 impl KernelHal {
@@ -48,6 +51,7 @@ impl KernelHal {
             bar,
             ports: Ports::new(),
             lost: AtomicU32::new(0),
+            opens: AtomicU32::new(0),
         })?))
     }
 
@@ -85,6 +89,11 @@ impl KernelHal {
     /// Whether the device has kept the memory of so many connections that it gets no more.
     pub fn keeps_memory(&self) -> bool {
         self.0.lost.load(Ordering::Relaxed) >= LOST_MAX
+    }
+
+    /// How many connections the function has had.
+    pub fn opens(&self) -> u32 {
+        self.0.opens.load(Ordering::Relaxed)
     }
 
     /// The function.
@@ -164,6 +173,11 @@ impl Hal for KernelHal {
             time::sleep_micros(50, 200);
         }
         waited < COMMAND_BOUND
+    }
+
+    fn opened(&self) {
+        let opens = self.0.opens.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        sources::opened(self.pci(), opens);
     }
 
     fn memory_lost(&self) {

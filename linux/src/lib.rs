@@ -20,6 +20,7 @@ pub mod interrupt;
 pub mod kernel;
 pub mod net;
 mod panic;
+pub mod pic;
 pub mod sched;
 pub mod state;
 pub mod watch;

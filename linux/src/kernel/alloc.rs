@@ -288,6 +288,19 @@ impl<T> KVec<T> {
         Some(unsafe { self.memory.add(self.length).read() })
     }
 
+    /// Takes the first value away for which `is_wanted` is true. The last value takes its place.
+    /// Without values there is no memory.
+    pub fn take_if(&mut self, is_wanted: impl FnMut(&T) -> bool) -> Option<T> {
+        let at = self.iter().position(is_wanted)?;
+        let last = self.length - 1;
+        self.swap(at, last);
+        let value = self.pop();
+        if self.length == 0 {
+            *self = Self::new();
+        }
+        value
+    }
+
     /// Moves the values into memory for `capacity`, which is more than there is.
     fn grow(&mut self, capacity: usize) -> Result<(), NoMemory> {
         let memory = alloc::<T>(capacity)?;

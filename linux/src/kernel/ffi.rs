@@ -31,6 +31,13 @@ pub const MSI: u32 = 2;
 /// A kind of interrupt.
 pub const MSIX: u32 = 4;
 
+/// A trait of an interrupt.
+pub const IRQ_SHARED: u32 = 1;
+/// A trait of an interrupt.
+pub const IRQ_PASSES_ON: u32 = 2;
+/// A trait of an interrupt.
+pub const IRQ_BOUND: u32 = 4;
+
 /// An IOMMU that translates addresses.
 pub const IOMMU_TRANSLATES: u32 = 2;
 
@@ -62,10 +69,11 @@ unsafe extern "C" {
     pub fn shim_pci_msix_vectors(pci: *mut c_void) -> u32;
     pub fn shim_pci_vectors(pci: *mut c_void, most: u32, kinds: u32) -> c_int;
     pub fn shim_pci_free_vectors(pci: *mut c_void);
+    pub fn shim_pci_vector(pci: *mut c_void, index: u32) -> c_int;
     pub fn shim_irq_request(
         pci: *mut c_void,
-        index: u32,
-        shared: bool,
+        number: u32,
+        traits: u32,
         name: *const u8,
         name_bytes: u64,
         handler: extern "C" fn(*mut c_void) -> bool,
@@ -75,8 +83,9 @@ unsafe extern "C" {
     pub fn shim_irq_free(irq: *mut c_void);
     pub fn shim_irq_number(irq: *mut c_void) -> u32;
     pub fn shim_irq_prefer(irq: *mut c_void, nth: u32);
-    pub fn shim_irq_disable(irq: *mut c_void);
-    pub fn shim_irq_enable(irq: *mut c_void);
+    pub fn shim_irq_bind(number: u32, cpu: u32);
+    pub fn shim_cpus() -> u32;
+    pub fn shim_cpu_online(cpu: u32) -> bool;
 
     pub fn shim_dma_mask(pci: *mut c_void, bits: u32) -> c_int;
     pub fn shim_dma_iommu(pci: *mut c_void) -> u32;
@@ -116,4 +125,8 @@ unsafe extern "C" {
     pub fn shim_work_free(work: *mut c_void);
     pub fn shim_work_after(work: *mut c_void, milliseconds: u32);
     pub fn shim_work_cancel(work: *mut c_void);
+
+    pub fn shim_timer_new(run: extern "C" fn(*mut c_void), data: *mut c_void) -> *mut c_void;
+    pub fn shim_timer_free(timer: *mut c_void);
+    pub fn shim_timer_after(timer: *mut c_void, nanoseconds: u64);
 }

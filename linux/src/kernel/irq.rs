@@ -9,7 +9,6 @@ use core::ptr::NonNull;
 use super::alloc::KBox;
 use super::errno::Errno;
 use super::ffi;
-use super::log::Text;
 use super::pci::Pci;
 
 /// How a function interrupts.
@@ -66,6 +65,18 @@ impl Vectors {
         self.kind
     }
 
+    /// The number by which the kernel knows a vector.
+    pub fn number(&self, vector: u16) -> Result<u32, Errno> {
+        // SAFETY: the handle is valid.
+        let number = unsafe { ffi::shim_pci_vector(self.pci.handle(), vector.into()) };
+        u32::try_from(Errno::check(number)?).map_err(|_| Errno::INVALID)
+    }
+
+    /// The function.
+    pub fn pci(&self) -> &Pci {
+        &self.pci
+    }
+
     /// The number of vectors, 1 at least.
     pub fn count(&self) -> u16 {
         self.count
@@ -85,7 +96,37 @@ pub trait Handler: Send + Sync {
     fn interrupt(&self) -> bool;
 }
 
-/// A vector with its handler. Dropping it waits until the handler does not run, and frees it.
+/// Who handles an interrupt, and where.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Traits {
+    /// Other functions may have handlers of it too.
+    pub is_shared: bool,
+    /// The handler only calls other handlers. So it never runs in a thread.
+    pub passes_on: bool,
+    /// Only the driver says which processor handles it ([`Irq::bind`]).
+    pub is_bound: bool,
+}
+
+impl Traits {
+    fn bits(self) -> u32 {
+        let bit = |has: bool, bit: u32| if has { bit } else { 0 };
+        bit(self.is_shared, ffi::IRQ_SHARED)
+            | bit(self.passes_on, ffi::IRQ_PASSES_ON)
+            | bit(self.is_bound, ffi::IRQ_BOUND)
+    }
+}
+
+/// Lets a processor handle the interrupt of this number, if it is online and does not do so already.
+/// The caller may sleep.
+pub fn bind(number: u32, cpu: u32) {
+    // SAFETY: the shim refuses numbers that there are not.
+    unsafe { ffi::shim_irq_bind(number, cpu) };
+}
+
+/// Bytes of an interrupt's name at most.
+pub const NAME_BYTES: usize = 31;
+
+/// An interrupt with its handler. Dropping it waits until the handler does not run, and frees it.
 pub struct Irq<H: Handler> {
     raw: NonNull<c_void>,
     handler: NonNull<H>,
@@ -97,26 +138,27 @@ unsafe impl<H: Handler> Send for Irq<H> {}
 unsafe impl<H: Handler> Sync for Irq<H> {}
 
 impl<H: Handler> Irq<H> {
-    /// Lets `handler` handle the interrupts of `vector` from now on. `name` is what
-    /// /proc/interrupts calls it, at most 31 bytes. The caller may sleep.
+    /// Lets `handler` handle the interrupts of this number from now on. `pci` is the function that
+    /// interrupts. `name` is what /proc/interrupts calls it, at most [`NAME_BYTES`]. The caller may
+    /// sleep.
     pub fn new(
-        vectors: &Vectors,
-        vector: u16,
-        name: fmt::Arguments<'_>,
+        pci: &Pci,
+        number: u32,
+        traits: Traits,
+        name: &[u8],
         handler: KBox<H>,
     ) -> Result<Self, Errno> {
-        let name = Text::<31>::new(name);
         let handler = handler.into_raw();
         let mut error: c_int = 0;
-        // SAFETY: the handle is valid, the name during the call, and the handler until the vector
+        // SAFETY: the handle is valid, the name during the call, and the handler until the interrupt
         // is freed.
         let raw = unsafe {
             ffi::shim_irq_request(
-                vectors.pci.handle(),
-                u32::from(vector),
-                vectors.kind == Kind::Intx,
-                name.as_bytes().as_ptr(),
-                name.as_bytes().len() as u64,
+                pci.handle(),
+                number,
+                traits.bits(),
+                name.as_ptr(),
+                name.len() as u64,
                 trampoline::<H>,
                 handler.cast(),
                 &raw mut error,
@@ -143,23 +185,10 @@ impl<H: Handler> Irq<H> {
         // SAFETY: the handle is valid as long as this.
         unsafe { ffi::shim_irq_prefer(self.raw.as_ptr(), nth) };
     }
-
-    /// Waits until the handler does not run, and keeps it from running until
-    /// [`enable`](Self::enable). It sleeps.
-    pub fn disable(&self) {
-        // SAFETY: the handle is valid as long as this.
-        unsafe { ffi::shim_irq_disable(self.raw.as_ptr()) };
-    }
-
-    /// Lets the handler run again after [`disable`](Self::disable).
-    pub fn enable(&self) {
-        // SAFETY: the handle is valid as long as this.
-        unsafe { ffi::shim_irq_enable(self.raw.as_ptr()) };
-    }
 }
 
 extern "C" fn trampoline<H: Handler>(data: *mut c_void) -> bool {
-    // SAFETY: the shim calls it with the handler of `Irq::new`, which is freed after the vector.
+    // SAFETY: the shim calls it with the handler of `Irq::new`, which is freed after the interrupt.
     unsafe { &*data.cast::<H>() }.interrupt()
 }
 
@@ -167,7 +196,7 @@ impl<H: Handler> Drop for Irq<H> {
     fn drop(&mut self) {
         // SAFETY: nobody uses the handle again, and no handler runs when this returns.
         unsafe { ffi::shim_irq_free(self.raw.as_ptr()) };
-        // SAFETY: it came from `into_raw`, and the vector that used it is free.
+        // SAFETY: it came from `into_raw`, and the interrupt that used it is free.
         drop(unsafe { KBox::from_raw(self.handler.as_ptr()) });
     }
 }

@@ -2,6 +2,7 @@
 //! Safe wrappers of the shim: what the driver asks the kernel for, one file a question.
 
 pub mod alloc;
+pub mod cpu;
 pub mod dma;
 pub mod errno;
 mod ffi;
@@ -12,6 +13,7 @@ pub mod pci;
 pub mod port;
 pub mod sysfs;
 pub mod time;
+pub mod timer;
 pub mod work;
 pub mod x86;
 

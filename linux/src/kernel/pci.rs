@@ -20,6 +20,13 @@ unsafe impl Send for Pci {}
 // SAFETY: as above.
 unsafe impl Sync for Pci {}
 
+/// Whether two handles are of the same function.
+impl PartialEq for Pci {
+    fn eq(&self, other: &Self) -> bool {
+        self.0 == other.0
+    }
+}
+
 impl Pci {
     /// The function behind a handle of the kernel.
     ///

@@ -24,6 +24,5 @@ unsafe extern "C" {
     pub fn shim_sched_renew_on(hook: *mut c_void, cpu: u32);
     pub fn shim_sched_task(pid: u32, task: *mut Task) -> bool;
     pub fn shim_sched_sleeping() -> bool;
-    pub fn shim_sched_cpus() -> u32;
     pub fn shim_sched_clock() -> u64;
 }

@@ -13,7 +13,7 @@ use vbus_driver::sched::{Cpus, Limits};
 use super::ffi::{self, Task};
 use super::slot::Slot;
 use crate::hal::KernelHal;
-use crate::kernel::{Errno, KBox, KVec};
+use crate::kernel::{Errno, KBox, KVec, cpu};
 
 /// The CPUs of an open device post what they run, until this is dropped.
 pub struct Hook {
@@ -56,8 +56,7 @@ impl Hook {
     /// Those of the device; there is no memory; or the kernel has no tracepoint for it.
     pub fn new(device: &mut Cpus<KernelHal>) -> Result<Self, Error> {
         let limits = *device.limits();
-        // SAFETY: it has no conditions.
-        let possible = unsafe { ffi::shim_sched_cpus() };
+        let possible = cpu::numbers();
         let mut cpus = KVec::new();
         for cpu in 0..limits.cpus.min(possible) {
             let slot = UnsafeCell::new(Slot::new(device.cpu(cpu)?));
