@@ -55,6 +55,10 @@ pub struct Args {
     /// change from run to run
     #[arg(long)]
     counted: bool,
+    /// How often a scenario that repeats something does so. Scenarios that take long run only with
+    /// this
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    times: Option<u32>,
     /// Seconds that a command may take
     #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     limit: u64,
@@ -101,7 +105,7 @@ pub fn run(args: &Args) -> Result<bool> {
         args.names.join(" or ")
     );
     let mut report = Report::default();
-    let figures = runner::run(&mut report, &scenarios, &args.guests, clock, None);
+    let figures = runner::run(&mut report, &scenarios, &args.guests, clock, args.times);
     if args.json {
         let ok = report.show_failures();
         eprintln!("{}", report.summary());

@@ -154,6 +154,11 @@ pub const SCENARIOS: &[Scenario] = &[
         linux::sched::follows,
     ),
     in_guests(
+        "linux::pic",
+        "the bus's interrupt controller carries NICs' interrupts, and comes and goes under load",
+        linux::pic::carries,
+    ),
+    in_guests(
         "linux::state",
         "an ordinary user reads, writes, maps and awaits state pages; unplug while they are open",
         linux::state::pages,
@@ -218,6 +223,11 @@ pub const SCENARIOS: &[Scenario] = &[
         "kvm::interrupts",
         "exits of an interrupt, by how it ends and with pic",
         kvm::flat::interrupts,
+    ),
+    beside_kvm(
+        "kvm::linux_interrupts",
+        "exits of an interrupt in Linux, with pic and PV EOI and without; only with --times",
+        kvm::pic::interrupts,
     ),
     beside_kvm(
         "kvm::pic_cpus",

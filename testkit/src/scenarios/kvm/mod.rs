@@ -9,6 +9,7 @@ pub(super) mod doorbells;
 pub(super) mod flat;
 pub(super) mod liars;
 pub(super) mod linux;
+pub(super) mod pic;
 pub(super) mod pins;
 pub(super) mod processors;
 pub(super) mod sched;

@@ -22,8 +22,15 @@ const SECONDS: u32 = 5;
 /// How long a liar may take to begin.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// The lies of `guest-agent lie`, each with the name of its device.
-const LIES: [&str; 3] = ["rings", "words", "breaks"];
+/// The devices: name, class and settings, and the lie of `guest-agent lie`. The interrupt
+/// controllers carry the interrupts of two NICs.
+const LIARS: [(&str, &str, &str, &str); 5] = [
+    ("rings", "venet", "backend = \"null\"\npic = \"pages\"", "rings"),
+    ("words", "venet", "backend = \"null\"\npic = \"controller\"", "words"),
+    ("breaks", "venet", "backend = \"null\"", "breaks"),
+    ("pages", "pic", "", "rings"),
+    ("controller", "pic", "", "words"),
+];
 
 /// The slot of the device that breaks each connection.
 const BREAKS: usize = 2;
@@ -42,14 +49,14 @@ const PAUSE: f64 = 4.0;
 pub fn lie(scene: &Scene) -> Result<()> {
     let system = linux::chosen_system(scene)?;
     // The device behind the lies never writes into the guest's buffers.
-    let config = LIES.map(|name| device(name, "venet", "backend = \"null\"")).concat();
+    let config = LIARS.map(|(name, class, settings, _)| device(name, class, settings)).concat();
     let bus = Bus::start(scene, &config)?;
     let mut machine = VmSpec::new("a");
     let mut liars = Vec::new();
-    for name in LIES {
+    for (name, _, _, lie) in LIARS {
         let socket = scene.dir().join(format!("{name}.lie"));
         let mut command = Command::new(scene.lab.agent());
-        command.arg("lie").arg(&socket).arg(bus.socket(name)).arg(name);
+        command.arg("lie").arg(&socket).arg(bus.socket(name)).arg(lie);
         let log = scene.dir().join(format!("{name}.lie.log"));
         let (process, lines) = Process::start_with_lines(command, name, &log)?;
         lines.recv_timeout(LIMIT).with_context(|| format!("the liar {name} does not listen"))?;
@@ -61,7 +68,7 @@ pub fn lie(scene: &Scene) -> Result<()> {
     for time in 1..=scene.lab.times().unwrap_or(TIMES) {
         believe(&vm).with_context(|| format!("time {time}"))?;
     }
-    for (name, (process, lines)) in LIES.iter().zip(&mut liars) {
+    for ((name, ..), (process, lines)) in LIARS.iter().zip(&mut liars) {
         if lines.try_iter().all(|line| line != "lies") {
             bail!(process.complaint(&format!("{name} has not lied")));
         }

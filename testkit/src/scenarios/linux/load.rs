@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The module in each of Debian's kernels: it is loaded, finds its devices, and is unloaded.
 
+use std::fs;
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 
 use crate::bus::{Bus, device};
@@ -10,17 +13,22 @@ use crate::lab::Scene;
 use crate::linux;
 use crate::report::Skip;
 use crate::vm::VmSpec;
+use crate::workspace;
 
-/// The class that the driver does not know.
-const UNKNOWN: &str = "pic";
+/// The class that the driver does not know: that of `examples/block`.
+const UNKNOWN: &str = "block";
 
 /// The devices of the guest: name, class and settings, in the order of their root ports.
-const DEVICES: [(&str, &str, &str); 4] = [
+const DEVICES: [(&str, &str, &str); 5] = [
     ("net0", "venet", "backend = \"switch\""),
     ("values", "state", "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\" }]"),
-    ("net1", "venet", "backend = \"switch\"\nqueue-pairs = 2"),
-    ("pic0", UNKNOWN, ""),
+    ("net1", "venet", "backend = \"switch\"\nqueue-pairs = 2\npic = \"pic0\""),
+    ("pic0", "pic", "msix = true"),
+    ("disk0", UNKNOWN, "path = \"disk\""),
 ];
+
+/// How long the controller may take to carry an interrupt.
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// How often the module is loaded anew if nobody says how often.
 const TIMES: u32 = 5;
@@ -55,7 +63,11 @@ fn load(scene: &Scene, kernel: DebianKernel) -> Result<()> {
     let system = linux::system(scene, kernel)?;
     let config: String =
         DEVICES.map(|(name, class, settings)| device(name, class, settings)).concat();
-    let bus = Bus::start(scene, &config)?;
+    let disk = scene.dir().join("disk");
+    fs::write(&disk, [0; 512])?;
+    let config = config.replace("\"disk\"", &format!("{:?}", disk.display().to_string()));
+    let [block_host, _] = workspace::build_block(scene.lab.options().as_built)?;
+    let bus = Bus::start_with(&block_host, scene, &config)?;
     let mut machine = VmSpec::new(&kernel.to_string());
     for (name, ..) in DEVICES {
         machine = machine.device(bus.socket(name));
@@ -106,5 +118,15 @@ fn find_devices(guest: &Guest) -> Result<()> {
             linux::interface(guest, slot)?;
         }
     }
-    Ok(())
+    carry(guest)
+}
+
+/// Opens the NIC that names the interrupt controller, and waits until the controller has a line for
+/// it.
+fn carry(guest: &Guest) -> Result<()> {
+    let interface = linux::interface(guest, 2)?;
+    guest.ok(&format!("ip link set {interface} up"))?;
+    let line = "for i in $(seq 600); do grep -q 'vbus-pic.*vbus-net1-0' /proc/interrupts && exit; \
+                sleep 0.1; done; exit 1";
+    guest.start(line)?.ok(LIMIT).context("the controller carries no interrupt").map(drop)
 }

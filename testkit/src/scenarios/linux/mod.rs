@@ -7,6 +7,7 @@ pub(super) mod lives;
 pub(super) mod load;
 pub(super) mod memory;
 pub(super) mod net;
+pub(super) mod pic;
 pub(super) mod restart;
 pub(super) mod sched;
 pub(super) mod state;

@@ -79,8 +79,16 @@ impl Wire {
         let guest = self.guest();
         let [near, far] = [linux::interface(guest, 0)?, linux::interface(guest, 1)?];
         self.up_near(&near)?;
-        guest.ok(&format!("{IP} link set {far} netns far"))?;
-        nic::set_up_in(guest, FAR, &far, &format!("{}/24", ADDRESS[1]))
+        self.up_far(&far)
+    }
+
+    /// Moves the interface of the second NIC into its namespace, and gives it its address.
+    ///
+    /// # Errors
+    /// There is no such interface.
+    pub fn up_far(&self, interface: &str) -> Result<()> {
+        self.guest().ok(&format!("{IP} link set {interface} netns far"))?;
+        nic::set_up_in(self.guest(), FAR, interface, &format!("{}/24", ADDRESS[1]))
     }
 
     /// Gives the first NIC its address.
