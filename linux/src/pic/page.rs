@@ -8,9 +8,9 @@ use crate::hal::KernelHal;
 use crate::kernel::alloc::NoMemory;
 use crate::kernel::lock::SpinLock;
 
-/// So many lines are handled at a time. With an honest device a line comes once in that time, or
-/// twice: its handler has to run outside of interrupts before the device raises it again.
-const BUDGET: u32 = 2 * LINES_MAX as u32;
+/// Lines that are handled at a time, beside those of an honest device. It raises each line once in
+/// that time, or twice: the line's handler has to run outside of interrupts before the next.
+const MORE: u32 = 16;
 /// So many messages may bring no line,
 const EMPTY_MAX: u32 = 100_000;
 /// and each that brings one makes up for so many others.
@@ -20,7 +20,7 @@ const EMPTY_EACH: u32 = 100;
 pub type Unmasked = [u64; LINES_MAX as usize / 64];
 
 /// Whether a line is in a set of lines.
-pub fn has(set: &Unmasked, line: u16) -> bool {
+fn has(set: &Unmasked, line: u16) -> bool {
     set.get(usize::from(line / 64)).is_some_and(|word| word >> (line % 64) & 1 != 0)
 }
 
@@ -33,6 +33,7 @@ pub struct Page {
 struct State {
     /// None while there is no connection.
     controller: Option<Controller<KernelHal>>,
+    unmasked: Unmasked,
     /// Lines came without end. Nobody takes any until the pause is over.
     pauses: bool,
     /// Messages that brought no line, less what others made up for.
@@ -56,7 +57,8 @@ pub enum Drained {
 impl Page {
     /// A page without a connection. The caller may sleep.
     pub fn new() -> Result<Self, NoMemory> {
-        let state = State { controller: None, pauses: false, empty: 0 };
+        let unmasked = Unmasked::default();
+        let state = State { controller: None, unmasked, pauses: false, empty: 0 };
         Ok(Self { state: SpinLock::new(state)? })
     }
 
@@ -67,6 +69,7 @@ impl Page {
         (0..LINES_MAX).filter(|line| !has(unmasked, *line)).for_each(|line| controller.mask(line));
         let wanted = controller.arm();
         state.controller = Some(controller);
+        state.unmasked = *unmasked;
         state.pauses = false;
         wanted
     }
@@ -78,14 +81,19 @@ impl Page {
 
     /// Masks a line, or unmasks it. Returns whether it is pending, and somebody has to look.
     pub fn set_masked(&self, line: u16, masked: bool) -> bool {
-        let mut state = self.state.lock();
-        let pauses = state.pauses;
-        let Some(controller) = &mut state.controller else { return false };
+        let State { controller, unmasked, pauses, .. } = &mut *self.state.lock();
+        let (Some(controller), Some(word)) = (controller, unmasked.get_mut(usize::from(line / 64)))
+        else {
+            return false;
+        };
+        let bit = 1 << (line % 64);
         if masked {
+            *word &= !bit;
             controller.mask(line);
             return false;
         }
-        controller.unmask(line) == Wanted::Pending && !pauses
+        *word |= bit;
+        controller.unmask(line) == Wanted::Pending && !*pauses
     }
 
     /// Takes lines, and calls `handle` with each, without the page's lock. `by_message`: a message
@@ -95,7 +103,7 @@ impl Page {
         let mut served = None;
         loop {
             let mut state = self.state.lock();
-            let State { controller, pauses, empty } = &mut *state;
+            let State { controller, unmasked, pauses, empty } = &mut *state;
             let Some(controller) = controller.as_mut().filter(|_| !*pauses) else {
                 return judge(empty, by_message, taken);
             };
@@ -104,7 +112,7 @@ impl Page {
                 // nothing of the line.
                 controller.end(line);
             }
-            if taken == BUDGET {
+            if taken >= 2 * unmasked.iter().map(|word| word.count_ones()).sum::<u32>() + MORE {
                 // The level is that of a page whose lines are being handled: no line sends a
                 // message.
                 *pauses = true;

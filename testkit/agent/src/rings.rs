@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The lies `rings` and `words` of a hostile device. `rings` writes into the memory that a driver
 //! shares with its device: random words, counts that jump, returns of entries that nobody
-//! submitted.
+//! submitted, lines of an interrupt page that come without end.
 //! `words` answers some reads of registers with random bytes.
 //!
 //! The honest device behind it must never write to the driver's buffers (`backend = "null"`): it
@@ -13,10 +13,11 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vbus_shm::abi::command::{CALL, REGION_ADD};
 use vbus_shm::abi::reg::{ARGUMENT, COMMAND};
+use vbus_shm::pic;
 use vbus_shm::ring::{ENTRIES_OFFSET, ENTRY_BYTES, MAGIC, RETURNED, SIGNAL_OFFSET};
 use vbus_shm::signal::DEVICE_SEQ;
 
@@ -29,6 +30,9 @@ const RETURNING: usize = SEQ + 8;
 
 /// The pause between two lies.
 const PAUSE: Duration = Duration::from_micros(200);
+
+/// How long lines come without end.
+const FLOOD: Duration = Duration::from_millis(20);
 
 unsafe extern "C" {
     fn munmap(at: *mut c_void, bytes: usize) -> c_int;
@@ -78,6 +82,8 @@ struct Region {
     pieces: Vec<Piece>,
     /// The number of entries, if it is a ring.
     entries: Option<u64>,
+    /// It is the interrupt page of a processor.
+    is_page: bool,
 }
 
 struct Piece {
@@ -225,8 +231,10 @@ impl Rings {
                 pieces.push(self.piece(place, page.min(bytes - at * page))?);
             }
         }
-        let mut region = Region { pieces, entries: None };
-        let is_ring = region.word(0)?.load(Ordering::Relaxed) == MAGIC;
+        let mut region = Region { pieces, entries: None, is_page: false };
+        let magic = region.word(0)?.load(Ordering::Relaxed);
+        region.is_page = magic == pic::MAGIC;
+        let is_ring = magic == MAGIC;
         region.entries = is_ring.then(|| Some(region.word(8)?.load(Ordering::Relaxed))).flatten();
         Some(region)
     }
@@ -256,6 +264,14 @@ fn lie(region: &Region, random: &mut Random) {
             word.fetch_add(value, Ordering::Relaxed);
         }
     };
+    if region.is_page && random.below(4) != 0 {
+        // All lines are pending, however often the driver takes them.
+        let began = Instant::now();
+        while began.elapsed() < FLOOD {
+            (pic::PENDING..pic::PAGE_BYTES).step_by(8).for_each(|offset| put(offset, u64::MAX));
+        }
+        return;
+    }
     match (region.entries, random.below(4)) {
         // A count jumps: by a little, or by anything.
         (Some(entries), 0) => {
