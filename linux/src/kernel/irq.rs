@@ -116,8 +116,8 @@ impl Traits {
     }
 }
 
-/// Lets a processor handle the interrupt of this number, if it is online and does not do so already.
-/// The caller may sleep.
+/// Lets a processor handle the interrupt of this number, if it is online and does not do so
+/// already. The caller may sleep.
 pub fn bind(number: u32, cpu: u32) {
     // SAFETY: the shim refuses numbers that there are not.
     unsafe { ffi::shim_irq_bind(number, cpu) };
@@ -150,8 +150,8 @@ impl<H: Handler> Irq<H> {
     ) -> Result<Self, Errno> {
         let handler = handler.into_raw();
         let mut error: c_int = 0;
-        // SAFETY: the handle is valid, the name during the call, and the handler until the interrupt
-        // is freed.
+        // SAFETY: the handle is valid, the name during the call, and the handler until the
+        // interrupt is freed.
         let raw = unsafe {
             ffi::shim_irq_request(
                 pci.handle(),

@@ -32,8 +32,8 @@ impl<T: Sync> Timer<T> {
     /// A timer that calls `run` with `target`, in hard interrupt context. The caller may sleep.
     ///
     /// # Safety
-    /// `target` stays valid, at its place, and is only shared, until the timer is dropped. The timer
-    /// is not dropped in `run`.
+    /// `target` stays valid, at its place, and is only shared, until the timer is dropped. The
+    /// timer is not dropped in `run`.
     pub unsafe fn new(target: NonNull<T>, run: fn(&T)) -> Result<Self, NoMemory> {
         let call = KBox::new(Call { run, target })?.into_raw();
         // SAFETY: the call lives until the timer is freed.

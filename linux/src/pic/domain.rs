@@ -51,8 +51,8 @@ impl Domain {
     /// A domain of `lines` lines of a function. The caller may sleep.
     ///
     /// # Safety
-    /// `data` is what the shim's callbacks expect. It stays valid, at its place, and is only shared,
-    /// until the domain is dropped.
+    /// `data` is what the shim's callbacks expect. It stays valid, at its place, and is only
+    /// shared, until the domain is dropped.
     pub unsafe fn new<T>(pci: &Pci, lines: u16, data: NonNull<T>) -> Result<Self, NoMemory> {
         // SAFETY: the handle is valid, and the data until the domain is freed.
         let raw = unsafe { ffi::shim_pic_new(pci.handle(), lines.into(), data.as_ptr().cast()) };
