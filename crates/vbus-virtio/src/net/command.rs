@@ -61,7 +61,7 @@ pub enum Which {
 /// How long an interrupt is held back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Coalesce {
-    /// The number of frames that ends the wait; 0 and 1: none is held back for frames.
+    /// The number of frames that ends the wait. 0: any number.
     pub frames: u32,
     /// Microseconds.
     pub usecs: u32,

@@ -12,7 +12,7 @@ use super::abi::{command as number, feature};
 use super::command::{BYTES_MAX, Command, Wanted, Which, parse};
 use super::offloads;
 use super::ring::code;
-use super::session::Work;
+use super::work::Work;
 use crate::device::{Call, Enabled};
 use crate::queue::{Chain, Queue};
 

@@ -5,16 +5,17 @@
 //! How a frame travels: the driver's notification wakes the task of the queue pair
 //! ([`vbus_net::front`]). The task takes the frame from the transmit queue (`ring`) and gives it to
 //! the back end. The back end puts a frame to the driver into the buffers of the receive queue.
-//! `device` says what the driver sees, `session` is the device at work for one driver, and
-//! `control` carries out the commands of the control queue, which `command` reads.
+//! `card` says what the driver sees. `session` is the card at work for one driver, with its state
+//! in `work`. `control` carries out the commands of the control queue, which `command` reads.
 
 mod abi;
+mod card;
 mod command;
 mod control;
-mod device;
 mod offloads;
 mod ring;
 mod session;
+mod work;
 
 use std::sync::Arc;
 
@@ -31,7 +32,7 @@ use vbus_pci::OwnFunction;
 
 use crate::device::VirtioDevice;
 use crate::pci;
-use device::{News, Offer, VirtioNic};
+use card::{News, Offer, VirtioNic};
 
 /// The class of virtio network cards.
 pub struct VirtioNetClass {

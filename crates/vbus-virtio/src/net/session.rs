@@ -2,29 +2,38 @@
 //! A network card at work for one driver.
 
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Weak};
 
 use vbus_core::{ErrorCode, Task, TaskHandle};
-use vbus_net::front::{Pairs, Receiver, Setting, Setup};
-use vbus_net::{Filter, Offloads, Rss, Steering};
+use vbus_net::front::{Pairs, Receiver, Setup};
+use vbus_net::{Filter, Steering};
 
-use super::abi::feature;
-use super::command::{Coalesce, Wanted, Which};
+use super::abi::{config, feature};
+use super::card::VirtioNic;
+use super::command::Wanted;
 use super::control::{Control, ControlTask};
-use super::device::VirtioNic;
 use super::offloads;
 use super::ring::{RxFrames, TxFrames};
-use crate::device::{Driver, Enabled, Session, feature as common};
+use super::work::Work;
+use crate::device::{Driver, Enabled, Kind, Session, Transport, VirtioDevice, feature as common};
 
-/// What the session and the task of its control queue share.
-pub struct Work {
-    pub nic: Arc<VirtioNic>,
-    pub driver: Driver,
-    pub receiver: Arc<Receiver>,
-    pub pairs: Pairs<TxFrames, RxFrames>,
-    /// For each queue of the pairs: how its interrupts are held back.
-    coalesce: Vec<Arc<Setting>>,
+impl VirtioDevice for VirtioNic {
+    fn kind(&self) -> Kind {
+        VirtioNic::kind(self)
+    }
+
+    fn config_bytes(&self) -> usize {
+        config::BYTES
+    }
+
+    fn attach(&self, transport: Weak<dyn Transport>) {
+        VirtioNic::attach(self, transport);
+    }
+
+    fn start(self: Arc<Self>, driver: Driver) -> Result<Box<dyn Session>, ErrorCode> {
+        Ok(Box::new(NicSession::start(self, driver)?))
+    }
 }
 
 /// A session. It has the rings of the queues that the driver has enabled.
@@ -77,76 +86,6 @@ impl NicSession {
         let several = features & (feature::MQ | feature::RSS) != 0;
         let pairs = if several { self.work.queue_pairs() } else { 1 };
         (features & feature::CTRL_VQ != 0).then_some(pairs * 2)
-    }
-}
-
-impl Work {
-    /// The most queue pairs.
-    pub fn queue_pairs(&self) -> u16 {
-        self.nic.nic().config.queue_pairs
-    }
-
-    /// Lets the back end set itself up for the queues and the offloads as they are now.
-    pub fn configure(&self, done: vbus_net::Done) -> Result<(), ErrorCode> {
-        let (queues, offloads) = (self.receiver.steering.queues(), self.receiver.offloads());
-        let tasks: Vec<_> = self.pairs.tasks().cloned().collect();
-        let done = move |result: Result<(), ErrorCode>| {
-            tasks.iter().for_each(TaskHandle::wake); // Each checks whether it is in use now.
-            done(result);
-        };
-        self.pairs.plug().configure(queues, offloads, Box::new(done))
-    }
-
-    /// Changes the offloads that the driver accepts. No frame is delivered by the old ones after
-    /// this.
-    pub fn set_offloads(&self, offloads: Offloads) {
-        self.receiver.set_offloads(offloads);
-        self.pairs.settle();
-    }
-
-    /// Uses the first `queues` pairs. Returns false, and changes nothing, if there are not so many.
-    pub fn set_queues(&self, queues: u16) -> bool {
-        if queues > self.queue_pairs() || !self.receiver.steering.set_queues(queues) {
-            return false;
-        }
-        self.pairs.queues_changed();
-        true
-    }
-
-    /// Chooses receive queues by a hash, and uses as many pairs as the hash and `tx` need. Returns
-    /// false, and changes nothing, if there are not so many.
-    pub fn set_scale(&self, rss: Option<Rss>, tx: u16) -> bool {
-        let highest = rss.as_ref().and_then(Rss::highest_queue).map_or(0, |highest| highest + 1);
-        let queues = tx.max(highest);
-        if queues == 0 || queues > self.queue_pairs() {
-            return false;
-        }
-        // Between the steps frames are steered by their flow.
-        let steering = &self.receiver.steering;
-        steering.set_rss(None) && self.set_queues(queues) && steering.set_rss(rss)
-    }
-
-    /// Holds the interrupts of queues back from now on. Returns false if there is no such queue.
-    pub fn set_coalesce(&self, which: Which, Coalesce { frames, usecs }: Coalesce) -> bool {
-        let (from, step) = match which {
-            Which::Rx => (0, 2),
-            Which::Tx => (1, 2),
-            Which::Queue(number) => (usize::from(number), usize::MAX),
-        };
-        let mut found = false;
-        for setting in self.coalesce.iter().skip(from).step_by(step) {
-            setting.set(usecs, frames);
-            found = true;
-        }
-        // An interrupt that is held back may go now.
-        self.pairs.tasks().for_each(TaskHandle::wake);
-        found
-    }
-
-    /// How the interrupts of queue `number` are held back.
-    pub fn coalesce_of(&self, number: u16) -> Option<Coalesce> {
-        let (usecs, frames) = self.coalesce.get(usize::from(number))?.get();
-        Some(Coalesce { frames, usecs })
     }
 }
 

@@ -11,8 +11,7 @@ use vbus_net::rss;
 use super::abi::{self, config as at, feature};
 use super::command::RSS_TABLE_MAX;
 use super::offloads;
-use super::session::NicSession;
-use crate::device::{Driver, Kind, Session, Transport, VirtioDevice, feature as common};
+use crate::device::{Kind, Transport, feature as common};
 
 /// The most descriptors of a queue.
 const QUEUE_SIZE: u16 = 1024;
@@ -84,8 +83,9 @@ impl VirtioNic {
     }
 }
 
-impl VirtioDevice for VirtioNic {
-    fn kind(&self) -> Kind {
+impl VirtioNic {
+    /// What it is.
+    pub fn kind(&self) -> Kind {
         Kind {
             id: abi::DEVICE,
             pci_class: 0x02_00_00,
@@ -95,21 +95,12 @@ impl VirtioDevice for VirtioNic {
         }
     }
 
-    fn config_bytes(&self) -> usize {
-        at::BYTES
-    }
-
-    fn attach(&self, transport: Weak<dyn Transport>) {
+    /// Gives the configuration to `transport` from now on.
+    pub fn attach(&self, transport: Weak<dyn Transport>) {
         *lock(&self.transport) = Some(transport);
         self.publish(false);
     }
 
-    fn start(self: Arc<Self>, driver: Driver) -> Result<Box<dyn Session>, ErrorCode> {
-        Ok(Box::new(NicSession::start(self, driver)?))
-    }
-}
-
-impl VirtioNic {
     /// The device configuration as it is now.
     fn config(&self) -> Vec<u8> {
         let (config, link) = (&self.nic.config, &self.nic.link);
