@@ -317,6 +317,14 @@ void shim_dma_free(void *pci, u64 bytes, void *memory, u64 address)
 	dma_free_coherent(&((struct pci_dev *)pci)->dev, bytes, memory, address);
 }
 
+void shim_dma_flush(void *pci)
+{
+	struct iommu_domain *domain = iommu_get_domain_for_dev(&((struct pci_dev *)pci)->dev);
+
+	if (domain && domain->type == IOMMU_DOMAIN_DMA_FQ)
+		iommu_flush_iotlb_all(domain);
+}
+
 void *shim_dma_join(void *const *parts, u64 count, u64 bytes)
 {
 	const u64 each = bytes >> PAGE_SHIFT;

@@ -4,6 +4,7 @@
 #include <linux/module.h>
 #include <linux/pci.h>
 #include <linux/pm.h>
+#include <linux/reboot.h>
 #include <linux/sysfs.h>
 #include <linux/workqueue.h>
 
@@ -106,6 +107,40 @@ static struct pci_driver driver = {
 	.dev_groups = groups,
 };
 
+static bool goes_down;
+
+bool shim_goes_down(void)
+{
+	return READ_ONCE(goes_down);
+}
+
+static int end_of(struct device *dev, void *unused)
+{
+	device_lock(dev);
+	/* The function may have left the driver meanwhile. */
+	if (dev->driver == &driver.driver) {
+		vbus_shutdown(dev_get_drvdata(dev));
+		shim_dma_flush(to_pci_dev(dev));
+	}
+	device_unlock(dev);
+	return 0;
+}
+
+/*
+ * The kernel is about to shut the devices down, in an order of its own. An IOMMU that is a device
+ * itself may come first, and a request to it that is under way then is waited for without an end
+ * and with interrupts off (virtio-iommu in newer kernels). So the driver is done before.
+ */
+static int going_down(struct notifier_block *block, unsigned long action, void *data)
+{
+	WRITE_ONCE(goes_down, true);
+	return notifier_from_errno(driver_for_each_device(&driver.driver, NULL, NULL, end_of));
+}
+
+static struct notifier_block reboot = {
+	.notifier_call = going_down,
+};
+
 static int __init start(void)
 {
 	int error;
@@ -119,8 +154,13 @@ static int __init start(void)
 	error = pci_register_driver(&driver);
 	if (error)
 		goto no_driver;
+	error = register_reboot_notifier(&reboot);
+	if (error)
+		goto no_notifier;
 	return 0;
 
+no_notifier:
+	pci_unregister_driver(&driver);
 no_driver:
 	shim_state_end();
 no_state:
@@ -130,6 +170,7 @@ no_state:
 
 static void __exit end(void)
 {
+	unregister_reboot_notifier(&reboot);
 	pci_unregister_driver(&driver);
 	shim_state_end();
 	destroy_workqueue(shim_queue);

@@ -47,6 +47,12 @@ long vbus_show(void *device, unsigned int which, char *text, unsigned long bytes
 	}                                                                                        \
 	static DEVICE_ATTR_RO(name)
 
+/*
+ * The system goes down, or another kernel starts. From then on the driver unmaps nothing, and frees
+ * nothing that a device can reach: the IOMMU may not answer.
+ */
+bool shim_goes_down(void);
+
 /* The driver's work queue. */
 struct workqueue_struct;
 extern struct workqueue_struct *shim_queue;
@@ -145,6 +151,8 @@ u32 shim_dma_iommu(void *pci);
 /* Coherent zeroed memory, whole pages, contiguous for the device. NULL: there is none. Sleeps. */
 void *shim_dma_alloc(void *pci, u64 bytes, u64 *address);
 void shim_dma_free(void *pci, u64 bytes, void *memory, u64 address);
+/* Waits until the IOMMU has done all that it was told about the function. */
+void shim_dma_flush(void *pci);
 /*
  * The same memory as one piece for the driver: `count` parts of shim_dma_alloc, of `bytes` each,
  * whole pages, in their order. NULL: there is no room. Sleeps.

@@ -256,9 +256,12 @@ pub struct Vm {
 impl Vm {
     /// Waits until the guest has booted `times` times.
     pub fn wait_boot(&self, times: u32) -> Result<()> {
-        self.guest
-            .wait_boot(times, BOOT)
-            .map_err(|error| anyhow::anyhow!("{error:#}{}", tail(&self.log)))
+        self.guest.wait_boot(times, BOOT).map_err(|error| self.with_console(&error))
+    }
+
+    /// An error, with what the guest's console said last.
+    fn with_console(&self, error: &anyhow::Error) -> anyhow::Error {
+        anyhow::anyhow!("{error:#}{}", tail(&self.log))
     }
 
     /// The time since QEMU was started.
@@ -279,6 +282,11 @@ impl Vm {
     /// A second control socket of QEMU, for `vbus device add --qmp`.
     pub fn qmp_socket(&self) -> &Path {
         &self.qmp
+    }
+
+    /// The file of all that the guest's console has said.
+    pub fn console_log(&self) -> &Path {
+        &self.log
     }
 
     /// The socket of the guest's console.
@@ -308,7 +316,8 @@ impl Vm {
     /// Powers the guest off from inside and waits for QEMU's end.
     pub fn power_off(mut self) -> Result<()> {
         self.guest.start("poweroff -f")?;
-        let status = self.process.wait(self.guest.at_most(LIMIT))?;
+        let ended = self.process.wait(self.guest.at_most(LIMIT));
+        let status = ended.map_err(|error| self.with_console(&error))?;
         ensure!(status.success(), self.process.complaint(&format!("ended badly ({status})")));
         Ok(())
     }

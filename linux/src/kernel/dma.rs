@@ -11,8 +11,8 @@ use vbus_shm::memory::WORD;
 use vbus_shm::sync::Word;
 
 use super::alloc::{KVec, NoMemory};
-use super::ffi;
 use super::pci::Pci;
+use super::{ffi, power};
 
 /// Bytes of a page of memory.
 pub const PAGE: usize = 4096;
@@ -56,6 +56,9 @@ impl Coherent {
 
 impl Drop for Coherent {
     fn drop(&mut self) {
+        if power::goes_down() {
+            return;
+        }
         // SAFETY: it came from `shim_dma_alloc` with these numbers, and nobody uses it any more.
         unsafe {
             let (handle, memory) = (self.pci.handle(), self.memory.as_ptr());

@@ -42,6 +42,8 @@ pub const IRQ_BOUND: u32 = 4;
 pub const IOMMU_TRANSLATES: u32 = 2;
 
 unsafe extern "C" {
+    pub fn shim_goes_down() -> bool;
+
     pub fn shim_alloc(bytes: u64) -> *mut c_void;
     pub fn shim_free(memory: *mut c_void);
 

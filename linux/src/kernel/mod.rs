@@ -11,6 +11,7 @@ pub mod lock;
 pub mod log;
 pub mod pci;
 pub mod port;
+pub mod power;
 pub mod sysfs;
 pub mod time;
 pub mod timer;

@@ -29,7 +29,7 @@ use crate::device::{Class, Device, report};
 use crate::hal::KernelHal;
 use crate::interrupt::Interrupt;
 use crate::kernel::lock::{Mutex, MutexGuard, SpinLock};
-use crate::kernel::{Errno, KBox, KVec, time};
+use crate::kernel::{Errno, KBox, KVec, power, time};
 use crate::watch::{Watch, Watched};
 use crate::{dev_err_limited, dev_warn_limited};
 
@@ -439,6 +439,11 @@ impl Net {
         let let_go = self.close(nic);
         for pair in &*self.pairs {
             let Some(halves) = pair.uninstall() else { break };
+            if power::goes_down() {
+                // Pages that the stack has yet to free go back to their pool, which stays.
+                core::mem::forget(halves);
+                continue;
+            }
             free(halves, let_go);
             // SAFETY: it was opened, and has no rings any more.
             unsafe { ffi::shim_queue_close(pair.shim()) };

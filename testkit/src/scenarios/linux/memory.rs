@@ -33,10 +33,10 @@ fn behind(scene: &Scene, iommu: Iommu) -> Result<()> {
         std::fs::create_dir_all(&folder)?;
         system = system.extend(archive, &folder)?;
     }
-    exchange(
+    let wire = exchange(
         scene,
         &system,
-        |machine| VmSpec { iommu: Some(iommu), ..machine },
+        |machine| VmSpec { iommu: Some(iommu), append: "tp_printk".into(), ..machine },
         |wire| {
             for slot in 0..2 {
                 let group = format!("test -e {}/iommu_group", linux::function(slot));
@@ -58,7 +58,36 @@ fn behind(scene: &Scene, iommu: Iommu) -> Result<()> {
             }
             Ok(())
         },
-    )
+    )?;
+    unmaps_nothing_at_the_end(wire)
+}
+
+/// Powers the guest off. Once the kernel shuts its devices down, one after the other, nothing may be
+/// unmapped: the IOMMU may be one of those devices. The kernel tells of both on the console.
+fn unmaps_nothing_at_the_end(wire: Wire) -> Result<()> {
+    const SHUTDOWN: &str = ": shutdown";
+    const UNMAP: &str = "unmap: IOMMU:";
+    let guest = wire.guest();
+    guest.ok("mount -t tracefs tracefs /sys/kernel/tracing; \
+         echo 0 > /proc/sys/kernel/tracepoint_printk && \
+         echo 1 > /sys/kernel/tracing/events/iommu/unmap/enable")?;
+    let near = linux::interface(guest, 0)?;
+    guest
+        .ok(&format!("ip link set {near} down && grep -c '{UNMAP}' /sys/kernel/tracing/trace"))
+        .context("the kernel tells of no unmap when an interface is set down")?;
+    // The other interface is up until the end.
+    guest.ok(
+        "echo 8 > /proc/sys/kernel/printk && echo 1 > /proc/sys/kernel/tracepoint_printk && \
+         echo 1 > /sys/module/kernel/parameters/initcall_debug",
+    )?;
+    let console = wire.vm.console_log().to_owned();
+    wire.vm.power_off()?;
+    let console = std::fs::read(&console)?;
+    let console = String::from_utf8_lossy(&console);
+    let from = console.find(SHUTDOWN).context("the kernel does not say what it shuts down")?;
+    let unmaps = console.get(from..).unwrap_or_default().matches(UNMAP).count();
+    ensure!(unmaps == 0, "{unmaps} unmaps after the first device was shut down");
+    Ok(())
 }
 
 /// Every mapping is a copy. And both NICs interrupt by one line, which they share.
@@ -66,7 +95,7 @@ pub fn copies(scene: &Scene) -> Result<()> {
     let system = linux::chosen_system(scene)?;
     let change =
         |machine| VmSpec { append: "swiotlb=force pci=nomsi".into(), one_line: true, ..machine };
-    exchange(scene, &system, change, |wire| {
+    let wire = exchange(scene, &system, change, |wire| {
         for slot in 0..2 {
             let kind =
                 wire.guest().ok(&format!("cat {}/vbus/interrupts", linux::function(slot)))?;
@@ -83,16 +112,17 @@ pub fn copies(scene: &Scene) -> Result<()> {
         // The driver copies only where an IOMMU translates.
         ensure!(wire.counter(0, "tx_mapped")? > 0, "no frame was mapped");
         Ok(())
-    })
+    })?;
+    wire.vm.power_off()
 }
 
-/// Bytes go both ways, the module is loaded anew, and they go again.
+/// Bytes go both ways, the module is loaded anew, and they go again. Returns the wire.
 fn exchange(
     scene: &Scene,
     system: &System,
     change: impl FnOnce(VmSpec) -> VmSpec,
     check: impl FnOnce(&Wire) -> Result<()>,
-) -> Result<()> {
+) -> Result<Wire> {
     let wire = Wire::start(scene, system, ["", ""], change)?;
     linux::insert(wire.guest(), "")?;
     wire.up()?;
@@ -103,5 +133,5 @@ fn exchange(
     wire.up()?;
     wire.exchange(EXCHANGE)?;
     linux::check_kernel(wire.guest())?;
-    wire.vm.power_off()
+    Ok(wire)
 }
