@@ -114,7 +114,6 @@ static netdev_tx_t start_xmit(struct sk_buff *skb, struct net_device *dev)
 
 	describe(skb, &frame);
 	frame.more = netdev_xmit_more();
-	skb_tx_timestamp(skb);
 	return vbus_net_xmit(net->queues[skb_get_queue_mapping(skb)]->rust, &frame) ?
 		       NETDEV_TX_OK : NETDEV_TX_BUSY;
 }
@@ -152,6 +151,11 @@ void shim_tx_unlock_bh(void *handle)
 	struct shim_queue *queue = handle;
 
 	__netif_tx_unlock_bh(queue->tx);
+}
+
+void shim_tx_timestamp(void *skb)
+{
+	skb_tx_timestamp(skb);
 }
 
 int shim_tx_map(void *handle, void *frame, bool linear, u32 headroom, struct vbus_piece *pieces)

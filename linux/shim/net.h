@@ -248,6 +248,8 @@ bool shim_tx_trylock(void *queue);
 void shim_tx_unlock(void *queue);
 void shim_tx_lock_bh(void *queue);
 void shim_tx_unlock_bh(void *queue);
+/* Notes the time, if the sender wants it. Once for each frame, before the device can see it. */
+void shim_tx_timestamp(void *skb);
 /*
  * Maps the frame's frags, and before them its linear part with `headroom` bytes before it, if
  * `linear`. The number of pieces, at most VBUS_NET_PIECES_MAX, or a negative errno.

@@ -230,6 +230,7 @@ unsafe extern "C" {
     pub fn shim_tx_linearize(skb: Handle, frame: *mut TxFrame) -> c_int;
     pub fn shim_tx_free(skb: Handle, budget: c_int);
     pub fn shim_tx_drop(skb: Handle);
+    pub fn shim_tx_timestamp(skb: Handle);
     pub fn shim_tx_sent(queue: Handle, bytes: u32, more: bool) -> u32;
     pub fn shim_tx_completed(queue: Handle, frames: u32, bytes: u32) -> bool;
     pub fn shim_tx_reset(queue: Handle);

@@ -191,6 +191,9 @@ impl TxQueue {
             self.stop(stats);
             return false;
         }
+        // Not before: a frame that the stack keeps comes again.
+        // SAFETY: the frame is the stack's, which has given it to this queue.
+        unsafe { ffi::shim_tx_timestamp(frame.skb) };
         if self.copies.is_some() && !is_short(frame) {
             let is_sent = self.submit_large(frame);
             self.sent_copy(is_sent, frame, stats);
