@@ -33,6 +33,9 @@ const COPY_MAX: usize = 256;
 /// So many bytes of a frame's page are copied before they are looked at: the header, and the
 /// longest headers of a frame.
 const LOOK: usize = 160;
+/// The place of a frame's checksum ends within so many bytes, or the frame is invalid. It may be
+/// behind what is looked at: IPv6 may have long options.
+const CHECKSUM_END: usize = 512;
 /// So many bytes of them are enough for the header before a frame: whole words.
 const HEADER: usize = HASH_HEADER_BYTES.next_multiple_of(8);
 /// Where the device begins in a page when programs of XDP run: the kernel lets them grow a frame to
@@ -301,10 +304,18 @@ impl RxQueue {
             Some((start, offset)) => length.max(usize::from(start) + usize::from(offset) + 2),
             None => length,
         });
-        let Some(headers) = headers.filter(|length| (14..=seen.len()).contains(length)) else {
+        let most = CHECKSUM_END.min(first.bytes as usize);
+        let Some(headers) = headers.filter(|length| (14..=most).contains(length)) else {
             stats.invalid.add(1);
             self.give_again(pages);
             return;
+        };
+        let copy = if headers <= seen.len() {
+            seen.as_ptr()
+        } else {
+            // The place of the checksum is behind what was looked at.
+            // SAFETY: the piece is in its page.
+            unsafe { first.memory.add(first.offset as usize) }
         };
         let frags =
             pieces.len() - usize::from(headers == pieces.first().map_or(0, |p| p.bytes as usize));
@@ -313,8 +324,8 @@ impl RxQueue {
             self.give_again(pages);
             return;
         }
-        // SAFETY: the bytes are those of `look`.
-        let skb = unsafe { ffi::shim_rx_skb(self.group, seen.as_ptr(), headers as u32) };
+        // SAFETY: the bytes are those of `look`, or of the first piece, which has as many.
+        let skb = unsafe { ffi::shim_rx_skb(self.group, copy, headers as u32) };
         if skb.is_null() {
             stats.alloc_failed.add(1);
             self.give_again(pages);

@@ -47,7 +47,8 @@ fn main() -> ExitCode {
     let result = match words[..] {
         ["serve", port] => serve::serve(port),
         ["join", socket] => join::join(socket),
-        ["send", address, bytes, seed] => stream::send(address, bytes, seed),
+        ["send", address, bytes, seed] => stream::send(address, bytes, seed, false),
+        ["send", address, bytes, seed, "options"] => stream::send(address, bytes, seed, true),
         ["receive", address] => stream::receive(address),
         ["latency", period, count] => latency::latency(period, count),
         ["hold-kvm"] => hold::hold(),
@@ -74,10 +75,12 @@ fn main() -> ExitCode {
         ["scribble", pid, count, seed, what] => scribble::scribble(pid, count, seed, what == "all"),
         _ => {
             eprintln!(
-                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | \
-                 receive ADDRESS:PORT | latency MICROSECONDS COUNT | hold-kvm | spin | \
+                "usage: guest-agent serve PORT | join SOCKET | \
+                 send ADDRESS:PORT BYTES SEED [options] | receive ADDRESS:PORT | \
+                 latency MICROSECONDS COUNT | hold-kvm | spin | \
                  switches COUNT PRIORITY | fifo PRIORITY COMMAND | \
-                 scribble PID COUNT SEED all|memory | map-read PATH COUNT | map-write PATH VALUE... | \
+                 scribble PID COUNT SEED all|memory | map-read PATH COUNT | \
+                 map-write PATH VALUE... | \
                  nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME | \
                  watch MIB SECONDS | xdp INTERFACE pass|drop|back|around | qstats INTERFACE | \
                  datagrams send|receive ADDRESS:PORT COUNT BYTES SEGMENT | \

@@ -62,8 +62,8 @@ fn behind(scene: &Scene, iommu: Iommu) -> Result<()> {
     unmaps_nothing_at_the_end(wire)
 }
 
-/// Powers the guest off. Once the kernel shuts its devices down, one after the other, nothing may be
-/// unmapped: the IOMMU may be one of those devices. The kernel tells of both on the console.
+/// Powers the guest off. Once the kernel shuts its devices down, one after the other, nothing may
+/// be unmapped: the IOMMU may be one of those devices. The kernel tells of both on the console.
 fn unmaps_nothing_at_the_end(wire: Wire) -> Result<()> {
     const SHUTDOWN: &str = ": shutdown";
     const UNMAP: &str = "unmap: IOMMU:";

@@ -126,12 +126,29 @@ impl Station {
         }
         // A segment of TCP comes in pages of 4 KiB, and UDP in frames of its own.
         self.iperf("--udp --bitrate 20M --length 1400 --reverse")?;
+        self.long_headers().context("a packet with long headers")?;
         self.check(&[
             ("ethtool -S near | awk '/ tx[0-9]+_frames/{n+=$2} END{print (n>1000)}'", "1"),
             ("ethtool -S near | awk '/ rx[0-9]+_invalid/{n+=$2} END{print n}'", "0"),
             ("ethtool -S near | awk '/dev_tx[0-9]+_segments/{n+=$2} END{print (n>0)}'", "1"),
             ("ethtool -S near | awk '/faults/{print $2}'", "0"),
         ])
+    }
+
+    /// A packet whose headers are so long that the place of its checksum is far behind. It is one
+    /// segment: a NIC cannot cut such.
+    fn long_headers(&self) -> Result<()> {
+        let guest = self.guest();
+        guest.ok(&format!("{IP} addr add fd00::1/64 dev near nodad"))?;
+        guest.ok(&format!("{FAR} {IP} addr add fd00::2/64 dev far nodad"))?;
+        let receiver = guest.start(&format!("{FAR} guest-agent receive [fd00::2]:4000"))?;
+        nic::wait_port_in(guest, FAR, 4000)?;
+        let sent = guest.start("guest-agent send [fd00::2]:4000 1000 7 options")?.ok(LIMIT)?;
+        ensure!(sent == receiver.ok(LIMIT)?, "the bytes have changed");
+        self.check(&[(
+            &format!("{FAR} ethtool -S far | awk '/ rx[0-9]+_invalid/{{n+=$2}} END{{print n}}'"),
+            "0",
+        )])
     }
 
     /// Runs each command and compares what it prints.
