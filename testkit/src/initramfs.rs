@@ -81,7 +81,7 @@ impl Archive {
 }
 
 /// The modules that a guest loads at boot. Those that they depend on are loaded too.
-pub const MODULES: [&str; 4] = ["uio_pci_generic", "tun", "virtio_net", "virtio_mem"];
+pub const MODULES: [&str; 5] = ["uio_pci_generic", "tun", "virtio_pci", "virtio_net", "virtio_mem"];
 
 /// Adds busybox, iperf3 and ethtool with their libraries, and the kernel's modules.
 pub fn add_userland(archive: &mut Archive, kit: &Kit) -> Result<()> {
