@@ -56,6 +56,25 @@ impl Steering {
         true
     }
 
+    /// The number of queues in use, and the key and the table.
+    pub fn state(&self) -> (u16, Option<Rss>) {
+        let rss = self.rss.read().unwrap_or_else(|e| e.into_inner());
+        (self.queues(), rss.clone())
+    }
+
+    /// Uses queues 0 to `queues - 1` from now on, with this key and table, at once. Returns false
+    /// and changes nothing if `queues` is 0 or the table names other queues.
+    pub fn replace(&self, queues: u16, rss: Option<Rss>) -> bool {
+        let mut current = self.rss.write().unwrap_or_else(|e| e.into_inner());
+        let highest = rss.as_ref().and_then(Rss::highest_queue);
+        if queues == 0 || highest.is_some_and(|highest| highest >= queues) {
+            return false;
+        }
+        *current = rss;
+        self.set(queues, current.is_some());
+        true
+    }
+
     /// The caller holds the lock of the key, so that count and flag stay consistent.
     fn set(&self, queues: u16, by_hash: bool) {
         let flag = if by_hash { BY_HASH } else { 0 };
@@ -127,5 +146,10 @@ mod tests {
         assert_eq!(steering.choose(&packet).0, 1, "a frame that is not hashed: entry 0");
         assert!(steering.set_rss(None));
         assert!(steering.set_queues(1));
+        assert!(steering.replace(2, rss(&[1, 0])));
+        for (queues, table) in [(1, rss(&[1, 0])), (0, None), (2, rss(&[u16::MAX]))] {
+            assert!(!steering.replace(queues, table));
+            assert_eq!(steering.state(), (2, rss(&[1, 0])));
+        }
     }
 }

@@ -58,14 +58,14 @@ impl Work {
     /// Chooses receive queues by a hash, and uses as many pairs as the hash and `tx` need. Returns
     /// false, and changes nothing, if there are not so many.
     pub fn set_scale(&self, rss: Option<Rss>, tx: u16) -> bool {
-        let highest = rss.as_ref().and_then(Rss::highest_queue).map_or(0, |highest| highest + 1);
-        let queues = tx.max(highest);
-        if queues == 0 || queues > self.queue_pairs() {
+        let highest = rss.as_ref().and_then(Rss::highest_queue);
+        // A table may name queue 65535. No device has that many.
+        let queues = tx.max(highest.map_or(0, |highest| highest.saturating_add(1)));
+        if queues > self.queue_pairs() || !self.receiver.steering.replace(queues, rss) {
             return false;
         }
-        // Between the steps frames are steered by their flow.
-        let steering = &self.receiver.steering;
-        steering.set_rss(None) && self.set_queues(queues) && steering.set_rss(rss)
+        self.pairs.queues_changed();
+        true
     }
 
     /// Holds the interrupts of queues back from now on. Returns false if there is no such queue.

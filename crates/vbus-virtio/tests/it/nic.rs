@@ -339,6 +339,10 @@ fn a_hash_chooses_the_queue_and_is_reported() {
         assert!(!b.command(&bad));
     }
     assert!(b.command(&command([1, 1], 2)));
+    // The highest number of a queue. The table before it stays.
+    let mut highest = command([0, 0], 2);
+    (highest[12], highest[13]) = (0xff, 0xff);
+    assert!(!b.command(&highest));
     let addr = b.driver.memory.alloc(2048);
     second.add(&b.driver.memory, &[(addr, 2048, true)]);
     b.driver.notify(&second);
