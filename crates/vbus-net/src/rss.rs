@@ -116,6 +116,12 @@ impl Rss {
         self
     }
 
+    /// The same without its table: frames are hashed, but the hash chooses no queue.
+    #[must_use]
+    pub fn without_table(self) -> Rss {
+        Rss { table: Vec::new(), ..self }
+    }
+
     /// The queue that `hash` chooses, if there is a table. Frames that are not hashed have hash 0.
     pub fn queue(&self, hash: Hash) -> Option<u16> {
         let mask = self.table.len().checked_sub(1)?;

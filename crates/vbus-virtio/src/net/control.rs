@@ -12,7 +12,7 @@ use super::abi::{command as number, feature};
 use super::command::{BYTES_MAX, Command, Wanted, Which, parse};
 use super::offloads;
 use super::ring::code;
-use super::work::Work;
+use super::work::{Choices, Work};
 use crate::device::{Call, Enabled};
 use crate::queue::{Chain, Queue};
 
@@ -35,8 +35,8 @@ pub struct Control {
 /// A command whose result is not known yet.
 struct Waiting {
     outcome: Outcome,
-    /// The queues that were in use before, if the command has changed them.
-    queues: Option<u16>,
+    /// What the driver had chosen before.
+    before: Choices,
 }
 
 /// What is known of a command.
@@ -60,14 +60,15 @@ impl Control {
         let view = memory.view();
         let mut served = 0;
         while served < budget {
-            let answer = match &self.waits {
-                Some(Waiting { outcome, queues }) => {
-                    let Some(result) = *lock(outcome) else { break };
-                    if let (Err(_), Some(before)) = (result, queues) {
-                        // The back end goes on with the queues that it had.
-                        self.work.set_queues(*before);
+            let answer = match self.waits.take() {
+                Some(waiting) => {
+                    let Some(result) = *lock(&waiting.outcome) else {
+                        self.waits = Some(waiting);
+                        break;
+                    };
+                    if result.is_err() {
+                        self.work.restore(waiting.before);
                     }
-                    self.waits = None;
                     Answer::Now(result.is_ok(), Vec::new())
                 }
                 None => {
@@ -133,18 +134,18 @@ impl Control {
                 may
             }
             Command::Pairs(queues) => {
-                let before = self.work.receiver.steering.queues();
+                let before = self.work.choices();
                 if !self.has(feature::MQ) || !self.work.set_queues(queues) {
                     return Answer::Now(false, Vec::new());
                 }
-                return self.configure(Some(before));
+                return self.configure(before);
             }
             Command::Scale(rss, tx) => {
-                let before = self.work.receiver.steering.queues();
+                let before = self.work.choices();
                 if !self.has(feature::RSS) || !self.work.set_scale(rss, tx) {
                     return Answer::Now(false, Vec::new());
                 }
-                return self.configure(Some(before));
+                return self.configure(before);
             }
             Command::Hash(rss) => {
                 self.has(feature::HASH_REPORT) && self.work.receiver.steering.set_rss(rss)
@@ -154,8 +155,9 @@ impl Control {
                 if !self.has(feature::CTRL_GUEST_OFFLOADS) || bits & !may != 0 {
                     return Answer::Now(false, Vec::new());
                 }
+                let before = self.work.choices();
                 self.work.set_offloads(offloads::to_driver(bits));
-                return self.configure(None);
+                return self.configure(before);
             }
             Command::Coalesce(which, coalesce) => {
                 let feature = match which {
@@ -191,9 +193,8 @@ impl Control {
 }
 
 impl Control {
-    /// Lets the back end set itself up. `queues`: those in use before, if the command has changed
-    /// them.
-    fn configure(&mut self, queues: Option<u16>) -> Answer {
+    /// Lets the back end set itself up for what a command has changed. `before`: what it was.
+    fn configure(&mut self, before: Choices) -> Answer {
         let outcome = Outcome::default();
         let told = outcome.clone();
         let task = self.task.clone();
@@ -202,12 +203,10 @@ impl Control {
             task.wake();
         };
         if self.work.configure(Box::new(done)).is_err() {
-            if let Some(before) = queues {
-                self.work.set_queues(before);
-            }
+            self.work.restore(before);
             return Answer::Now(false, Vec::new());
         }
-        self.waits = Some(Waiting { outcome, queues });
+        self.waits = Some(Waiting { outcome, before });
         Answer::Later
     }
 }

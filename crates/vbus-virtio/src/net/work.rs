@@ -22,6 +22,13 @@ pub struct Work {
     pub coalesce: Vec<Arc<Setting>>,
 }
 
+/// What the driver has chosen of the things for which the back end sets itself up.
+pub struct Choices {
+    queues: u16,
+    rss: Option<Rss>,
+    offloads: Offloads,
+}
+
 impl Work {
     /// The most queue pairs.
     pub fn queue_pairs(&self) -> u16 {
@@ -46,13 +53,11 @@ impl Work {
         self.pairs.settle();
     }
 
-    /// Uses the first `queues` pairs. Returns false, and changes nothing, if there are not so many.
+    /// Uses the first `queues` pairs. A frame's flow chooses its receive queue from now on. Returns
+    /// false, and changes nothing, if there are not so many.
     pub fn set_queues(&self, queues: u16) -> bool {
-        if queues > self.queue_pairs() || !self.receiver.steering.set_queues(queues) {
-            return false;
-        }
-        self.pairs.queues_changed();
-        true
+        let (_, rss) = self.receiver.steering.state();
+        self.steer(queues, rss.map(Rss::without_table))
     }
 
     /// Chooses receive queues by a hash, and uses as many pairs as the hash and `tx` need. Returns
@@ -61,11 +66,28 @@ impl Work {
         let highest = rss.as_ref().and_then(Rss::highest_queue);
         // A table may name queue 65535. No device has that many.
         let queues = tx.max(highest.map_or(0, |highest| highest.saturating_add(1)));
+        self.steer(queues, rss)
+    }
+
+    fn steer(&self, queues: u16, rss: Option<Rss>) -> bool {
         if queues > self.queue_pairs() || !self.receiver.steering.replace(queues, rss) {
             return false;
         }
         self.pairs.queues_changed();
         true
+    }
+
+    /// What [`restore`](Self::restore) goes back to.
+    pub fn choices(&self) -> Choices {
+        let (queues, rss) = self.receiver.steering.state();
+        Choices { queues, rss, offloads: self.receiver.offloads() }
+    }
+
+    /// The back end could not set itself up for what the driver has changed: all is as before.
+    pub fn restore(&self, before: Choices) {
+        let Choices { queues, rss, offloads } = before;
+        self.steer(queues, rss);
+        self.set_offloads(offloads);
     }
 
     /// Holds the interrupts of queues back from now on. Returns false if there is no such queue.

@@ -358,6 +358,13 @@ fn a_hash_chooses_the_queue_and_is_reported() {
     let (_, len) = b.rx.wait(&b.driver.memory);
     let received = b.driver.memory.read(addr, len as usize);
     assert_eq!((&received[12..20], &received[20..]), (&[0; 8][..], &sent[..]));
+    // One pair by flow, although the table names the second one. The hash is still reported.
+    assert!(b.command(&[4, 0, 1, 0]));
+    let addr = b.post(2048, false);
+    a.send(&[0; HEADER], &bytes);
+    let (_, len) = b.rx.wait(&b.driver.memory);
+    let received = b.driver.memory.read(addr, len as usize);
+    assert_eq!((received[16], &received[20..]), (2, &bytes[..]));
     assert!(b.command(&[&[4, 2, 0, 0, 0, 0][..], &[0; 9]].concat()), "no hashes any more");
 }
 
