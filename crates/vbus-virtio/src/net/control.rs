@@ -9,7 +9,7 @@ use vbus_core::{ErrorCode, Progress, Task, TaskHandle, lock};
 use vbus_net::is_group;
 
 use super::abi::{command as number, feature};
-use super::command::{BYTES_MAX, Command, Wanted, Which, parse};
+use super::command::{BYTES_MAX, Command, Which, parse};
 use super::offloads;
 use super::ring::code;
 use super::work::{Choices, Work};
@@ -24,7 +24,6 @@ pub struct Control {
     work: Arc<Work>,
     queue: Queue,
     call: Call,
-    wanted: Wanted,
     chain: Chain,
     /// The back end is at work for the command in `chain`.
     waits: Option<Waiting>,
@@ -49,9 +48,8 @@ enum Answer {
 
 impl Control {
     pub fn new(work: Arc<Work>, enabled: Enabled, task: TaskHandle) -> Control {
-        let wanted = Wanted::new(work.driver.features & feature::CTRL_VLAN != 0);
         let Enabled { queue, call, .. } = enabled;
-        Control { work, queue, call, wanted, chain: Chain::new(), waits: None, task }
+        Control { work, queue, call, chain: Chain::new(), waits: None, task }
     }
 
     /// Carries out the commands that are there, `budget` at most. Returns how many.
@@ -117,9 +115,9 @@ impl Control {
         let Some(command) = command else { return Answer::Now(false, Vec::new()) };
         let ok = match command {
             Command::Promiscuous(_) | Command::AllMulticast(_) | Command::Table(..) => {
-                self.has(feature::CTRL_RX) && self.filter(&command)
+                self.has(feature::CTRL_RX) && self.work.filter(&command)
             }
-            Command::Vlan(..) => self.has(feature::CTRL_VLAN) && self.filter(&command),
+            Command::Vlan(..) => self.has(feature::CTRL_VLAN) && self.work.filter(&command),
             Command::Address(mac) => {
                 self.has(feature::CTRL_MAC_ADDR)
                     && !is_group(mac)
@@ -177,18 +175,6 @@ impl Control {
             }
         };
         Answer::Now(ok, Vec::new())
-    }
-
-    /// Changes which frames the driver gets.
-    fn filter(&mut self, command: &Command) -> bool {
-        let changed = self.wanted.change(command);
-        if changed {
-            let filter = &self.work.receiver.filter;
-            filter.set_addresses(self.wanted.addresses());
-            filter.set_vlans(self.wanted.vlans());
-            self.work.pairs.plug().filter_changed();
-        }
-        changed
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use vbus_core::{ErrorCode, Task, TaskHandle};
 use vbus_net::front::{Pairs, Receiver, Setup};
@@ -69,7 +69,8 @@ impl NicSession {
             fail: driver.fail.clone(),
         })?;
         let coalesce = (0..nic.config.queue_pairs * 2).map(|_| Arc::default()).collect();
-        let work = Arc::new(Work { nic: card, driver, receiver, pairs, coalesce });
+        let wanted = Mutex::new(wanted);
+        let work = Arc::new(Work { nic: card, driver, receiver, pairs, coalesce, wanted });
         let fail = work.driver.fail.clone();
         // The rings come next. The back end may take longer to set itself up.
         work.configure(Box::new(move |done| {

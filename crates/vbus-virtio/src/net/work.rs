@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the parts of a session share, and what the driver's commands change there.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use vbus_core::{ErrorCode, TaskHandle};
+use vbus_core::{ErrorCode, TaskHandle, lock};
 use vbus_net::front::{Pairs, Receiver, Setting};
 use vbus_net::{Done, Offloads, Rss};
 
 use super::card::VirtioNic;
-use super::command::{Coalesce, Which};
+use super::command::{Coalesce, Command, Wanted, Which};
 use super::ring::{RxFrames, TxFrames};
 use crate::device::Driver;
 
@@ -20,6 +20,8 @@ pub struct Work {
     pub pairs: Pairs<TxFrames, RxFrames>,
     /// For each queue of the pairs: how its interrupts are held back.
     pub coalesce: Vec<Arc<Setting>>,
+    /// Which frames the driver wants. A reset of the control queue does not change it.
+    pub wanted: Mutex<Wanted>,
 }
 
 /// What the driver has chosen of the things for which the back end sets itself up.
@@ -75,6 +77,18 @@ impl Work {
         }
         self.pairs.queues_changed();
         true
+    }
+
+    /// Changes which frames the driver gets. Returns false if the command says nothing of that.
+    pub fn filter(&self, command: &Command) -> bool {
+        let mut wanted = lock(&self.wanted);
+        let changed = wanted.change(command);
+        if changed {
+            self.receiver.filter.set_addresses(wanted.addresses());
+            self.receiver.filter.set_vlans(wanted.vlans());
+            self.pairs.plug().filter_changed();
+        }
+        changed
     }
 
     /// What [`restore`](Self::restore) goes back to.

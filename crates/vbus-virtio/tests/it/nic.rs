@@ -9,7 +9,7 @@ use vbus_net::{Direct, Opener, Switches};
 use vbus_pci::{IrqIndex, Options, device_function};
 use vbus_virtio::net::VirtioNetClass;
 
-use crate::driver::{Driver, NEEDS_RESET, Queue, Signal, VERSION_1, eventually, field};
+use crate::driver::{Driver, NEEDS_RESET, Queue, RING_RESET, Signal, VERSION_1, eventually, field};
 
 /// Feature bits.
 const CSUM: u64 = 1 << 0;
@@ -300,6 +300,27 @@ fn the_driver_chooses_its_frames() {
     assert!(b.command(&[1, 1, 2, 0, 0, 0, 0, 7]));
     for bad in [&[9, 0][..], &[1, 0, 0xff, 0xff, 0xff, 0xff], &[0], &[5, 0, 0], &[4, 0, 1, 0]] {
         assert!(!b.command(bad), "{bad:?}");
+    }
+}
+
+#[test]
+fn a_reset_of_the_control_queue_leaves_the_choices() {
+    let lab = Lab::new();
+    let mut a = lab.card(0, json!({}), 0);
+    let mut b = lab.card(1, json!({}), CTRL_VQ | CTRL_RX | CTRL_VLAN | RING_RESET);
+    assert!(b.command(&[0, 0, 0]), "no longer promiscuous");
+    assert!(b.command(&[2, 0, 5, 0]));
+    b.driver.set(field::SELECT, 2);
+    b.driver.set(field::RESET, 1);
+    b.control = Some(b.driver.queue(2, 16));
+    assert!(b.command(&[2, 0, 6, 0]), "one more VLAN");
+    let buffers = [(); 2].map(|()| b.post(2048, false));
+    a.send(&[0; HEADER], &frame([2, 0, 0, 0, 0, 9], MACS[0], 60)); // For somebody else.
+    for (addr, vlan) in buffers.into_iter().zip([5, 6]) {
+        let mut tagged = frame(MACS[1], MACS[0], 60);
+        tagged.splice(12..12, [0x81, 0, 0, vlan]);
+        a.send(&[0; HEADER], &tagged);
+        assert_eq!(b.receive(addr).1, tagged);
     }
 }
 
