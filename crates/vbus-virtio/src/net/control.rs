@@ -169,9 +169,8 @@ impl Control {
                 let Some(coalesce) = coalesce.filter(|_| self.has(feature::VQ_NOTF_COAL)) else {
                     return Answer::Now(false, Vec::new());
                 };
-                let words = [queue.to_le_bytes(), [0; 2]].concat();
-                let longs = [coalesce.frames.to_le_bytes(), coalesce.usecs.to_le_bytes()].concat();
-                return Answer::Now(true, [words, longs].concat());
+                let longs = [coalesce.frames.to_le_bytes(), coalesce.usecs.to_le_bytes()];
+                return Answer::Now(true, longs.concat());
             }
         };
         Answer::Now(ok, Vec::new())

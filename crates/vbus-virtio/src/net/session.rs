@@ -15,7 +15,7 @@ use super::command::Wanted;
 use super::control::{Control, ControlTask};
 use super::offloads;
 use super::ring::{RxFrames, TxFrames};
-use super::work::Work;
+use super::work::{Coalescing, Work};
 use crate::device::{Driver, Enabled, Kind, Session, Transport, VirtioDevice, feature as common};
 
 impl VirtioDevice for VirtioNic {
@@ -68,9 +68,9 @@ impl NicSession {
             place: (&driver.executor, driver.worker, &driver.counters),
             fail: driver.fail.clone(),
         })?;
-        let coalesce = (0..nic.config.queue_pairs * 2).map(|_| Arc::default()).collect();
+        let coalescing = Mutex::new(Coalescing::new(nic.config.queue_pairs));
         let wanted = Mutex::new(wanted);
-        let work = Arc::new(Work { nic: card, driver, receiver, pairs, coalesce, wanted });
+        let work = Arc::new(Work { nic: card, driver, receiver, pairs, coalescing, wanted });
         let fail = work.driver.fail.clone();
         // The rings come next. The back end may take longer to set itself up.
         work.configure(Box::new(move |done| {
@@ -113,17 +113,17 @@ impl Session for NicSession {
         }
         let pair = usize::from(index / 2);
         let Some(task) = work.pairs.task(pair) else { return Ok(()) };
-        let Some(coalesce) = work.coalesce.get(usize::from(index)) else { return Ok(()) };
+        let Some(coalesce) = work.coalesce_new(index) else { return Ok(()) };
         let memory = work.driver.memory.clone();
         let header_bytes = work.receiver.header_bytes();
         if index % 2 == 0 {
             let mergeable = features & feature::MRG_RXBUF != 0;
             let indirect = features & common::INDIRECT_DESC != 0;
             let ring = RxFrames::new(enabled, memory, header_bytes, (mergeable, indirect));
-            work.pairs.set_rx(pair, Some((ring, coalesce.clone())));
+            work.pairs.set_rx(pair, Some((ring, coalesce)));
         } else {
             let ring = TxFrames::new(enabled, memory);
-            work.pairs.set_tx(pair, Some((ring, header_bytes, coalesce.clone())));
+            work.pairs.set_tx(pair, Some((ring, header_bytes, coalesce)));
         }
         doorbell.bind(task)
     }
@@ -140,6 +140,7 @@ impl Session for NicSession {
             0 => self.work.pairs.set_rx(pair, None),
             _ => self.work.pairs.set_tx(pair, None),
         }
+        self.work.forget_coalesce(index);
     }
 }
 

@@ -18,10 +18,57 @@ pub struct Work {
     pub driver: Driver,
     pub receiver: Arc<Receiver>,
     pub pairs: Pairs<TxFrames, RxFrames>,
-    /// For each queue of the pairs: how its interrupts are held back.
-    pub coalesce: Vec<Arc<Setting>>,
+    pub coalescing: Mutex<Coalescing>,
     /// Which frames the driver wants. A reset of the control queue does not change it.
     pub wanted: Mutex<Wanted>,
+}
+
+/// How the interrupts of the pairs' queues are held back.
+pub struct Coalescing {
+    /// The setting of each queue. `None`: the queue is not enabled.
+    queues: Vec<Option<Arc<Setting>>>,
+    /// What a queue gets that the driver enables: receive queues, transmit queues.
+    of_new: [Coalesce; 2],
+}
+
+impl Coalescing {
+    /// No queue is enabled. None of `pairs` pairs will hold its interrupts back.
+    pub fn new(pairs: u16) -> Coalescing {
+        let queues = (0..pairs * 2).map(|_| None).collect();
+        Coalescing { queues, of_new: Default::default() }
+    }
+
+    /// The driver has enabled queue `number`. Returns its setting. `None`: no pair has it.
+    fn enable(&mut self, number: u16) -> Option<Arc<Setting>> {
+        let slot = self.queues.get_mut(usize::from(number))?;
+        let setting = Arc::new(Setting::default());
+        let Coalesce { frames, usecs } = self.of_new[usize::from(number % 2)];
+        setting.set(usecs, frames);
+        *slot = Some(setting.clone());
+        Some(setting)
+    }
+
+    /// The setting of queue `number`, if it is enabled.
+    fn of(&self, number: u16) -> Option<&Arc<Setting>> {
+        self.queues.get(usize::from(number))?.as_ref()
+    }
+
+    /// Returns false if there is no such queue.
+    fn set(&mut self, which: Which, coalesce: Coalesce) -> bool {
+        let Coalesce { frames, usecs } = coalesce;
+        let direction = match which {
+            Which::Rx => 0,
+            Which::Tx => 1,
+            Which::Queue(number) => {
+                return self.of(number).map(|setting| setting.set(usecs, frames)).is_some();
+            }
+        };
+        self.of_new[direction] = coalesce;
+        for setting in self.queues.iter().skip(direction).step_by(2).flatten() {
+            setting.set(usecs, frames);
+        }
+        true
+    }
 }
 
 /// What the driver has chosen of the things for which the back end sets itself up.
@@ -104,26 +151,31 @@ impl Work {
         self.set_offloads(offloads);
     }
 
-    /// Holds the interrupts of queues back from now on. Returns false if there is no such queue.
-    pub fn set_coalesce(&self, which: Which, Coalesce { frames, usecs }: Coalesce) -> bool {
-        let (from, step) = match which {
-            Which::Rx => (0, 2),
-            Which::Tx => (1, 2),
-            Which::Queue(number) => (usize::from(number), usize::MAX),
-        };
-        let mut found = false;
-        for setting in self.coalesce.iter().skip(from).step_by(step) {
-            setting.set(usecs, frames);
-            found = true;
+    /// The driver has enabled queue `number`. Returns how its interrupts are held back. `None`: no
+    /// pair has it.
+    pub fn coalesce_new(&self, number: u16) -> Option<Arc<Setting>> {
+        lock(&self.coalescing).enable(number)
+    }
+
+    /// Queue `number` is not enabled any more.
+    pub fn forget_coalesce(&self, number: u16) {
+        if let Some(slot) = lock(&self.coalescing).queues.get_mut(usize::from(number)) {
+            *slot = None;
         }
+    }
+
+    /// Holds the interrupts of queues back from now on. Returns false if there is no such queue.
+    pub fn set_coalesce(&self, which: Which, coalesce: Coalesce) -> bool {
+        let found = lock(&self.coalescing).set(which, coalesce);
         // An interrupt that is held back may go now.
         self.pairs.tasks().for_each(TaskHandle::wake);
         found
     }
 
-    /// How the interrupts of queue `number` are held back.
+    /// How the interrupts of queue `number` are held back. `None`: no pair has it, or it is not
+    /// enabled.
     pub fn coalesce_of(&self, number: u16) -> Option<Coalesce> {
-        let (usecs, frames) = self.coalesce.get(usize::from(number))?.get();
+        let (usecs, frames) = lock(&self.coalescing).of(number)?.get();
         Some(Coalesce { frames, usecs })
     }
 }

@@ -25,6 +25,8 @@ const ANNOUNCE: u64 = 1 << 21;
 const MQ: u64 = 1 << 22;
 const CTRL_MAC: u64 = 1 << 23;
 const RING_PACKED: u64 = 1 << 34;
+/// VQ_NOTF_COAL and NOTF_COAL.
+const COALESCE: u64 = 3 << 52;
 const HASH_REPORT: u64 = 1 << 57;
 const RSS: u64 = 1 << 60;
 
@@ -102,19 +104,25 @@ impl Card {
 
     /// Sends a command. Returns whether the device carried it out.
     fn command(&mut self, command: &[u8]) -> bool {
-        let addr = self.driver.memory.alloc(command.len() + 1);
-        let ack = addr + command.len() as u64;
-        self.driver.memory.write(addr, &[command, &[0xff]].concat());
+        match self.ask(command, 1)[..] {
+            [0] => true,
+            [1] => false,
+            ref answer => panic!("acknowledgement {answer:?}"),
+        }
+    }
+
+    /// Sends a command with room for an answer of `room` bytes. Returns what the device has
+    /// written.
+    fn ask(&mut self, command: &[u8], room: u32) -> Vec<u8> {
+        let addr = self.driver.memory.alloc(command.len() + room as usize);
+        let answer = addr + command.len() as u64;
+        self.driver.memory.write(addr, &[command, &vec![0xff; room as usize]].concat());
         let queue = self.control.as_mut().unwrap();
         let len = u32::try_from(command.len()).unwrap();
-        queue.add(&self.driver.memory, &[(addr, len, false), (ack, 1, true)]);
+        queue.add(&self.driver.memory, &[(addr, len, false), (answer, room, true)]);
         self.driver.notify(queue);
-        assert_eq!(queue.wait(&self.driver.memory).1, 1);
-        match self.driver.memory.read(ack, 1)[0] {
-            0 => true,
-            1 => false,
-            ack => panic!("acknowledgement {ack}"),
-        }
+        let (_, written) = queue.wait(&self.driver.memory);
+        self.driver.memory.read(answer, written as usize)
     }
 
     /// Waits for a frame in the buffer at `addr`, and returns its header and its bytes.
@@ -322,6 +330,29 @@ fn a_reset_of_the_control_queue_leaves_the_choices() {
         a.send(&[0; HEADER], &tagged);
         assert_eq!(b.receive(addr).1, tagged);
     }
+}
+
+#[test]
+fn a_queue_that_is_enabled_again_holds_interrupts_back_as_its_direction_does() {
+    let lab = Lab::new();
+    let mut a = lab.card(0, json!({ "queue-pairs": 2 }), CTRL_VQ | MQ | COALESCE | RING_RESET);
+    let get = |a: &mut Card, queue: u8| a.ask(&[6, 3, queue, 0, 0, 0], 9);
+    let answer = |frames: u8, usecs: u8| [frames, 0, 0, 0, usecs, 0, 0, 0, 0];
+    assert!(a.command(&[6, 0, 8, 0, 0, 0, 50, 0, 0, 0]));
+    assert!(a.command(&[6, 2, 1, 0, 0, 0, 9, 0, 0, 0, 60, 0, 0, 0]));
+    assert!(a.command(&[6, 2, 0, 0, 0, 0, 7, 0, 0, 0, 70, 0, 0, 0]));
+    assert_eq!([get(&mut a, 1), get(&mut a, 0)], [answer(9, 60), answer(7, 70)]);
+    for queue in [0, 1] {
+        a.driver.set(field::SELECT, queue.into());
+        a.driver.set(field::RESET, 1);
+        assert_eq!(get(&mut a, queue), [1], "it is not enabled");
+        assert!(!a.command(&[6, 2, queue, 0, 0, 0, 9, 0, 0, 0, 60, 0, 0, 0]));
+        a.driver.queue(queue.into(), 64);
+    }
+    assert_eq!([get(&mut a, 1), get(&mut a, 0)], [answer(8, 50), answer(0, 0)]);
+    assert_eq!(get(&mut a, 2), [1], "it was never enabled");
+    a.driver.queue(3, 64);
+    assert_eq!(get(&mut a, 3), answer(8, 50));
 }
 
 #[test]
