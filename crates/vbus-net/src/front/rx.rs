@@ -556,7 +556,8 @@ impl<R: RxRing> RxQueue<R> {
             if self.ring.arm(lacking - 1) == Armed::Waiting || !self.refill(&view) {
                 return Armed::Waiting;
             }
-            while self.refill(&view) {}
+            // No more than the frame needs: a driver could have very many, each of many parts.
+            while self.lacking() > 0 && self.refill(&view) {}
         }
     }
 
