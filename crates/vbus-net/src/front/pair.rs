@@ -173,6 +173,7 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
                 }
             }
             taken += 1;
+            spent = spent.saturating_add(tx.extra());
             tx.done(view)?;
         }
         self.moved |= tx.ring.took();

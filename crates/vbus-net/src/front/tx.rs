@@ -21,6 +21,8 @@ pub struct TxQueue<T> {
     held: Held,
     /// The checked header and the Ethernet header of the frame that the ring holds.
     head: Option<(Header, [u8; ETH_BYTES])>,
+    /// Units of work that the frame cost beyond those of sending it.
+    extra: u32,
     /// A copy of a body that lies in more parts than a back end takes. Empty otherwise.
     gathered: Vec<u8>,
 }
@@ -53,6 +55,7 @@ impl<T: TxRing> TxQueue<T> {
             coalesce,
             held: Held::default(),
             head: None,
+            extra: 0,
             gathered: Vec::new(),
         }
     }
@@ -66,6 +69,7 @@ impl<T: TxRing> TxQueue<T> {
         offloads: Offloads,
         mtu: usize,
     ) -> Result<Next, ErrorCode> {
+        self.extra = 0;
         let Some(bytes) = self.ring.take(view)? else { return Ok(Next::Nothing) };
         if bytes > self.header_bytes + FRAME_MAX - HEADER_BYTES {
             return Ok(Next::TooLong);
@@ -80,6 +84,8 @@ impl<T: TxRing> TxQueue<T> {
                 parts.push(rest);
             }
         })?;
+        // Each part is looked up and copied by itself. The first ones come with the frame.
+        self.extra = u32::try_from(parts.len().saturating_sub(1) / CHAIN_MAX).unwrap_or(u32::MAX);
         if at < head.len() {
             return Ok(Next::Short);
         }
@@ -113,6 +119,12 @@ impl<T: TxRing> TxQueue<T> {
     /// The body of the frame that [`next`](Self::next) returned, with its `parts`.
     pub(super) fn body<'b>(&'b self, parts: &'b [DriverSlice<'b>]) -> Body<'b> {
         if self.gathered.is_empty() { Body::Driver(parts) } else { Body::Bytes(&self.gathered) }
+    }
+
+    /// Units of work for the parts of the frame that [`next`](Self::next) returned, beyond those
+    /// of any frame.
+    pub(super) fn extra(&self) -> u32 {
+        self.extra
     }
 
     /// Makes the returns of `frames` frames visible.
