@@ -100,6 +100,7 @@ pub trait RxRing: Ring {
         more: bool,
     ) -> Result<(), ErrorCode>;
 
-    /// Whether the device holds so many buffers that the driver cannot post more.
+    /// Whether the device holds so many buffers that the driver cannot post more, or may not before
+    /// it gets some back.
     fn holds_all(&self) -> bool;
 }

@@ -162,7 +162,7 @@ impl<R: RxRing> RxQueue<R> {
                 self.count(&packet.header, packet.bytes());
                 Delivery::Delivered
             }
-            // The driver cannot post more buffers. They may hold the segments.
+            // The driver posts no more buffers. They may hold the segments.
             Gathered::TooFew if self.holds_all() && packet.header.leaves_segmentation() => {
                 Delivery::NeedsCut
             }
@@ -209,7 +209,7 @@ impl<R: RxRing> RxQueue<R> {
         let count = match self.gather(view, longest) {
             Gathered::Buffers(count) => count,
             Gathered::TooMany => return Reserved::Unfit,
-            // The driver cannot post more buffers.
+            // The driver posts no more buffers.
             Gathered::TooFew if self.holds_all() => return Reserved::Unfit,
             Gathered::TooFew => {
                 self.tell();
@@ -278,7 +278,7 @@ impl<R: RxRing> RxQueue<R> {
         }
     }
 
-    /// Whether the device holds as many buffers as the ring has entries.
+    /// Whether it is in vain to wait for more buffers.
     fn holds_all(&self) -> bool {
         self.ring.holds_all()
     }
@@ -483,7 +483,7 @@ impl<R: RxRing> RxQueue<R> {
         self.rx().starved.one();
         match on_full {
             OnFull::Drop => self.refused(RxDrop::NoBuffers),
-            OnFull::Wait if self.holds_all() => self.refused(RxDrop::NoBuffers),
+            _ if self.holds_all() => self.refused(RxDrop::NoBuffers),
             OnFull::Wait => Delivery::Full { until: None },
             OnFull::WaitBounded => match self.backpressure.wait(Instant::now()) {
                 Some(until) => Delivery::Full { until: Some(until) },
@@ -547,7 +547,8 @@ impl<R: RxRing> RxQueue<R> {
         let view = memory.view();
         loop {
             let lacking = self.lacking();
-            if lacking == 0 || self.fault.is_some() {
+            // A sender of a frame for which more buffers never come does something else.
+            if lacking == 0 || self.holds_all() || self.fault.is_some() {
                 self.wake_waiters();
                 return Armed::Missed;
             }

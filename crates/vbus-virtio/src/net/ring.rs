@@ -242,9 +242,12 @@ impl RxRing for RxFrames {
     }
 
     fn holds_all(&self) -> bool {
-        let layout = self.queue.layout();
-        self.held() >= usize::from(layout.size)
-            || self.side.descriptors.is_some_and(|descriptors| self.side.parts >= descriptors)
+        // Drivers post buffers again only when they have got many back: that of Linux when they are
+        // more than half of a small queue. To wait for them before any frame comes would be to wait
+        // for ever.
+        let is_half = |held: usize, of: usize| held * 2 >= of;
+        is_half(self.held(), usize::from(self.queue.layout().size))
+            || self.side.descriptors.is_some_and(|all| is_half(self.side.parts, all))
     }
 }
 
