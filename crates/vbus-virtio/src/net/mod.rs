@@ -73,8 +73,8 @@ impl DeviceClass for VirtioNetClass {
 
     fn help(&self) -> &'static str {
         "Network card for the virtio driver that every system has. The settings of venet; packed \
-         (true), rss (false), transport = \"pci\". Set msix = true for speed; without it the guest has INTx, \
-         and QEMU 11.1 can unplug the device."
+         (true), rss (false), transport = \"pci\". Set msix = true for speed; without it the guest \
+         has INTx, and QEMU 11.1 can unplug the device."
     }
 
     fn check(&self, _name: &str, config: &Value) -> Result<(), CreateError> {
