@@ -47,13 +47,7 @@ impl Steering {
     /// table names queues that are not in use.
     pub fn set_rss(&self, rss: Option<Rss>) -> bool {
         let mut current = self.rss.write().unwrap_or_else(|e| e.into_inner());
-        let queues = self.queues();
-        if rss.as_ref().and_then(Rss::highest_queue).is_some_and(|highest| highest >= queues) {
-            return false;
-        }
-        *current = rss;
-        self.set(queues, current.is_some());
-        true
+        self.put(&mut current, self.queues(), rss)
     }
 
     /// The number of queues in use, and the key and the table.
@@ -66,6 +60,10 @@ impl Steering {
     /// and changes nothing if `queues` is 0 or the table names other queues.
     pub fn replace(&self, queues: u16, rss: Option<Rss>) -> bool {
         let mut current = self.rss.write().unwrap_or_else(|e| e.into_inner());
+        self.put(&mut current, queues, rss)
+    }
+
+    fn put(&self, current: &mut Option<Rss>, queues: u16, rss: Option<Rss>) -> bool {
         let highest = rss.as_ref().and_then(Rss::highest_queue);
         if queues == 0 || highest.is_some_and(|highest| highest >= queues) {
             return false;
