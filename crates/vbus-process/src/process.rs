@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use vbus_driver::{Doorbell, Hal, HeapTable, NoMemory};
+use vbus_driver::{Doorbell, Hal, HeapTable, NoMemory, has_signature};
 use vbus_eventfd::{PeerEventfd, take_signal};
 use vbus_shm::abi::{bar0, capability};
 use vfio_user_protocol::{Client, ClientError, Patience, pci};
@@ -36,7 +36,8 @@ struct Attached {
 
 impl Process {
     /// Connects to the device at the socket `path` and shares `memory_bytes` of memory with it
-    /// (whole pages).
+    /// (whole pages). A function that is none of vbus has no interrupt and no doorbells here: the
+    /// driver finds out what it is when it probes it.
     ///
     /// # Errors
     /// Those of [`Client::connect`] and of the calls that follow; [`Errno`]s of the memory file.
@@ -46,18 +47,12 @@ impl Process {
         client.dma_map(file.as_fd(), 0, BASE, memory_bytes)?;
 
         let interrupt = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        client.connect_irqs(pci::IRQ_MSI, 0, &[interrupt.as_fd()])?;
-        let mut doorbells = Vec::new();
-        for io in client.io_eventfds(pci::REGION_BAR0)? {
-            let number =
-                io.offset.checked_sub(bar0::DOORBELLS).map(|at| at / bar0::DOORBELL_STRIDE);
-            let Some(handle) = number.filter(|at| *at < u64::from(bar0::DOORBELL_COUNT)) else {
-                continue;
-            };
-            let handle = usize::try_from(handle).unwrap_or(usize::MAX);
-            doorbells.resize_with(doorbells.len().max(handle + 1), || None);
-            doorbells[handle] = Some(PeerEventfd::new(io.fd).map_err(|_| Errno::AGAIN)?);
-        }
+        let doorbells = if is_of_vbus(&mut client)? {
+            client.connect_irqs(pci::IRQ_MSI, 0, &[interrupt.as_fd()])?;
+            doorbells(&mut client)?
+        } else {
+            Vec::new()
+        };
         let socket = client.as_fd().try_clone_to_owned().map_err(|_| Errno::MFILE)?;
         let (client, pool) = (Mutex::new(client), Arc::new(pool));
         Ok(Process(Arc::new(Attached { client, socket, interrupt, doorbells, pool })))
@@ -134,6 +129,31 @@ impl Process {
         // Writes to a function that has gone are lost, as on a PCI bus.
         let _ = self.client().region_post(pci::REGION_BAR0, offset, bytes);
     }
+}
+
+/// Whether the function has the signature of vbus.
+fn is_of_vbus(client: &mut Client) -> Result<bool, ClientError> {
+    let mut space = [0; 256];
+    client.region_read(pci::REGION_CONFIG, 0, &mut space)?;
+    Ok(has_signature(|offset| {
+        let word = space.get(usize::from(offset)..).and_then(|rest| rest.first_chunk());
+        word.map_or(GONE, |word| u32::from_le_bytes(*word))
+    }))
+}
+
+/// The eventfds of the doorbells, by handle.
+fn doorbells(client: &mut Client) -> Result<Vec<Option<PeerEventfd>>, ClientError> {
+    let mut doorbells = Vec::new();
+    for io in client.io_eventfds(pci::REGION_BAR0)? {
+        let number = io.offset.checked_sub(bar0::DOORBELLS).map(|at| at / bar0::DOORBELL_STRIDE);
+        let Some(handle) = number.filter(|at| *at < u64::from(bar0::DOORBELL_COUNT)) else {
+            continue;
+        };
+        let handle = usize::try_from(handle).unwrap_or(usize::MAX);
+        doorbells.resize_with(doorbells.len().max(handle + 1), || None);
+        doorbells[handle] = Some(PeerEventfd::new(io.fd).map_err(|_| Errno::AGAIN)?);
+    }
+    Ok(doorbells)
 }
 
 impl Hal for Process {

@@ -72,6 +72,21 @@ fn the_devices_of_a_bus_are_listed() {
     assert!(table.starts_with("FUNCTION"), "{table}");
 }
 
+/// A virtio card is none of vbus for its driver, and no fault of its bus.
+#[test]
+fn a_virtio_card_is_listed_and_left_alone() {
+    let card = "[[device]]\nname = \"a-card\"\nclass = \"virtio-net\"\nbackend = \"switch\"\n";
+    let bus = Served::start(&format!("{card}{CONFIG}"));
+    let list = bus.guest().json(&["list"]);
+    let ids: Vec<_> = list.as_array().unwrap().iter().map(|f| f["id"].as_str().unwrap()).collect();
+    assert!(ids.len() == 3 && ids[0].ends_with("/a-card.sock"), "{list}");
+    assert_eq!(
+        (&list[0]["error"], &list[1]["error"]),
+        (&json!("not a vbus function"), &json!(null))
+    );
+    assert_eq!(bus.guest().good(&["state", "get", "setpoint"]), "20\n");
+}
+
 #[test]
 fn to_list_devices_costs_one_in_use_nothing() {
     let bus = Served::start(CONFIG);

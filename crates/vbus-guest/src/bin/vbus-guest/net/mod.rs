@@ -108,7 +108,8 @@ where
     let changes = source.changes();
     let mut running: BTreeMap<String, Running> = BTreeMap::new();
     let mut failed: BTreeMap<String, Failure> = BTreeMap::new();
-    // Devices of other classes. Some sources know the class only once the device was opened.
+    // Devices of other classes, and functions that are none of vbus. Some sources know what a
+    // function is only once it was opened.
     let mut others: BTreeSet<String> = BTreeSet::new();
     let mut scanned = false;
     loop {
@@ -139,7 +140,7 @@ where
         for id in gone {
             let Some(nic) = running.remove(&id) else { continue };
             match nic.stop() {
-                Err(error) if error.chain().any(is_other_class) => drop(others.insert(id)),
+                Err(error) if error.chain().any(is_no_nic) => drop(others.insert(id)),
                 Err(error) if there(&id) => {
                     failed.entry(id.clone()).or_default().happened(&id, &error)
                 }
@@ -187,8 +188,9 @@ where
     Ok(())
 }
 
-fn is_other_class(error: &(dyn std::error::Error + 'static)) -> bool {
-    matches!(error.downcast_ref(), Some(vbus_driver::Error::WrongClass(_)))
+fn is_no_nic(error: &(dyn std::error::Error + 'static)) -> bool {
+    use vbus_driver::Error;
+    matches!(error.downcast_ref(), Some(Error::WrongClass(_) | Error::NotVbus))
 }
 
 /// The failures of a function that cannot be driven.
@@ -264,8 +266,8 @@ mod tests {
     #[test]
     fn a_device_of_another_class_is_told_from_other_errors() {
         use vbus_driver::Error;
-        let is_other = |error: anyhow::Error| error.context("there").chain().any(is_other_class);
-        assert!(is_other(Error::WrongClass(2).into()));
+        let is_other = |error: anyhow::Error| error.context("there").chain().any(is_no_nic);
+        assert!(is_other(Error::WrongClass(2).into()) && is_other(Error::NotVbus.into()));
         assert!(!is_other(Error::Gone.into()) && !is_other(anyhow!("class 2")));
     }
 }
