@@ -16,7 +16,7 @@ const ROOT: &str = "../..";
 /// The most bytes of a class's name.
 const NAME_MAX: usize = 16;
 /// The classes of vbus itself.
-const TAKEN: [&str; 4] = ["venet", "state", "sched", "pic"];
+const TAKEN: [&str; 6] = ["venet", "virtio-net", "uplink", "state", "sched", "pic"];
 /// Words that cannot be the name of a crate.
 const WORDS: [&str; 12] = [
     "test", "core", "std", "alloc", "self", "super", "crate", "static", "loop", "match", "move",
