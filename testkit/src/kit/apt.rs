@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
@@ -319,6 +319,7 @@ impl Apt {
             command.current_dir(folder);
         }
         let mut log = File::options().create(true).append(true).open(&self.log)?;
+        let begin = log.metadata()?.len();
         command.stderr(log.try_clone()?).stdout(Stdio::piped());
         let mut child =
             command.spawn().with_context(|| format!("cannot run {program}.\n{WITHOUT_KIT}"))?;
@@ -332,7 +333,12 @@ impl Apt {
         }
         let status = child.wait()?;
         if !status.success() {
-            let said = fs::read_to_string(&self.log).unwrap_or_default();
+            // What an earlier command said, and went on without, is not why this one failed.
+            let mut said = Vec::new();
+            let mut log = File::open(&self.log)?;
+            log.seek(SeekFrom::Start(begin))?;
+            log.read_to_end(&mut said)?;
+            let said = String::from_utf8_lossy(&said);
             let errors: Vec<&str> =
                 said.lines().filter(|l| l.starts_with("E:") || l.starts_with("Err:")).collect();
             return Err(self.failed(program, args, status, &errors.join("\n")));
@@ -406,9 +412,12 @@ impl Apt {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
     use std::os::unix::process::ExitStatusExt;
 
     use super::*;
+    use crate::process::RunDir;
 
     #[test]
     fn what_a_mirror_lacks_is_a_skip_and_what_is_wrong_with_it_a_failure() {
@@ -430,5 +439,23 @@ mod tests {
             assert_eq!(error.is::<Skip>(), is_skip, "{said}");
             assert!(error.to_string().contains(said));
         }
+    }
+
+    #[test]
+    fn what_an_earlier_command_said_is_not_why_a_later_one_failed() {
+        let dir = RunDir::new().unwrap();
+        let (config, log) = (dir.path().join("script"), dir.path().join("log"));
+        let apt = Apt { config: config.clone(), log, source: "mirror".into() };
+        // The shell takes the words of apt's configuration for a command.
+        let run = |script: &str| {
+            fs::write(&config, format!("#!/bin/sh\n{script}\n")).unwrap();
+            fs::set_permissions(&config, Permissions::from_mode(0o700)).unwrap();
+            apt.run("sh", &[], None, &mut Progress::begin("test", "a shell"))
+        };
+        run("echo 'Err:1 mirror/a  404  Not Found'").unwrap();
+        let error = run("echo 'E: Hash Sum mismatch'; exit 100").unwrap_err();
+        assert!(!error.is::<Skip>() && error.to_string().contains("Hash Sum mismatch"), "{error}");
+        let error = run("echo 'Err:1 mirror/b  404  Not Found'; exit 100").unwrap_err();
+        assert!(error.is::<Skip>() && !error.to_string().contains("Hash"), "{error}");
     }
 }
