@@ -102,7 +102,10 @@ struct Failed {
 /// Starts an L1, whose guests have the Linux driver if it can be built for them.
 fn start(scene: Scene, clock: Clock) -> Result<L1> {
     let system = match linux::lab_system(&scene) {
-        Err(error) if error.is::<Skip>() => scene.lab.system().clone(),
+        Err(error) if error.is::<Skip>() => {
+            eprintln!("the guests of the scenarios with KVM have no Linux driver: {error:#}");
+            scene.lab.system().clone()
+        }
         system => system?,
     };
     L1::start_with(scene, clock, &[], &system)
