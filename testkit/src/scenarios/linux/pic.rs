@@ -82,8 +82,7 @@ pub fn carries(scene: &Scene) -> Result<()> {
     under_load(&mut wire, "a NIC's connection is lost", |wire| {
         wire.bus.run(&["device", "reincarnate", NICS[0]]).map(drop)
     })?;
-    let name = linux::function(SLOT);
-    let name = name.rsplit('/').next().unwrap_or_default().to_owned();
+    let name = linux::address(SLOT);
     under_load(&mut wire, "the controller is unbound and bound", |wire| {
         let driver = "/sys/bus/pci/drivers/vbus";
         wire.guest().ok(&format!("echo {name} > {driver}/unbind"))?;
