@@ -114,18 +114,6 @@ bool shim_goes_down(void)
 	return READ_ONCE(goes_down);
 }
 
-static int end_of(struct device *dev, void *unused)
-{
-	device_lock(dev);
-	/* The function may have left the driver meanwhile. */
-	if (dev->driver == &driver.driver) {
-		vbus_shutdown(dev_get_drvdata(dev));
-		shim_dma_flush(to_pci_dev(dev));
-	}
-	device_unlock(dev);
-	return 0;
-}
-
 /*
  * The kernel is about to shut the devices down, in an order of its own. An IOMMU that is a device
  * itself may come first, and a request to it that is under way then is waited for without an end
@@ -133,8 +121,27 @@ static int end_of(struct device *dev, void *unused)
  */
 static int going_down(struct notifier_block *block, unsigned long action, void *data)
 {
+	struct device *dev, *next;
+
 	WRITE_ONCE(goes_down, true);
-	return notifier_from_errno(driver_for_each_device(&driver.driver, NULL, NULL, end_of));
+	/*
+	 * Not by driver_for_each_device: whoever takes a function from the driver has its lock, and
+	 * waits until nobody has stopped at it on the way through the list.
+	 */
+	for (dev = driver_find_next_device(&driver.driver, NULL); dev; dev = next) {
+		device_lock(dev);
+		if (dev->driver == &driver.driver) {
+			vbus_shutdown(dev_get_drvdata(dev));
+			shim_dma_flush(to_pci_dev(dev));
+			next = driver_find_next_device(&driver.driver, dev);
+		} else {
+			/* It has left the driver meanwhile, and the list. */
+			next = driver_find_next_device(&driver.driver, NULL);
+		}
+		device_unlock(dev);
+		put_device(dev);
+	}
+	return NOTIFY_OK;
 }
 
 static struct notifier_block reboot = {
