@@ -109,9 +109,9 @@ struct Cpu {
     core: NonNull<Core>,
     /// The interrupt that belongs to this processor alone; 0: there is none.
     irq: AtomicU32,
-    page: Page,
-    /// None only until the core is complete.
+    /// None only until the core is complete. Dropped before the page, at which it looks.
     timer: Option<Timer<Cpu>>,
+    page: Page,
 }
 
 // SAFETY: it shares the core, which is Sync.
@@ -190,7 +190,7 @@ impl Core {
         core.domain = Some(unsafe { Domain::new(device.pci(), LINES_MAX, this) }?);
         let new = |_| {
             let (irq, page) = (AtomicU32::new(0), Page::new()?);
-            Ok::<_, Errno>(Cpu { core: this, irq, page, timer: None })
+            Ok::<_, Errno>(Cpu { core: this, irq, timer: None, page })
         };
         core.cpus = KVec::from_fn(usize::try_from(pages).unwrap_or(1), new)?;
         for cpu in core.cpus.iter_mut() {
