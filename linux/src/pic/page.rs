@@ -104,13 +104,15 @@ impl Page {
         loop {
             let mut state = self.state.lock();
             let State { controller, unmasked, pauses, empty } = &mut *state;
-            let Some(controller) = controller.as_mut().filter(|_| !*pauses) else {
-                return judge(empty, by_message, taken);
-            };
+            let Some(controller) = controller else { return judge(empty, by_message, taken) };
             if let Some(line) = served.take() {
                 // The connection may be another one than that of the line. The page then knows
                 // nothing of the line.
                 controller.end(line);
+            }
+            if *pauses {
+                // Another processor takes lines of this page too, and has had too many.
+                return judge(empty, by_message, taken);
             }
             if taken >= 2 * unmasked.iter().map(|word| word.count_ones()).sum::<u32>() + MORE {
                 // The level is that of a page whose lines are being handled: no line sends a
