@@ -146,7 +146,7 @@ impl Open {
             // The vectors of the pages have their numbers.
             let vector = u16::try_from(number).unwrap_or(u16::MAX);
             let controller = this.pic.cpu(number, LINES_MAX, Nesting::Flat, vector)?;
-            if cpu.page.install(controller, &core.unmasked()) == Wanted::Pending {
+            if cpu.page.install(controller, || core.unmasked()) == Wanted::Pending {
                 cpu.look_after(0);
             }
             this.pages += 1;

@@ -62,14 +62,19 @@ impl Page {
         Ok(Self { state: SpinLock::new(state)? })
     }
 
-    /// Takes lines from this controller from now on. Only lines that the kernel wants are unmasked.
-    /// Pending: there are lines already.
-    pub fn install(&self, mut controller: Controller<KernelHal>, unmasked: &Unmasked) -> Wanted {
+    /// Takes lines from this controller from now on. Only lines that the kernel wants are unmasked:
+    /// `unmasked` tells them, with the page's lock. Pending: there are lines already.
+    pub fn install(
+        &self,
+        mut controller: Controller<KernelHal>,
+        unmasked: impl FnOnce() -> Unmasked,
+    ) -> Wanted {
         let mut state = self.state.lock();
-        (0..LINES_MAX).filter(|line| !has(unmasked, *line)).for_each(|line| controller.mask(line));
+        let unmasked = unmasked();
+        (0..LINES_MAX).filter(|line| !has(&unmasked, *line)).for_each(|line| controller.mask(line));
         let wanted = controller.arm();
         state.controller = Some(controller);
-        state.unmasked = *unmasked;
+        state.unmasked = unmasked;
         state.pauses = false;
         wanted
     }
