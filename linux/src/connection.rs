@@ -28,8 +28,12 @@ impl<T> Connection<T> {
         }
     }
 
-    /// Ends the connection, and takes that of `open` in its place.
+    /// Ends the connection, and takes that of `open` in its place. If the class sleeps or has left
+    /// the device, nothing happens: a look that found the connection lost may have begun before.
     pub fn reopen(&mut self, open: impl FnOnce() -> Result<T, Error>) -> Result<(), Error> {
+        if let Self::Asleep | Self::Left = self {
+            return Ok(());
+        }
         // The former one ends before.
         *self = Self::Lost(Error::Gone);
         *self = match open() {
@@ -40,6 +44,20 @@ impl<T> Connection<T> {
             }
         };
         Ok(())
+    }
+
+    /// The device has gone. There is no connection until it is opened again.
+    pub fn lose(&mut self) {
+        if let Self::Open(_) | Self::Lost(_) = self {
+            *self = Self::Lost(Error::Gone);
+        }
+    }
+
+    /// From now on it may be opened again after a sleep.
+    pub fn wake(&mut self) {
+        if let Self::Asleep = self {
+            *self = Self::Lost(Error::Gone);
+        }
     }
 }
 

@@ -48,16 +48,16 @@ pub trait Watched: Send + Sync {
     /// alone until then, as far as that costs little.
     fn lost(&self) {}
 
-    /// Closes what is left of the connection, opens it again, and repeats all settings.
+    /// Closes what is left of the connection, opens it again, and repeats all settings. After
+    /// [`sleep`](Self::sleep) it opens nothing: a look may be in progress meanwhile.
     fn reopen(&self) -> Result<(), Error>;
 
-    /// Ends the connection until [`wake`](Self::wake). The watch is paused.
+    /// Ends the connection until [`wake`](Self::wake). The watch was paused, but an interrupt may
+    /// have asked for a look since.
     fn sleep(&self);
 
     /// Opens the connection again after [`sleep`](Self::sleep), with all settings.
-    fn wake(&self) -> Result<(), Error> {
-        self.reopen()
-    }
+    fn wake(&self) -> Result<(), Error>;
 
     /// The device has gone, or leaves the bus. The function may come back, by
     /// [`reopen`](Self::reopen).

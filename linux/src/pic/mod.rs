@@ -344,8 +344,13 @@ impl Watched for Core {
         self.state.lock().connection = Connection::Asleep;
     }
 
+    fn wake(&self) -> Result<(), Error> {
+        self.state.lock().connection.wake();
+        self.reopen()
+    }
+
     fn gone(&self) {
-        self.state.lock().connection = Connection::Lost(Error::Gone);
+        self.state.lock().connection.lose();
     }
 
     fn config_changed(&self) {

@@ -87,9 +87,14 @@ impl Watched for Core {
         *self.connection.lock() = Connection::Asleep;
     }
 
+    fn wake(&self) -> Result<(), Error> {
+        self.connection.lock().wake();
+        self.reopen()
+    }
+
     fn gone(&self) {
         // No CPU posts to a device that is not there. The driver opens it again if it comes back.
-        *self.connection.lock() = Connection::Lost(Error::Gone);
+        self.connection.lock().lose();
     }
 
     fn config_changed(&self) {

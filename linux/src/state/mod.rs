@@ -239,6 +239,11 @@ impl Watched for Core {
         self.close(Connection::Asleep);
     }
 
+    fn wake(&self) -> Result<(), Error> {
+        self.shared.connection.lock().wake();
+        self.reopen()
+    }
+
     fn gone(&self) {
         // It may come back. If it does not, the kernel takes it from the driver.
     }
