@@ -600,7 +600,11 @@ void shim_group_schedule(void *handle)
 {
 	struct shim_group *group = handle;
 
-	if (in_hardirq()) {
+	/*
+	 * Then the poll begins at the end of what runs now, which may have interrupts off: a handler
+	 * in a thread, or one of a line that the kernel repeats by software.
+	 */
+	if (in_interrupt()) {
 		napi_schedule(&group->napi);
 		return;
 	}
