@@ -149,8 +149,8 @@ impl<H: Hal> Pic<H> {
 const ERRORS: &[(ErrorCode, &str)] =
     &[(ErrorCode(abi::NO_ROUTE), "the vector is not routed, or its device's connection has ended")];
 
-/// One processor's end of its page. Use it on that processor, with interrupts off, one call at a
-/// time. No call waits, allocates, or leaves the virtual machine.
+/// One processor's end of its page. Use it with interrupts off, one call at a time: on that
+/// processor alone, or behind a lock. No call waits, allocates, or leaves the virtual machine.
 #[derive(Debug)]
 pub struct Controller<H: Hal> {
     page: DriverEnd<H::Dma>,

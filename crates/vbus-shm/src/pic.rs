@@ -188,7 +188,8 @@ pub enum Wanted {
     Pending,
 }
 
-/// The driver's end of a page. Its processor calls it with interrupts off, one call at a time.
+/// The driver's end of a page. It is called with interrupts off, one call at a time: by its
+/// processor alone, or behind a lock.
 ///
 /// The driver trusts nothing that the device writes. It takes the pending bits as hints: a hostile
 /// device can make it take a line that nobody raised, and can do nothing else.
