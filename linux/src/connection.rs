@@ -6,6 +6,10 @@ use vbus_driver::{Error, Events, Function};
 
 use crate::hal::KernelHal;
 
+/// How long all commands may take by which a device is opened, or which the driver gives at a time,
+/// in nanoseconds. Whoever puts the device to sleep or lets it go waits for them.
+pub const BUDGET: u64 = 10_000_000_000;
+
 /// The connection now.
 pub enum Connection<T> {
     /// The device is open.

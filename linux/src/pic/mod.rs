@@ -30,7 +30,7 @@ use self::domain::{Allowed, Domain};
 use self::page::{Drained, Page, Unmasked};
 use self::routes::{Carrier, Homes, Lines, Tried};
 use self::sources::Carrying;
-use crate::connection::Connection;
+use crate::connection::{BUDGET, Connection};
 use crate::device::{Class, Device, report};
 use crate::hal::KernelHal;
 use crate::interrupt::{Interrupt, Interrupts};
@@ -139,7 +139,9 @@ unsafe impl Send for Open {}
 
 impl Open {
     fn new(core: &Core) -> Result<Self, Error> {
-        let pic = Pic::open(core.hal.function(core.doorbell)?)?;
+        let mut function = core.hal.function(core.doorbell)?;
+        function.set_budget(Some(BUDGET));
+        let pic = Pic::open(function)?;
         let mut this = Self { core: NonNull::from(core), pic, pages: 0, tried: Tried::default() };
         let pages = u32::try_from(core.cpus.len()).unwrap_or(u32::MAX).min(this.pic.cpus());
         for (number, cpu) in (0..pages).zip(core.cpus.iter()) {

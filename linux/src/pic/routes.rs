@@ -10,12 +10,10 @@ use vbus_shm::pic::LINES_MAX;
 
 use super::domain::Domain;
 use super::sources::{self, Wish};
+use crate::connection::BUDGET;
 use crate::hal::KernelHal;
 use crate::kernel::KVec;
 use crate::kernel::alloc::NoMemory;
-
-/// How long all commands of one round may take, in nanoseconds.
-const BUDGET: u64 = 10_000_000_000;
 
 /// The lines of a controller.
 pub struct Lines {

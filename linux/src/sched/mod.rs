@@ -14,7 +14,7 @@ use core::ptr::NonNull;
 use vbus_driver::sched::Cpus;
 use vbus_driver::{Error, Events};
 
-use crate::connection::Connection;
+use crate::connection::{BUDGET, Connection};
 use crate::device::{Class, Device, report};
 use crate::hal::KernelHal;
 use crate::interrupt::Interrupt;
@@ -64,7 +64,9 @@ struct Open {
 
 impl Open {
     fn new(hal: &KernelHal, doorbell: u8) -> Result<Self, Error> {
-        let mut cpus = Cpus::open(hal.function(doorbell)?)?;
+        let mut function = hal.function(doorbell)?;
+        function.set_budget(Some(BUDGET));
+        let mut cpus = Cpus::open(function)?;
         let hook = Hook::new(&mut cpus)?;
         Ok(Self { _hook: hook, cpus })
     }
