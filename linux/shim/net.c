@@ -580,7 +580,9 @@ void shim_group_free(void *handle)
 	/* After it no poll runs. One that was late may have started a timer after `disable`. */
 	netif_napi_del(&group->napi);
 	stop_timers(group);
-	kfree(group);
+	/* Pools that stay when the system goes down refer to it. */
+	if (!shim_goes_down())
+		kfree(group);
 }
 
 void shim_group_enable(void *handle)
