@@ -117,7 +117,8 @@ bool shim_goes_down(void)
 /*
  * The kernel is about to shut the devices down, in an order of its own. An IOMMU that is a device
  * itself may come first, and a request to it that is under way then is waited for without an end
- * and with interrupts off (virtio-iommu in newer kernels). So the driver is done before.
+ * and with interrupts off (virtio-iommu in newer kernels). So the driver is done before, where an
+ * IOMMU translates. Elsewhere the network may still be needed, for a disk that it carries.
  */
 static int going_down(struct notifier_block *block, unsigned long action, void *data)
 {
@@ -131,8 +132,10 @@ static int going_down(struct notifier_block *block, unsigned long action, void *
 	for (dev = driver_find_next_device(&driver.driver, NULL); dev; dev = next) {
 		device_lock(dev);
 		if (dev->driver == &driver.driver) {
-			vbus_shutdown(dev_get_drvdata(dev));
-			shim_dma_flush(to_pci_dev(dev));
+			if (shim_dma_iommu(to_pci_dev(dev)) == SHIM_IOMMU_TRANSLATES) {
+				vbus_shutdown(dev_get_drvdata(dev));
+				shim_dma_flush(to_pci_dev(dev));
+			}
 			next = driver_find_next_device(&driver.driver, dev);
 		} else {
 			/* It has left the driver meanwhile, and the list. */
