@@ -20,7 +20,7 @@ use crate::session::Session;
 use crate::socket::Sender;
 
 /// The most candidates of a server.
-const MAX: usize = 16;
+pub(crate) const MAX: usize = 16;
 
 /// A connection that is not the client.
 pub(crate) struct Candidate {

@@ -12,6 +12,9 @@
 //! access to the client's memory by message (`DMA_READ`, `DMA_WRITE`), migration, and
 //! `DEVICE_FEATURE`. It refuses each of them in the way that the protocol provides.
 //!
+//! A server is also plain data: [`Server::save`] makes a [`ServerState`](state::ServerState), and
+//! another process goes on with [`Server::restore`]. The client notices nothing.
+//!
 //! An end does not trust the other one. No message makes a server panic, block, or allocate without
 //! bound. A wrong command gets an errno. A peer that breaks the protocol loses its connection, with
 //! one line in the log ([`tracing`]).
@@ -77,6 +80,7 @@ mod poller;
 mod server;
 pub mod session;
 pub mod socket;
+pub mod state;
 mod target;
 pub mod version;
 

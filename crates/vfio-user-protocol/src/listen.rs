@@ -29,6 +29,11 @@ impl SocketFile {
         SocketFile { path, identity: None }
     }
 
+    /// From now on the file is somebody else's.
+    pub(crate) fn give_up(&mut self) {
+        self.identity = None;
+    }
+
     pub(crate) fn path(&self) -> &PathBuf {
         &self.path
     }

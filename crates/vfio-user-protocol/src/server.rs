@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The server. It has a listening socket, one client at a time, and time-outs. It never blocks.
 
+mod saved;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -11,6 +13,7 @@ use rustix::event::epoll::EventFlags;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
+use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use crate::candidate::{Candidate, Heard, has_hung_up, superfluous};
@@ -64,7 +67,8 @@ impl Default for Timeouts {
 }
 
 /// Counters of a server, since its start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Stats {
     /// Clients whose negotiation succeeded.
@@ -175,6 +179,9 @@ pub struct Server<T: Target> {
 }
 
 const LISTENER: u64 = 0;
+/// The events of a connection that is not the client. Each event comes once: what it has sent stays
+/// there, as long as it is not the client.
+const CANDIDATE: EventFlags = EventFlags::IN.union(EventFlags::RDHUP).union(EventFlags::ET);
 
 impl<T: Target> Server<T> {
     /// Listens at `path` for clients of `target`. `name` is the device's name in the log.
@@ -444,9 +451,7 @@ impl<T: Target> Server<T> {
             self.paused_for = None;
             accepted += 1;
             let token = self.token();
-            // Each event comes once: what a candidate has sent stays there, as long as it is one.
-            let interest = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
-            match self.poller.add(&socket, token, interest) {
+            match self.poller.add(&socket, token, CANDIDATE) {
                 Ok(()) => self.admit(socket, token, now),
                 Err(e) => warn!(device = self.name, "client cannot be served: {e}"),
             }

@@ -22,6 +22,7 @@ use crate::message::{
     SetIrqs, SubRegion, Version, command,
 };
 use crate::socket::Message;
+use crate::state::{BadState, SessionData};
 use crate::target::{IrqAction, Mapping, Target};
 use crate::version::{self, Disagreement, MAX_TRANSFER, MAX_VERSION_DATA, Negotiated};
 
@@ -245,6 +246,39 @@ impl Session {
     #[must_use]
     pub fn negotiated(&self) -> Option<&Negotiated> {
         self.negotiated.as_ref()
+    }
+
+    /// The session as data, between two messages.
+    pub(crate) fn save(&self) -> SessionData {
+        SessionData {
+            negotiated: self.negotiated,
+            maps: self.maps.iter().map(|(&address, &size)| (address, size)).collect(),
+            failures: self.failures,
+        }
+    }
+
+    /// The session of this data.
+    ///
+    /// # Errors
+    /// No session of this crate can have it.
+    pub(crate) fn restore(data: SessionData) -> Result<Session, BadState> {
+        let SessionData { negotiated, maps, failures } = data;
+        if negotiated.is_some_and(|with| !with.is_possible()) {
+            return Err(BadState::Wrong("what was negotiated"));
+        }
+        let (most, page) = negotiated.map_or((0, 1), |with| (with.max_dma_maps, with.page_size));
+        if maps.len() > most {
+            return Err(BadState::Wrong("the number of mappings"));
+        }
+        let mut next = 0;
+        for &(address, size) in &maps {
+            let end = address.checked_add(size).filter(|_| size > 0);
+            match end {
+                Some(end) if address >= next && (address | size) % page == 0 => next = end,
+                _ => return Err(BadState::Wrong("a mapping")),
+            }
+        }
+        Ok(Session { negotiated, maps: maps.into_iter().collect(), failures, work: 0 })
     }
 
     /// The number of commands that failed so far, including posted ones.

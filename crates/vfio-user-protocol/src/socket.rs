@@ -21,6 +21,7 @@ use rustix::net::{
 
 use crate::closer::{Closer, PeerFds};
 use crate::message::{BadHeader, HEADER_LEN, Header};
+use crate::state::{BadState, ReceivedData, UnsentData};
 use crate::version::KERNEL_MSG_FDS;
 
 /// The receiver reads a body in steps of this many bytes. So it allocates memory for bytes that
@@ -228,6 +229,57 @@ impl Receiver {
         self.have > 0
     }
 
+    /// The part of a message that is there, and duplicates of its descriptors.
+    ///
+    /// # Errors
+    /// This process has as many descriptors as it may have.
+    pub(crate) fn save(&self, descriptors: &mut Vec<OwnedFd>) -> std::io::Result<ReceivedData> {
+        let fds = self.fds.as_slice();
+        for fd in fds {
+            descriptors.push(fd.try_clone()?);
+        }
+        Ok(ReceivedData {
+            bytes: [&self.head[..self.have], &self.body].concat(),
+            descriptors: u32::try_from(fds.len()).unwrap_or(u32::MAX),
+            lost: self.lost_fds,
+        })
+    }
+
+    /// A receiver that has received this part of a message, with these descriptors. The limits are
+    /// those of [`next`](Self::next). `closer` closes the descriptors that nobody takes.
+    ///
+    /// # Errors
+    /// No receiver with these limits can have it.
+    pub(crate) fn restore(
+        data: ReceivedData,
+        descriptors: Vec<OwnedFd>,
+        (max_size, max_fds): (usize, usize),
+        closer: Closer,
+    ) -> Result<Receiver, BadState> {
+        let mut receiver = Receiver::new(closer);
+        *receiver.fds.list() = descriptors;
+        let ReceivedData { bytes, lost, .. } = data;
+        let (head, body) = bytes.split_at(bytes.len().min(HEADER_LEN));
+        receiver.head[..head.len()].copy_from_slice(head);
+        receiver.have = head.len();
+        receiver.lost_fds = lost;
+        if receiver.fds.as_slice().len() > max_fds {
+            return Err(BadState::Wrong("the descriptors of a message"));
+        }
+        if bytes.is_empty() && (lost || !receiver.fds.as_slice().is_empty()) {
+            return Err(BadState::Wrong("descriptors without a message"));
+        }
+        // A header that is wrong ends the connection, here as there: only with its last byte.
+        if let (Some(head), false) = (head.first_chunk::<HEADER_LEN>(), body.is_empty()) {
+            let header = Header::parse(head).map_err(|_| BadState::Wrong("a header"))?;
+            if header.size as usize > max_size || body.len() > header.body_len() {
+                return Err(BadState::Wrong("the length of a message"));
+            }
+        }
+        receiver.body = body.to_vec();
+        Ok(receiver)
+    }
+
     fn check_fds(&self, max_fds: usize) -> Result<(), Broken> {
         if self.fds.as_slice().len() > max_fds { Err(Broken::Descriptors(max_fds)) } else { Ok(()) }
     }
@@ -249,6 +301,43 @@ impl Sender {
     /// Queues a message. [`Sender::flush`] sends it.
     pub fn push(&mut self, bytes: Vec<u8>, fds: Vec<OwnedFd>) {
         self.queue.push_back(Outgoing { bytes, sent: 0, fds });
+    }
+
+    /// What remains to be sent, and duplicates of its descriptors.
+    ///
+    /// # Errors
+    /// This process has as many descriptors as it may have.
+    pub(crate) fn save(&self, descriptors: &mut Vec<OwnedFd>) -> std::io::Result<Vec<UnsentData>> {
+        let one = |message: &Outgoing| {
+            for fd in &message.fds {
+                descriptors.push(fd.try_clone()?);
+            }
+            Ok(UnsentData {
+                bytes: message.bytes[message.sent..].to_vec(),
+                descriptors: u32::try_from(message.fds.len()).unwrap_or(u32::MAX),
+            })
+        };
+        self.queue.iter().map(one).collect()
+    }
+
+    /// A sender that has these messages to send, each with its descriptors. A message has at most
+    /// `max_size` bytes and `max_fds` descriptors.
+    ///
+    /// # Errors
+    /// A message exceeds that.
+    pub(crate) fn restore(
+        unsent: Vec<UnsentData>,
+        descriptors: Vec<Vec<OwnedFd>>,
+        (max_size, max_fds): (usize, usize),
+    ) -> Result<Sender, BadState> {
+        let mut sender = Sender::default();
+        for (UnsentData { bytes, .. }, fds) in unsent.into_iter().zip(descriptors) {
+            if bytes.is_empty() || bytes.len() > max_size || fds.len() > max_fds {
+                return Err(BadState::Wrong("a message that is not sent"));
+            }
+            sender.push(bytes, fds);
+        }
+        Ok(sender)
     }
 
     /// Whether the kernel has taken all messages.

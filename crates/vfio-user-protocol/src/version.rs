@@ -5,6 +5,7 @@
 //! needs it: its buffer for the reply has the size of its request.
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::message::{MAJOR, MINOR, Version};
@@ -31,7 +32,8 @@ pub const MAX_DMA_MAPS: u32 = 65535;
 pub const PAGE_SIZE: u64 = 4096;
 
 /// The negotiated parameters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Negotiated {
     /// The minor version.
@@ -46,6 +48,18 @@ pub struct Negotiated {
     pub page_size: u64,
     /// Whether the ends use `REGION_WRITE_MULTI`.
     pub write_multiple: bool,
+}
+
+impl Negotiated {
+    /// Whether a server of this crate can have agreed on these parameters.
+    pub(crate) fn is_possible(&self) -> bool {
+        self.minor <= MINOR
+            && self.peer_fds <= KERNEL_MSG_FDS
+            && self.peer_transfer <= MAX_TRANSFER
+            && self.max_dma_maps <= MAX_DMA_MAPS as usize
+            && self.page_size.is_power_of_two()
+            && self.page_size >= PAGE_SIZE
+    }
 }
 
 /// The capabilities that this crate knows. It ignores others (`migration`). A capability that is

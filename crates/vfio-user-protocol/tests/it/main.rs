@@ -12,5 +12,6 @@ mod exhaustion;
 mod foreign_server;
 mod malformed;
 mod parser;
+mod saved;
 mod second_opinion;
 mod session;
