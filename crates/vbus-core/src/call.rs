@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver's call of the class, which may take time (spec/pci.md, "Commands that take time").
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use vbus_shm::ErrorCode;
 use vbus_shm::abi::event;
@@ -41,6 +42,8 @@ pub enum Called {
 
 struct OpenCall {
     state: Mutex<CallState>,
+    /// Notified when the call has ended.
+    ended: Condvar,
     memory: Arc<MemoryContext>,
     addr: u64,
     events: Arc<Events>,
@@ -77,7 +80,7 @@ impl Call {
         events: Arc<Events>,
     ) -> (Call, PendingCall) {
         let state = Mutex::new(CallState::Running { told: false });
-        let shared = Arc::new(OpenCall { state, memory, addr, events });
+        let shared = Arc::new(OpenCall { state, ended: Condvar::new(), memory, addr, events });
         (
             Call { _count: count, shared: shared.clone(), function, flags, buffer },
             PendingCall(shared),
@@ -141,6 +144,7 @@ impl OpenCall {
         // driver's memory.
         *state = CallState::Ended(result(self));
         drop(state);
+        self.ended.notify_all();
         if told {
             self.events.raise(event::COMMAND);
         }
@@ -165,6 +169,14 @@ impl PendingCall {
             }
             CallState::Ended(result) => Some(*result),
         }
+    }
+
+    /// Waits until the call has ended, but no longer than `timeout`. Returns whether it has ended.
+    pub(crate) fn wait(&self, timeout: Duration) -> bool {
+        let runs = |state: &mut CallState| matches!(state, CallState::Running { .. });
+        let waited = self.0.ended.wait_timeout_while(lock(&self.0.state), timeout, runs);
+        let (state, _) = waited.unwrap_or_else(|error| error.into_inner());
+        matches!(*state, CallState::Ended(_))
     }
 
     /// Ends the call with `error`. Afterwards the device does not touch the driver's buffer.

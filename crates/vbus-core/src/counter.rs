@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Counters that any thread may read at any time.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use serde::{Serialize, Serializer};
 
@@ -42,6 +43,9 @@ impl Serialize for Counter {
 pub struct ConnectionCounters {
     #[serde(skip)]
     device: String,
+    /// The tasks with these counters stand still. See `Executor::halt`.
+    #[serde(skip)]
+    halted: AtomicBool,
     /// Connections opened.
     pub opens: Counter,
     /// Connections that ended by a fault of the driver or the device.
@@ -147,5 +151,76 @@ impl ConnectionCounters {
     /// The device's name. Empty for counters that belong to no device.
     pub fn device(&self) -> &str {
         &self.device
+    }
+
+    /// Whether the tasks with these counters stand still.
+    pub(crate) fn is_halted(&self) -> bool {
+        // Relaxed: a worker reads it under the lock of the task, and `Executor::halt` takes each of
+        // those locks after the store.
+        self.halted.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_halted(&self, halted: bool) {
+        // Relaxed: see the load.
+        self.halted.store(halted, Ordering::Relaxed);
+    }
+
+    /// All counters by the names that they have in JSON.
+    fn all(&self) -> [(&'static str, &Counter); 11] {
+        [
+            ("opens", &self.opens),
+            ("broken", &self.broken),
+            ("commands", &self.commands),
+            ("doorbells", &self.doorbells),
+            ("interrupts", &self.interrupts),
+            ("interrupts_suppressed", &self.interrupts_suppressed),
+            ("wakeups", &self.wakeups),
+            ("polls", &self.polls),
+            ("polls_empty", &self.polls_empty),
+            ("moves", &self.moves),
+            ("stalls", &self.stalls),
+        ]
+    }
+
+    /// All counts by name.
+    pub(crate) fn save(&self) -> BTreeMap<String, u64> {
+        self.all().into_iter().map(|(name, counter)| (name.to_owned(), counter.get())).collect()
+    }
+
+    /// Adds the counts of a device that this one goes on for. A name that is missing counts from
+    /// here on.
+    ///
+    /// # Errors
+    /// A name that no counter has. Nothing has changed.
+    pub(crate) fn restore(&self, counts: &BTreeMap<String, u64>) -> Result<(), String> {
+        let all = self.all();
+        if let Some(name) = counts.keys().find(|name| all.iter().all(|(has, _)| has != name)) {
+            return Err(format!("there is no counter {name:?}"));
+        }
+        for (name, counter) in all {
+            counter.add(counts.get(name).copied().unwrap_or(0));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_counters_are_saved_and_restored_by_their_names() {
+        let counters = ConnectionCounters::of("here");
+        for (n, (_, counter)) in (1..).zip(counters.all()) {
+            counter.add(n);
+        }
+        let saved = counters.save();
+        assert_eq!(serde_json::to_value(&counters).unwrap(), serde_json::to_value(&saved).unwrap());
+        let other = ConnectionCounters::of("there");
+        other.restore(&saved).unwrap();
+        assert_eq!(other.save(), saved);
+        let unknown = BTreeMap::from([("opens".to_owned(), 1), ("kicks".to_owned(), 1)]);
+        assert!(other.restore(&unknown).unwrap_err().contains("\"kicks\""));
+        assert_eq!(other.save(), saved);
     }
 }

@@ -2,6 +2,7 @@
 //! What the author of a device writes: [`DeviceClass`], [`Device`], [`Connection`].
 
 use std::any::Any;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -229,7 +230,69 @@ pub trait Device: Send + Sync {
     /// The device has left the bus. Its connection has ended, and there will be no other. Requests
     /// that wait must end.
     fn removed(&self) {}
+
+    /// Stops everything of the device that is no task and touches the driver's memory or the back
+    /// end: threads of its own, control requests, what other devices deliver. It returns when none
+    /// of them is at it. The bus calls it when the tasks with the connection's counters stand
+    /// still, and [`resume`](Self::resume) later. Between the two the device keeps what comes, or
+    /// lets it wait.
+    fn quiesce(&self) {}
+
+    /// Undoes [`quiesce`](Self::quiesce), also of a device that was restored.
+    fn resume(&self) {}
+
+    /// Copies of the descriptors of the device's back end, by name. A process that takes this one's
+    /// place before the same network hands them to the device that goes on. The device is quiesced.
+    /// The provided method has none.
+    ///
+    /// # Errors
+    /// The process has no more descriptors.
+    fn descriptors(&self) -> std::io::Result<Vec<(String, OwnedFd)>> {
+        Ok(Vec::new())
+    }
+
+    /// What the device has beside its settings and its connection, as plain data
+    /// (spec/state-format.md): [`state::part`](crate::state::part) of a type of the class's own.
+    /// The bus calls it while the device is quiesced. It changes nothing.
+    ///
+    /// # Errors
+    /// The device cannot be saved, now or ever. The text says why. The provided method refuses.
+    fn save(&self) -> Result<Value, String> {
+        Err(UNSAVABLE.into())
+    }
+
+    /// Goes on from what [`save`](Self::save) returned for a device of the same class. Nobody has
+    /// used this device so far, and it is quiesced. The state may be forged: the device checks it.
+    ///
+    /// # Errors
+    /// The state is wrong, or does not fit the settings. The text says what.
+    fn restore(&self, state: &Value) -> Result<(), String> {
+        let _ = state;
+        Err(UNSAVABLE.into())
+    }
+
+    /// Makes the connection again that a driver had, in place of [`open`](Self::open).
+    /// [`restore`](Self::restore) comes first. `regions` are those that the driver had registered,
+    /// in the order of their handles, and `state` is what [`Connection::save`] returned. The
+    /// connection's ring ends resume from the memory of the regions. As in
+    /// [`Connection::region_added`], a connection binds a doorbell if another task than its own
+    /// shall be woken. Its tasks do not run before [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// The state or a region is wrong. The text says what. The device then has no connection.
+    fn reopen(
+        &self,
+        open: Open,
+        regions: Vec<Region>,
+        state: &Value,
+    ) -> Result<Box<dyn Connection>, String> {
+        let _ = (open, regions, state);
+        Err(UNSAVABLE.into())
+    }
 }
+
+/// What the provided methods for saving say.
+const UNSAVABLE: &str = "the class has no saved state";
 
 /// What a device gets when it joins a bus.
 #[non_exhaustive]
@@ -361,4 +424,16 @@ pub trait Connection: Send {
 
     /// Asks for no kicks.
     fn disarm(&mut self) {}
+
+    /// What the connection has that is neither in its regions nor in the bus's own part of the
+    /// state, as plain data: [`state::part`](crate::state::part) of a type of the class's own. The
+    /// bus calls it while the device is quiesced. It changes nothing. What the connection took from
+    /// a ring and did not finish is taken again by the end that resumes the ring, or is in the
+    /// state.
+    ///
+    /// # Errors
+    /// The connection cannot be saved now. The text says why. The provided method refuses.
+    fn save(&mut self) -> Result<Value, String> {
+        Err(UNSAVABLE.into())
+    }
 }

@@ -77,6 +77,36 @@ impl Doorbells {
         }
     }
 
+    /// The eventfds that connectors have asked for, by number: what another process needs to take
+    /// this device's place before its peer.
+    pub fn eventfds(&self) -> Vec<(u32, Arc<OwnedFd>)> {
+        let fd =
+            |(number, slot): (u32, &Mutex<Target>)| Some((number, lock(slot).eventfd.clone()?));
+        (0..).zip(&self.slots).filter_map(fd).collect()
+    }
+
+    /// Makes `fd` the eventfd of doorbell `number`, in place of a new one. The peer has it already.
+    ///
+    /// # Errors
+    /// There is no such doorbell, it has an eventfd already, or the system cannot watch this one.
+    pub fn adopt_eventfd(&self, number: u32, fd: OwnedFd) -> rustix::io::Result<()> {
+        let slot = self.slots.get(number as usize).ok_or(rustix::io::Errno::NOENT)?;
+        let mut target = lock(slot);
+        if target.eventfd.is_some() {
+            return Err(rustix::io::Errno::EXIST);
+        }
+        if let Some(task) = &target.task {
+            task.watch(&fd, Interest::Read)?;
+        }
+        target.eventfd = Some(Arc::new(fd));
+        Ok(())
+    }
+
+    /// Whether doorbell `number` wakes a task.
+    pub(crate) fn is_bound(&self, number: u32) -> bool {
+        self.slots.get(number as usize).is_some_and(|slot| lock(slot).task.is_some())
+    }
+
     /// Counts the rings that came by eventfd. Nobody sees these one by one: an eventfd holds their
     /// number until somebody reads it. Kernels before 5.9 have no safe way to read it: these rings
     /// are then not counted.
@@ -154,6 +184,10 @@ impl Doorbell {
         drop(target);
         task.wake();
         Ok(())
+    }
+
+    pub(crate) fn number(&self) -> u32 {
+        self.number
     }
 
     /// Wakes the task that the doorbell wakes, as if the driver had rung it. A device's own thread

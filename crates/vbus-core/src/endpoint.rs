@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A device as a connector sees it: open and close, regions, calls, doorbells, memory, interrupts.
 
+mod saved;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,11 +21,16 @@ use crate::executor::{Executor, Progress, Task, TaskHandle};
 use crate::host::{ConnectionState, Host};
 use crate::interrupt::InterruptSink;
 use crate::lock::lock;
-use crate::memory::{Access, MapError, MemoryContext};
+use crate::memory::{Access, MapError, MemoryContext, Window};
 use crate::router::{Outlets, Router};
+use crate::state::{Place, RegionPart};
 
 /// The most bytes of a region.
 pub const REGION_BYTES_MAX: u64 = 16 << 20;
+
+/// The sizes of a region's pages that a driver may choose: from 4 KiB to 1 GiB.
+const PAGE_SHIFT_MIN: u8 = 12;
+const PAGE_SHIFT_MAX: u8 = 30;
 
 /// What happened, for the log, if [`MemoryContext::is_lost`].
 pub const MEMORY_LOST: &str = "the device accessed memory of its peer that is not there: the file \
@@ -128,13 +135,19 @@ struct OpenConnection {
     task: TaskHandle,
     /// Tells this connection from earlier ones. A task of an earlier one may still report a fault.
     generation: u64,
-    /// By handle: the driver's addresses that each region has.
-    regions: Vec<Option<RegionRanges>>,
+    /// What the driver accepted.
+    version: u16,
+    features: u64,
+    /// By handle.
+    regions: Vec<Option<OpenRegion>>,
     /// The last call that took time.
     call: Option<PendingCall>,
 }
 
-struct RegionRanges {
+/// A region of an open connection.
+struct OpenRegion {
+    part: RegionPart,
+    /// The driver's addresses that it has.
     ranges: Vec<(u64, u64)>,
 }
 
@@ -160,6 +173,8 @@ pub struct Endpoint {
     /// The features of the open connection, 0 if none is open.
     features: AtomicU64,
     generations: AtomicU64,
+    /// Whether the device is quiesced. Changed under the lock of `inner`.
+    quiesced: AtomicBool,
     this: Weak<Endpoint>,
 }
 
@@ -183,6 +198,7 @@ impl Endpoint {
             calls: Arc::default(),
             features: AtomicU64::new(0),
             generations: AtomicU64::new(0),
+            quiesced: AtomicBool::new(false),
             this: this.clone(),
         })
     }
@@ -381,6 +397,7 @@ impl Endpoint {
         let OpenRequest { version, vector, features, handshake } = request;
         self.counters().commands.one();
         let mut inner = lock(&self.inner);
+        self.check_not_quiesced()?;
         match &*inner {
             Inner::Closed => {}
             Inner::Open(_) | Inner::Broken(_) => return Err(ErrorCode::ALREADY_OPEN),
@@ -404,6 +421,22 @@ impl Endpoint {
             tracing::warn!(device = self.name(), "{}", ErrorCode::NOT_SHARED);
             return Err(ErrorCode::NOT_SHARED);
         }
+        let (open, generation) = self.begin(version, features);
+        let fail = open.fail.clone();
+        let connection = self.contain(|| self.device.open(open)).ok_or(ErrorCode::FAILED)??;
+        let regions = (0..self.identity.regions).map(|_| None).collect();
+        let open = self.run(connection, fail, (version, features), generation, regions);
+        self.host.outlet().open();
+        self.events.open(vector);
+        *inner = Inner::Open(open);
+        self.publish(&inner, features);
+        self.counters().opens.one();
+        tracing::info!(device = self.name(), features = format_args!("{features:#x}"), "opened");
+        Ok(())
+    }
+
+    /// What a new connection gets, and its generation.
+    fn begin(&self, version: u16, features: u64) -> (Open, u64) {
         let generation = self.generations.fetch_add(1, Ordering::Relaxed);
         let fail = {
             let (this, failed) = (self.this.clone(), AtomicBool::new(false));
@@ -428,26 +461,29 @@ impl Endpoint {
             executor: self.executor().clone(),
             worker: self.worker(),
             counters: self.counters().clone(),
-            fail: fail.clone(),
+            fail,
             router: Router::new(self.name(), self.router().is_some(), self.outlets.clone()),
         };
-        let connection = self.contain(|| self.device.open(open)).ok_or(ErrorCode::FAILED)??;
+        (open, generation)
+    }
+
+    /// Runs the task of a connection that the device has made.
+    fn run(
+        &self,
+        connection: Box<dyn Connection>,
+        fail: Fail,
+        (version, features): (u16, u64),
+        generation: u64,
+        regions: Vec<Option<OpenRegion>>,
+    ) -> OpenConnection {
         let connection: SharedConnection = Arc::new(Mutex::new(connection));
-        let task = ConnectionTask(connection.clone());
         let task = self.executor().spawn(
             self.worker(),
-            Box::new(task),
+            Box::new(ConnectionTask(connection.clone())),
             self.counters().clone(),
             move |code| fail.fail(code),
         );
-        let regions = (0..self.identity.regions).map(|_| None).collect();
-        self.host.outlet().open();
-        self.events.open(vector);
-        *inner = Inner::Open(OpenConnection { connection, task, generation, regions, call: None });
-        self.publish(&inner, features);
-        self.counters().opens.one();
-        tracing::info!(device = self.name(), features = format_args!("{features:#x}"), "opened");
-        Ok(())
+        OpenConnection { connection, task, generation, version, features, regions, call: None }
     }
 
     /// Closes the connection, for CLOSE, a reset, or the driver's end. Afterwards the device holds
@@ -576,28 +612,12 @@ impl Endpoint {
     pub fn region_add(&self, request: RegionRequest) -> Result<u32, ErrorCode> {
         self.counters().commands.one();
         let mut inner = lock(&self.inner);
+        self.check_not_quiesced()?;
         let Inner::Open(open) = &mut *inner else { return Err(ErrorCode::NOT_OPEN) };
-        if request.vector >= self.identity.vectors {
-            return Err(ErrorCode::BAD_VECTOR);
-        }
-        if request.len == 0 || request.len > REGION_BYTES_MAX {
-            return Err(ErrorCode::BAD_LENGTH);
-        }
-        if request.addr % 64 != 0 || request.len % 8 != 0 {
+        let signal_offset = self.check_shape(request.vector, request.len, request.signal)?;
+        if request.addr % 64 != 0 {
             return Err(ErrorCode::BAD_ALIGNMENT);
         }
-        let signal_offset = match request.signal {
-            None => None,
-            Some(offset) if offset % BLOCK_ALIGN as u64 != 0 => {
-                return Err(ErrorCode::BAD_ALIGNMENT);
-            }
-            Some(offset)
-                if offset.checked_add(BLOCK_BYTES as u64).is_none_or(|end| end > request.len) =>
-            {
-                return Err(ErrorCode::BAD_SIGNAL);
-            }
-            Some(offset) => Some(usize::try_from(offset).map_err(|_| ErrorCode::BAD_SIGNAL)?),
-        };
         let free = open.regions.iter().position(Option::is_none).ok_or(ErrorCode::LIMIT)?;
         let handle = u32::try_from(free).map_err(|_| ErrorCode::LIMIT)?;
         let check = || lock(&open.connection).check_region(request.id, request.len);
@@ -605,27 +625,21 @@ impl Endpoint {
             return Err(self.panicked(inner));
         };
         wanted?;
-        let (window, ranges) = match request.page_shift {
-            0 => {
-                let window = self.memory().window(request.addr, request.len)?;
-                (window, vec![(request.addr, request.addr + request.len)])
-            }
-            shift @ 12..=30 => {
-                let page = 1u64 << shift;
-                let count = request.len.div_ceil(page);
+        let place = match request.page_shift {
+            0 => Place::At(request.addr),
+            shift @ PAGE_SHIFT_MIN..=PAGE_SHIFT_MAX => {
+                let count = request.len.div_ceil(1 << shift);
                 if count > command::PAGES_MAX {
                     return Err(ErrorCode::LIMIT);
                 }
                 let mut list =
                     vec![0u8; usize::try_from(count * 8).map_err(|_| ErrorCode::BAD_LENGTH)?];
                 self.memory().view().read(request.addr, &mut list)?;
-                let pages: Vec<u64> = list.chunks_exact(8).map(le64).collect();
-                let window =
-                    self.memory().window_of_pages(&pages, u32::from(shift), request.len)?;
-                (window, pages.iter().map(|&p| (p, p.saturating_add(page))).collect())
+                Place::Pages { shift, pages: list.chunks_exact(8).map(le64).collect() }
             }
             _ => return Err(ErrorCode::BAD_ARGUMENT),
         };
+        let window = self.window(&place, request.len)?;
         let region = Region {
             id: request.id,
             handle,
@@ -642,15 +656,63 @@ impl Endpoint {
             self.host.doorbells().detach(free);
             return Err(code);
         }
-        open.regions[free] = Some(RegionRanges { ranges });
+        open.regions[free] = Some(OpenRegion {
+            ranges: place.ranges(request.len),
+            part: RegionPart {
+                handle,
+                id: request.id,
+                vector: request.vector,
+                len: request.len,
+                signal: request.signal,
+                place,
+            },
+        });
         open.task.wake();
         Ok(handle)
+    }
+
+    /// Checks what a driver or a state says of a region's vector, length and signal block. Returns
+    /// the offset of the signal block.
+    fn check_shape(
+        &self,
+        vector: u16,
+        len: u64,
+        signal: Option<u64>,
+    ) -> Result<Option<usize>, ErrorCode> {
+        if vector >= self.identity.vectors {
+            return Err(ErrorCode::BAD_VECTOR);
+        }
+        if len == 0 || len > REGION_BYTES_MAX {
+            return Err(ErrorCode::BAD_LENGTH);
+        }
+        if len % 8 != 0 {
+            return Err(ErrorCode::BAD_ALIGNMENT);
+        }
+        match signal {
+            None => Ok(None),
+            Some(offset) if offset % BLOCK_ALIGN as u64 != 0 => Err(ErrorCode::BAD_ALIGNMENT),
+            Some(offset) if offset.checked_add(BLOCK_BYTES as u64).is_none_or(|end| end > len) => {
+                Err(ErrorCode::BAD_SIGNAL)
+            }
+            Some(offset) => usize::try_from(offset).map(Some).map_err(|_| ErrorCode::BAD_SIGNAL),
+        }
+    }
+
+    /// A window on a region of `len` bytes.
+    fn window(&self, place: &Place, len: u64) -> Result<Window, ErrorCode> {
+        match place {
+            Place::At(addr) => self.memory().window(*addr, len),
+            Place::Pages { shift, pages } => {
+                self.memory().window_of_pages(pages, u32::from(*shift), len)
+            }
+        }
     }
 
     /// REGION_DROP.
     pub fn region_drop(&self, handle: u64) -> Result<(), ErrorCode> {
         self.counters().commands.one();
         let mut inner = lock(&self.inner);
+        self.check_not_quiesced()?;
         let Inner::Open(open) = &mut *inner else { return Err(ErrorCode::NOT_OPEN) };
         let at = usize::try_from(handle).map_err(|_| ErrorCode::NO_REGION)?;
         let handle = u32::try_from(handle).map_err(|_| ErrorCode::NO_REGION)?;
@@ -676,6 +738,7 @@ impl Endpoint {
     ) -> Result<Called, ErrorCode> {
         self.counters().commands.one();
         let mut inner = lock(&self.inner);
+        self.check_not_quiesced()?;
         let Inner::Open(open) = &mut *inner else { return Err(ErrorCode::NOT_OPEN) };
         if open.call.as_ref().is_some_and(|call| call.result().is_none()) {
             return Err(ErrorCode::IN_PROGRESS);

@@ -9,6 +9,7 @@ use vbus_shm::abi::{event, reg};
 
 use crate::interrupt::{InterruptSink, Outlet};
 use crate::lock::lock;
+use crate::state::{ConfigPart, EventsPart};
 
 /// The events of one device, and the state that they tell of.
 pub(crate) struct Events {
@@ -91,6 +92,26 @@ impl Events {
 
     pub(crate) fn incarnation(&self) -> u64 {
         lock(&self.state).incarnation
+    }
+
+    /// The incarnation, the config area and the events, as plain data.
+    pub(crate) fn save(&self) -> (u64, ConfigPart, EventsPart) {
+        let state = lock(&self.state);
+        let config = ConfigPart { generation: state.generation, bytes: state.config.to_vec() };
+        (state.incarnation, config, EventsPart { pending: state.pending, vector: state.vector })
+    }
+
+    /// Goes on from what [`save`](Self::save) returned. The device keeps its own config area. If
+    /// that differs from the one that was saved, this is a change for the driver.
+    pub(crate) fn restore(&self, incarnation: u64, config: &ConfigPart, events: &EventsPart) {
+        let mut state = lock(&self.state);
+        state.incarnation = incarnation;
+        (state.pending, state.vector) = (events.pending, events.vector);
+        state.generation = config.generation;
+        if *state.config != *config.bytes {
+            state.generation = state.generation.wrapping_add(1);
+            state.raise(event::CONFIG);
+        }
     }
 
     /// Chooses another incarnation. The caller tells the driver.

@@ -419,8 +419,9 @@ impl Worker {
             // Its timer is this worker's. The task is woken after the move, and asks for another.
             body.timer = None;
         }
-        lock(&self.tasks).remove(&cell.id);
+        // In this order: `Executor::cells_of` finds it among the tasks of one of them at least.
         lock(&to.tasks).insert(cell.id, cell.clone());
+        lock(&self.tasks).remove(&cell.id);
         // Release: pairs with the load in `Cell::home`.
         cell.home.store(to.index, Ordering::Release);
         true
@@ -433,6 +434,9 @@ impl Worker {
         cell.queued.lower();
         let mut guard = lock(&cell.body);
         let Some(body) = guard.as_mut() else { return Progress::Idle };
+        if cell.counters.is_halted() {
+            return Progress::Idle; // `Executor::go_on` wakes it.
+        }
         // A panic is a fault of the device. The worker's other tasks must go on.
         let slice = std::panic::AssertUnwindSafe(|| body.slice(&self.tuning, &cell.counters));
         let result = std::panic::catch_unwind(slice).unwrap_or_else(|_| {
@@ -632,6 +636,40 @@ impl Executor {
         run: impl FnOnce() + Send + 'static,
     ) {
         self.aside.run(counters, work, Box::new(run));
+    }
+
+    /// Lets all tasks that run with `counters` stand still, those too that begin later. When this
+    /// returns, none of them is in a poll. Their wake-ups and timers wait. No such task may call
+    /// it.
+    pub(crate) fn halt(&self, counters: &Arc<ConnectionCounters>) {
+        counters.set_halted(true);
+        for cell in self.cells_of(counters) {
+            // A poll that began before has ended then. The next one sees that the task is halted.
+            drop(lock(&cell.body));
+        }
+    }
+
+    /// Undoes [`halt`](Self::halt): polls each of the tasks.
+    pub(crate) fn go_on(&self, counters: &Arc<ConnectionCounters>) {
+        counters.set_halted(false);
+        for cell in self.cells_of(counters) {
+            // Its timer may have passed meanwhile without a poll.
+            if let Some(body) = lock(&cell.body).as_mut() {
+                body.timer = None;
+            }
+            TaskHandle(cell).wake();
+        }
+    }
+
+    fn cells_of(&self, counters: &Arc<ConnectionCounters>) -> Vec<Arc<Cell>> {
+        let mut cells = Vec::new();
+        // All locks at once: a task that moves meanwhile is in one of the lists, or in two.
+        let all: Vec<_> = self.workers.iter().map(|worker| lock(&worker.tasks)).collect();
+        for tasks in &all {
+            let of = tasks.values().filter(|cell| Arc::ptr_eq(&cell.counters, counters));
+            cells.extend(of.cloned());
+        }
+        cells
     }
 
     /// What each thread is at: the workers, and then the threads of [`aside`](Self::aside). The

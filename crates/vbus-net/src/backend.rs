@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The interface between a front and a back end.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -56,6 +57,16 @@ pub trait Backend: Send + Sync {
 
     /// Settings and counters, for people.
     fn inspect(&self) -> Value;
+
+    /// Copies of the descriptors that the back end has opened, by name, for a process that takes
+    /// this one's place ([`Opener::handed_over`](crate::Opener::handed_over)). The device is
+    /// quiesced.
+    ///
+    /// # Errors
+    /// The process has no more descriptors.
+    fn descriptors(&self) -> std::io::Result<Vec<(String, OwnedFd)>> {
+        Ok(Vec::new())
+    }
 }
 
 /// Told how [`Plug::configure`] has ended. An error comes from another thread only.

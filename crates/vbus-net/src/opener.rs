@@ -53,6 +53,17 @@ pub trait Opener: Send + Sync {
     /// The same as those of [`create`](Self::create). For errors of the system,
     /// [`vbus_tap::advice`] says what to do.
     fn tap(&self, name: &str, queues: u16, mtu: u16) -> io::Result<(String, Vec<vbus_tap::Queue>)>;
+
+    /// What a former process has handed over for the back end of the device called `device`: the
+    /// descriptors that its back end had, by name ([`Backend::descriptors`]). The back end uses
+    /// them in place of opening its own. `None`, as in the provided method: there was no former
+    /// process. It is asked once for each device.
+    ///
+    /// [`Backend::descriptors`]: crate::Backend::descriptors
+    fn handed_over(&self, device: &str) -> Option<Vec<(String, OwnedFd)>> {
+        let _ = device;
+        None
+    }
 }
 
 /// Creates or empties the file at `path`, for a capture. A relative path begins at `folder`. A FIFO

@@ -225,6 +225,12 @@ impl ConfigSpace {
         self.space.clone_from(&self.power_on);
     }
 
+    /// Takes over the bytes of the same function's space ([`Space::restore`]). Returns false, and
+    /// changes nothing, if a driver cannot have made them.
+    pub fn restore(&mut self, bytes: &[u8]) -> bool {
+        self.space.restore(bytes)
+    }
+
     /// Reads for the driver. Bytes beyond the end are zero. The caller adds Interrupt Status.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         self.space.read(offset, data);

@@ -100,6 +100,25 @@ impl MsixTable {
         *self = MsixTable::new(u16::try_from(self.vectors()).unwrap_or(0));
     }
 
+    /// All bytes, as the driver reads them.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes over the bytes of a table with as many vectors. Returns false, and changes nothing, if
+    /// a driver cannot have made them.
+    pub fn restore(&mut self, bytes: &[u8]) -> bool {
+        let mut table = self.clone();
+        for (number, eight) in bytes.chunks(8).enumerate() {
+            table.write(number * 8, eight);
+        }
+        let fits = table.bytes == bytes;
+        if fits {
+            *self = table;
+        }
+        fits
+    }
+
     /// Number of vectors.
     pub fn vectors(&self) -> usize {
         self.bytes.len() / ENTRY
@@ -198,6 +217,21 @@ mod tests {
         assert_eq!(data, [0x31, 0, 0, 0, 0, 0, 0, 0]);
         table.reset();
         assert_eq!(table.message(2), MsiMessage { address: 0, data: 0, masked: true });
+    }
+
+    #[test]
+    fn a_table_takes_over_what_a_driver_can_have_written() {
+        let mut table = MsixTable::new(2);
+        table.write(16, &0xfee0_1000u64.to_le_bytes());
+        let written = table.bytes().to_vec();
+        let mut other = MsixTable::new(2);
+        let mut reserved = written.clone();
+        reserved[13] = 1;
+        assert!(!other.restore(&reserved) && !other.restore(&written[..24]));
+        assert!(!other.restore(&[&written[..], &[0; 16]].concat()));
+        assert_eq!(other.bytes(), MsixTable::new(2).bytes());
+        assert!(other.restore(&written));
+        assert_eq!(other.message(1).address, 0xfee0_1000);
     }
 
     #[test]

@@ -90,6 +90,22 @@ impl Space {
         self.clearable[at..at + 2].copy_from_slice(&mask.to_le_bytes());
     }
 
+    /// Takes over all bytes of a space with the same masks. Returns false, and changes nothing, if
+    /// they differ from those here in a bit that the driver can neither write nor clear, or in
+    /// number.
+    pub fn restore(&mut self, bytes: &[u8]) -> bool {
+        let masks = self.writable.iter().zip(&self.clearable);
+        let same = |((have, new), (writable, clearable)): ((&u8, &u8), (&u8, &u8))| {
+            (have ^ new) & !(writable | clearable) == 0
+        };
+        let fits =
+            bytes.len() == self.bytes.len() && self.bytes.iter().zip(bytes).zip(masks).all(same);
+        if fits {
+            self.bytes.copy_from_slice(bytes);
+        }
+        fits
+    }
+
     /// Reads for the driver. Bytes beyond the end are zero.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         data.fill(0);
@@ -182,6 +198,20 @@ mod tests {
                 assert_eq!(byte, have.copied().unwrap_or(0), "{offset:#x} {len}");
             }
         }
+    }
+
+    #[test]
+    fn a_space_takes_over_what_a_driver_can_have_made() {
+        let mut space = Space::from_bytes(vec![0x11, 0x22, 0x33, 0x44]);
+        space.allow(1, &[0xf0]);
+        space.allow_clearing(2, 0x4401);
+        for wrong in [&[0x11, 0x22, 0x33][..], &[0x10, 0x22, 0x33, 0x44], &[0x11, 0x23, 0x33, 0x44]]
+        {
+            assert!(!space.restore(wrong));
+            assert_eq!(space.bytes(), [0x11, 0x22, 0x33, 0x44]);
+        }
+        assert!(space.restore(&[0x11, 0xa2, 0x32, 0x00]));
+        assert_eq!(space.bytes(), [0x11, 0xa2, 0x32, 0x00]);
     }
 
     #[test]

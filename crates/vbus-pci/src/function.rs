@@ -6,7 +6,8 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use vbus_core::Executor;
+use serde_json::Value;
+use vbus_core::{Executor, NotRestored, NotSaved};
 use vbus_pci_config::register::{
     COMMAND, COMMAND_INTX_DISABLE, COMMAND_MASTER, STATUS, STATUS_INTERRUPT,
 };
@@ -14,6 +15,7 @@ use vbus_pci_config::{ConfigSpace, MsixLayout, MsixTable, read_pending_bits, tou
 
 use crate::interrupts::{Interrupts, IrqError, IrqIndex, of_peer};
 use crate::mask_event::MaskEvent;
+use crate::saved::{BarState, FunctionState, Peer};
 
 /// Number of regions of a PCI function in VFIO's numbering: six BARs, ROM, configuration space,
 /// VGA.
@@ -81,6 +83,25 @@ pub trait BarHandler: Send {
     fn io_eventfds(&mut self) -> rustix::io::Result<Vec<IoEventFd>> {
         Ok(Vec::new())
     }
+
+    /// What the BAR and the device behind it have, as plain data (spec/state-format.md). The
+    /// device is quiesced. This changes nothing.
+    ///
+    /// # Errors
+    /// It cannot be saved. The text says why. The provided method refuses.
+    fn save(&mut self) -> Result<Value, String> {
+        Err("the handler of its BAR has no saved state".into())
+    }
+
+    /// Goes on from what [`save`](Self::save) returned. The BAR is in its state after power-on, and
+    /// its device is a fresh one that is quiesced. The state may be forged.
+    ///
+    /// # Errors
+    /// The state is wrong or does not fit. The text says what. The BAR is then of no use.
+    fn restore(&mut self, state: &Value) -> Result<(), String> {
+        let _ = state;
+        Err("the handler of its BAR has no saved state".into())
+    }
 }
 
 struct Msix {
@@ -105,6 +126,8 @@ pub struct PciFunction {
     mask_events: [Option<MaskEvent>; 2],
     /// The offset of the capability by which a driver reaches BARs through the configuration space.
     window: Option<usize>,
+    /// The names of the device and of its class, for errors.
+    names: (String, String),
 }
 
 /// An access that a driver makes through the window in the configuration space.
@@ -141,7 +164,15 @@ impl PciFunction {
             worker,
             mask_events: Default::default(),
             window: None,
+            names: Default::default(),
         }
+    }
+
+    /// Says whose function it is: the names of the device and of its class, for errors.
+    #[must_use]
+    pub fn of_device(mut self, device: &str, class: &str) -> PciFunction {
+        self.names = (device.to_owned(), class.to_owned());
+        self
     }
 
     /// Lets a driver reach the BARs through the capability at `at`, which
@@ -413,6 +444,82 @@ impl PciFunction {
     pub fn reset(&mut self) {
         self.handlers().for_each(|handler| handler.reset());
         self.reset_config();
+    }
+
+    /// The state of the function, with that of its device. The device is quiesced
+    /// ([`vbus_core::Endpoint::quiesce`]). This changes nothing.
+    ///
+    /// # Errors
+    /// The device, or the handler of a BAR, cannot be saved.
+    pub fn save(&mut self) -> Result<FunctionState, NotSaved> {
+        let mut bars = Vec::new();
+        for (number, handler) in (0..).zip(&mut self.bars) {
+            let Some(handler) = handler else { continue };
+            let state = handler.save().map_err(|why| {
+                let (device, class) = self.names.clone();
+                NotSaved { device, class, why }
+            })?;
+            bars.push(BarState { number, state });
+        }
+        Ok(FunctionState {
+            config: self.config.bytes().to_vec(),
+            msix_table: self.msix.as_ref().map(|msix| msix.table.bytes().to_vec()),
+            interrupts: self.interrupts.save(),
+            bars,
+        })
+    }
+
+    /// Goes on from the state of a function of the same device: of the same class, with the same
+    /// settings and options. This function is in its state after power-on, and its device is a
+    /// fresh one that is quiesced. The peer's memory is mapped at the endpoint. If the peer is the
+    /// [same](Peer::Same), its eventfds are connected. The driver gets an interrupt on every vector
+    /// that it uses. The device goes on with [`vbus_core::Endpoint::resume`].
+    ///
+    /// The state may be forged. What it says is checked as what a driver says.
+    ///
+    /// # Errors
+    /// The state is wrong or does not fit. The function is then as after power-on; its device is
+    /// of no use, so that a new one has to be made.
+    pub fn restore(&mut self, state: &FunctionState, peer: Peer) -> Result<(), NotRestored> {
+        self.take_over(state, peer).map_err(|why| {
+            self.reset();
+            let (device, class) = self.names.clone();
+            NotRestored { device, class, why }
+        })
+    }
+
+    fn take_over(&mut self, state: &FunctionState, peer: Peer) -> Result<(), String> {
+        if !self.config.restore(&state.config) {
+            return Err("config is not the configuration space of this function".into());
+        }
+        let fits = match (&mut self.msix, &state.msix_table) {
+            (Some(msix), Some(table)) => msix.table.restore(table),
+            (None, None) => true,
+            _ => false,
+        };
+        if !fits {
+            return Err("msix_table is none of this function".into());
+        }
+        let disabled = self.config.command() & COMMAND_INTX_DISABLE != 0;
+        self.interrupts.set_disabled(disabled);
+        self.interrupts.restore(&state.interrupts, peer == Peer::Same)?;
+        let numbers = (0..).zip(&self.bars).filter(|(_, bar)| bar.is_some());
+        if !numbers.map(|(number, _)| number).eq(state.bars.iter().map(|bar| bar.number)) {
+            return Err("bars are not those of this function".into());
+        }
+        for (handler, bar) in self.handlers().zip(&state.bars) {
+            handler.restore(&bar.state)?;
+        }
+        Ok(())
+    }
+
+    /// Copies of the eventfds that the connector has connected to the interrupts of an index. A
+    /// process that takes this one's place before the same peer connects them again.
+    ///
+    /// # Errors
+    /// The process has no more descriptors.
+    pub fn irq_eventfds(&self, index: IrqIndex) -> std::io::Result<Vec<Option<OwnedFd>>> {
+        self.interrupts.eventfds(index)
     }
 
     fn reset_config(&mut self) {

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use vbus_core::InterruptSink;
 use vbus_eventfd::PeerEventfd;
 use vbus_pci_config::ConfigSpace;
@@ -109,6 +110,20 @@ impl State {
             }
         }
     }
+}
+
+/// The pending interrupts of a function as plain data (spec/state-format.md, "Interrupts").
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct InterruptsState {
+    /// INTx is pending.
+    pending: bool,
+    /// INTx is masked for the connector, by itself or because INTx has fired.
+    masked: bool,
+    /// The pin is up.
+    raised: bool,
+    /// The vectors of MSI-X whose messages wait for an eventfd.
+    msix_pending: Vec<u16>,
 }
 
 fn signal(fd: &PeerEventfd) {
@@ -330,6 +345,61 @@ impl Interrupts {
         state.pending = false;
         state.refired = 0;
         state.msix_pending.fill(false);
+    }
+
+    /// What is pending, as plain data.
+    pub(crate) fn save(&self) -> InterruptsState {
+        let state = self.read();
+        let pending = (0..).zip(&state.msix_pending).filter(|(_, pending)| **pending);
+        InterruptsState {
+            pending: state.pending,
+            masked: state.masked,
+            raised: state.raised,
+            msix_pending: pending.map(|(vector, _)| vector).collect(),
+        }
+    }
+
+    /// Goes on from what [`save`](Self::save) returned. What is pending fires where an eventfd is
+    /// connected. `mask`: the peer is the same and has not been told, so INTx is masked for it as
+    /// before.
+    ///
+    /// # Errors
+    /// The function has no such vector. Nothing has changed.
+    pub(crate) fn restore(&self, saved: &InterruptsState, mask: bool) -> Result<(), String> {
+        let mut state = self.write();
+        let vectors = state.msix.len();
+        if let Some(vector) = saved.msix_pending.iter().find(|v| usize::from(**v) >= vectors) {
+            return Err(format!("vector {vector} is pending; the function has {vectors}"));
+        }
+        if (saved.pending || saved.masked || saved.raised) && !(self.intx || self.msi) {
+            return Err("INTx is pending, and the function has none".into());
+        }
+        state.pending = saved.pending;
+        (state.masked, state.raised) = (mask && saved.masked, mask && saved.raised);
+        for vector in &saved.msix_pending {
+            let vector = usize::from(*vector);
+            match &state.msix[vector] {
+                Some(fd) => signal(fd),
+                None => state.msix_pending[vector] = true,
+            }
+        }
+        state.messages_began();
+        state.update();
+        Ok(())
+    }
+
+    /// Copies of the eventfds that are connected to the interrupts of an index.
+    pub(crate) fn eventfds(&self, index: IrqIndex) -> std::io::Result<Vec<Option<OwnedFd>>> {
+        let state = self.read();
+        let copy = |fd: &Option<PeerEventfd>| {
+            fd.as_ref().map(|fd| fd.as_fd().try_clone_to_owned()).transpose()
+        };
+        match index {
+            IrqIndex::Intx if self.intx => Ok(vec![copy(&state.intx)?]),
+            IrqIndex::Msi if self.msi => Ok(vec![copy(&state.msi)?]),
+            IrqIndex::Intx | IrqIndex::Msi => Ok(Vec::new()),
+            IrqIndex::Msix => state.msix.iter().map(copy).collect(),
+        }
     }
 
     /// Sends the message of `vector`, or makes it pending if the vector has no eventfd. `None`: the

@@ -53,11 +53,13 @@ mod interrupts;
 mod mask_event;
 mod own_function;
 mod register_block;
+mod saved;
 
 pub use function::{BarHandler, IoEventFd, PciFunction, REGION_COUNT, region};
 pub use interrupts::{INDEX_COUNT, Interrupts, IrqError, IrqIndex};
 pub use own_function::OwnFunction;
 pub use register_block::{RegisterBlock, device_function};
+pub use saved::{FunctionState, Peer};
 pub use vbus_pci_config;
 
 /// Optional parts of a function.

@@ -96,6 +96,7 @@ impl Interrupts {
 pub struct Memory {
     /// The driver's own map of it.
     pub context: MemoryContext,
+    fd: OwnedFd,
     next: u64,
     len: u64,
 }
@@ -105,11 +106,17 @@ impl Memory {
     pub fn new(endpoint: &Endpoint, len: u64) -> Memory {
         let fd = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&fd, len).unwrap();
-        let copy = || -> OwnedFd { fd.try_clone().unwrap() };
-        endpoint.map(0, len, Some((copy(), 0)), Access::BOTH).unwrap();
         let context = MemoryContext::new();
-        context.map(0, len, Some((copy(), 0)), Access::BOTH).unwrap();
-        Memory { context, next: 4096, len }
+        context.map(0, len, Some((fd.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
+        let memory = Memory { context, fd, next: 4096, len };
+        memory.share(endpoint);
+        memory
+    }
+
+    /// Maps the same memory for the device behind another endpoint.
+    pub fn share(&self, endpoint: &Endpoint) {
+        let file = self.fd.try_clone().unwrap();
+        endpoint.map(0, self.len, Some((file, 0)), Access::BOTH).unwrap();
     }
 
     /// Memory for something of `len` bytes; address 0 is never given out.

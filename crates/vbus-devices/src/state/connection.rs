@@ -3,9 +3,11 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vbus_core::shm::abi::state::{CALL_DESCRIBE, DESCRIPTION_BYTES};
 use vbus_core::shm::signal::Armed;
-use vbus_core::{Connection, ErrorCode, Open, Progress, Region, Task, TaskHandle};
+use vbus_core::{Connection, ErrorCode, Open, Progress, Region, Task, TaskHandle, state};
 
 use super::StatePages;
 use super::page::Page;
@@ -30,17 +32,58 @@ impl StateConnection {
         *lock(&device.task) = Some(task.clone());
         StateConnection { device, task }
     }
+
+    /// The connection of a driver that had these regions with a device that this one goes on for.
+    pub fn again(
+        device: Arc<StatePages>,
+        open: &Open,
+        regions: Vec<Region>,
+        saved: &Value,
+    ) -> Result<StateConnection, String> {
+        let Saved { seen } = state::read_part(saved)?;
+        if seen.iter().any(|one| regions.iter().all(|region| region.id != one.page)) {
+            return Err("seen has a page that is not registered".into());
+        }
+        let connection = StateConnection::new(device, open);
+        for region in regions {
+            let seen = seen.iter().find(|one| one.page == region.id).map(|one| one.version);
+            let shown = connection.page(region.id).and_then(|page| page.show_again(&region, seen));
+            let bound = shown.and_then(|()| region.doorbell.bind(&connection.task));
+            bound.map_err(|error| format!("page {}: {error}", region.id))?;
+        }
+        Ok(connection)
+    }
+
+    /// Page `number`.
+    fn page(&self, number: u32) -> Result<&Page, ErrorCode> {
+        let number = usize::try_from(number).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
+        self.device.pages.get(number).ok_or(ErrorCode::BAD_ARGUMENT)
+    }
+}
+
+/// The connection as plain data (spec/state-format.md, "state").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    /// The registered pages that the driver owns.
+    seen: Vec<Seen>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Seen {
+    page: u32,
+    /// The version that the device read last.
+    version: u64,
 }
 
 impl Connection for StateConnection {
     fn check_region(&mut self, id: u32, _: u64) -> Result<(), ErrorCode> {
-        let number = usize::try_from(id).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
-        self.device.pages.get(number).map(drop).ok_or(ErrorCode::BAD_ARGUMENT)
+        self.page(id).map(drop)
     }
 
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
-        let number = usize::try_from(region.id).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
-        self.device.pages.get(number).ok_or(ErrorCode::BAD_ARGUMENT)?.show(&region)?;
+        self.page(region.id)?.show(&region)?;
         region.doorbell.bind(&self.task).inspect_err(|_| {
             let _ = self.region_dropped(region.handle);
         })
@@ -60,9 +103,13 @@ impl Connection for StateConnection {
         }
         let out = buffer.first_chunk_mut::<DESCRIPTION_BYTES>().ok_or(ErrorCode::BAD_LENGTH)?;
         let number = u32::from_le_bytes([out[0], out[1], out[2], out[3]]);
-        let number = usize::try_from(number).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
-        *out = self.device.pages.get(number).ok_or(ErrorCode::BAD_ARGUMENT)?.description();
+        *out = self.page(number)?.description();
         Ok(0)
+    }
+
+    fn save(&mut self) -> Result<Value, String> {
+        let seen = |(page, of): (u32, &Page)| of.seen().map(|version| Seen { page, version });
+        state::part(&Saved { seen: (0..).zip(&self.device.pages).filter_map(seen).collect() })
     }
 }
 

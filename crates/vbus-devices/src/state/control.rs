@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use hex::FromHexError;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -92,27 +93,16 @@ fn show(page: &Page, current: &Current) -> Value {
     let end = current.value.iter().rposition(|b| *b != 0).map_or(0, |last| last + 1);
     let text = std::str::from_utf8(&current.value[..end]).ok();
     let text = text.filter(|text| !text.chars().any(|c| c.is_control() && c != '\n' && c != '\t'));
-    let mut shown =
-        json!({ "page": page.name, "version": current.version, "hex": to_hex(&current.value) });
+    let mut shown = json!({ "page": page.name, "version": current.version, "hex": hex::encode(&current.value) });
     if let Some(text) = text {
         shown["text"] = text.into();
     }
     shown
 }
 
-fn to_hex(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let digit = |n: u8| char::from(DIGITS[usize::from(n & 15)]);
-    bytes.iter().flat_map(|b| [digit(b >> 4), digit(*b)]).collect()
-}
-
 fn from_hex(text: &str) -> Result<Vec<u8>, String> {
-    let digit = |b: u8| {
-        let value = char::from(b).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
-        value.ok_or_else(|| format!("{:?} is not a hexadecimal digit", char::from(b)))
-    };
-    if text.len() % 2 != 0 {
-        return Err("a hexadecimal value needs two digits for each byte".into());
-    }
-    text.as_bytes().chunks_exact(2).map(|pair| Ok(digit(pair[0])? << 4 | digit(pair[1])?)).collect()
+    hex::decode(text).map_err(|error| match error {
+        FromHexError::InvalidHexCharacter { c, .. } => format!("{c:?} is not a hexadecimal digit"),
+        _ => "a hexadecimal value needs two digits for each byte".into(),
+    })
 }

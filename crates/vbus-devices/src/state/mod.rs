@@ -13,14 +13,16 @@ mod page;
 
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vbus_core::shm::abi::{class, state as abi};
 use vbus_core::{
-    Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open, TaskHandle,
+    Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open, Region,
+    TaskHandle, state,
 };
 
 use connection::StateConnection;
-use page::Page;
+use page::{Page, SavedPage};
 use vbus_core::lock;
 
 /// The class of devices with state pages.
@@ -70,6 +72,13 @@ impl StatePages {
 
 struct StateDevice(Arc<StatePages>);
 
+/// The device as plain data (spec/state-format.md, "state").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    pages: Vec<SavedPage>,
+}
+
 impl Device for StateDevice {
     fn identity(&self) -> Identity {
         let pages = u16::try_from(self.0.pages.len()).unwrap_or(u16::MAX);
@@ -99,5 +108,34 @@ impl Device for StateDevice {
 
     fn removed(&self) {
         self.0.pages.iter().for_each(Page::remove);
+    }
+
+    fn quiesce(&self) {
+        self.0.pages.iter().for_each(|page| page.freeze(true));
+    }
+
+    fn resume(&self) {
+        self.0.pages.iter().for_each(|page| page.freeze(false));
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        state::part(&Saved { pages: self.0.pages.iter().map(Page::save).collect() })
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        let Saved { pages } = state::read_part(saved)?;
+        if pages.len() != self.0.pages.len() {
+            return Err(format!("it has {} pages, not {}", self.0.pages.len(), pages.len()));
+        }
+        self.0.pages.iter().zip(&pages).try_for_each(|(page, saved)| page.restore(saved))
+    }
+
+    fn reopen(
+        &self,
+        open: Open,
+        regions: Vec<Region>,
+        saved: &Value,
+    ) -> Result<Box<dyn Connection>, String> {
+        Ok(Box::new(StateConnection::again(self.0.clone(), &open, regions, saved)?))
     }
 }

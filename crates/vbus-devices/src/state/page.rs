@@ -5,7 +5,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vbus_core::shm::abi::state::{DESCRIPTION_BYTES, NAME_MAX, OWNER_DEVICE, OWNER_DRIVER};
 use vbus_core::shm::signal::{Armed, end};
@@ -42,7 +42,7 @@ pub const METRICS: &[Metric] = &[
 ];
 
 /// Which end writes a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Owner {
     /// The device: control clients set the value.
@@ -71,6 +71,23 @@ struct Inner {
     watchers: u32,
     overruns: u64,
     removed: bool,
+    /// The device is quiesced: nobody touches the driver's memory, and nobody sets the value.
+    frozen: bool,
+}
+
+/// How long a client's request waits for a device that is quiesced.
+const FROZEN_WAIT: Duration = Duration::from_secs(10);
+
+/// A page as plain data (spec/state-format.md, "state").
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedPage {
+    name: String,
+    owner: Owner,
+    #[serde(with = "hex::serde")]
+    value: Vec<u8>,
+    version: u64,
+    overruns: u64,
 }
 
 /// The driver's memory of a page.
@@ -112,6 +129,7 @@ impl Page {
             watchers: 0,
             overruns: 0,
             removed: false,
+            frozen: false,
         };
         Page { name, bytes, owner, inner: Mutex::new(inner), news: Condvar::new() }
     }
@@ -130,33 +148,116 @@ impl Page {
     /// The driver registers the page. If the device owns the page and has a value, it writes that.
     pub fn show(&self, region: &Region) -> Result<(), ErrorCode> {
         let mut inner = lock(&self.inner);
+        let end = match self.owner {
+            Owner::Device => {
+                let writer = Writer::attach(region.window.clone(), end::Device)?;
+                PageEnd::Writer(writer, region.interrupt.clone())
+            }
+            // A new page is at version 0, and its zeros are not a value. The device keeps the last
+            // value until the driver writes one.
+            Owner::Driver => {
+                PageEnd::Reader(Reader::attach(region.window.clone(), end::Device)?, 0)
+            }
+        };
+        self.show_end(&mut inner, region, end)?;
+        if inner.version != 0 {
+            inner.write();
+        }
+        Ok(())
+    }
+
+    /// The driver had registered the page with a device that this one goes on for. `seen` is the
+    /// version that that device read last.
+    pub fn show_again(&self, region: &Region, seen: Option<u64>) -> Result<(), ErrorCode> {
+        let mut inner = lock(&self.inner);
+        let end = match (self.owner, seen) {
+            (Owner::Device, None) => {
+                // The driver is interrupted anyway.
+                let (writer, _) = Writer::resume(region.window.clone(), end::Device)?;
+                PageEnd::Writer(writer, region.interrupt.clone())
+            }
+            (Owner::Driver, Some(seen)) => {
+                PageEnd::Reader(Reader::attach(region.window.clone(), end::Device)?, seen)
+            }
+            _ => return Err(ErrorCode::BAD_ARGUMENT),
+        };
+        self.show_end(&mut inner, region, end)
+    }
+
+    fn show_end(&self, inner: &mut Inner, region: &Region, end: PageEnd) -> Result<(), ErrorCode> {
         if inner.shown.is_some() {
             return Err(ErrorCode::EXISTS);
         }
         if region.signal_offset != Some(SIGNAL_OFFSET) {
             return Err(ErrorCode::BAD_SIGNAL);
         }
-        let (end, layout) = match self.owner {
-            Owner::Device => {
-                let writer = Writer::attach(region.window.clone(), end::Device)?;
-                let layout = writer.layout();
-                (PageEnd::Writer(writer, region.interrupt.clone()), layout)
-            }
-            Owner::Driver => {
-                let reader = Reader::attach(region.window.clone(), end::Device)?;
-                let layout = reader.layout();
-                // A new page is at version 0, and its zeros are not a value. The device keeps the
-                // last value until the driver writes one.
-                (PageEnd::Reader(reader, 0), layout)
-            }
+        let layout = match &end {
+            PageEnd::Writer(writer, _) => writer.layout(),
+            PageEnd::Reader(reader, _) => reader.layout(),
         };
         if layout.value_bytes() != self.bytes as usize {
             return Err(ErrorCode::BAD_LENGTH);
         }
         inner.shown = Some(Shown { handle: region.handle, end });
-        if inner.version != 0 {
-            inner.write();
+        Ok(())
+    }
+
+    /// Freezes the page: clients' requests wait, and the driver's memory is not touched. Or thaws
+    /// it.
+    pub fn freeze(&self, frozen: bool) {
+        lock(&self.inner).frozen = frozen;
+        self.news.notify_all();
+    }
+
+    /// The page's state while it is not frozen. Waits for that, for a time.
+    fn thawed(&self) -> MutexGuard<'_, Inner> {
+        let waits = |inner: &mut Inner| inner.frozen && !inner.removed;
+        let waited = self.news.wait_timeout_while(lock(&self.inner), FROZEN_WAIT, waits);
+        waited.unwrap_or_else(|error| error.into_inner()).0
+    }
+
+    /// The version that the device read last from the driver's memory, if the page is the driver's
+    /// and registered.
+    pub fn seen(&self) -> Option<u64> {
+        match &lock(&self.inner).shown {
+            Some(Shown { end: PageEnd::Reader(_, seen), .. }) => Some(*seen),
+            _ => None,
         }
+    }
+
+    /// The page as plain data.
+    pub fn save(&self) -> SavedPage {
+        let inner = lock(&self.inner);
+        SavedPage {
+            name: self.name.clone(),
+            owner: self.owner,
+            value: inner.value.to_vec(),
+            version: inner.version,
+            overruns: inner.overruns,
+        }
+    }
+
+    /// Goes on from what [`save`](Self::save) returned for the same page. The driver's memory of
+    /// the page comes with [`show_again`](Self::show_again).
+    ///
+    /// # Errors
+    /// It is another page.
+    pub fn restore(&self, saved: &SavedPage) -> Result<(), String> {
+        if saved.name != self.name || saved.owner != self.owner {
+            let (name, owner) = (&self.name, self.owner);
+            return Err(format!("page {:?} is not page {name:?} of the {owner:?}", saved.name));
+        }
+        if saved.value.len() != self.bytes as usize {
+            let bytes = self.bytes;
+            return Err(format!(
+                "page {:?} has {bytes} bytes, not {}",
+                self.name,
+                saved.value.len()
+            ));
+        }
+        let mut inner = lock(&self.inner);
+        inner.value = saved.value.clone().into();
+        (inner.version, inner.overruns) = (saved.version, saved.overruns);
         Ok(())
     }
 
@@ -179,6 +280,9 @@ impl Page {
 
     /// Takes over a newer value from the driver's page, with one try.
     fn take_news(&self, inner: &mut MutexGuard<'_, Inner>) -> News {
+        if inner.frozen {
+            return News::None;
+        }
         let Some(Shown { end: PageEnd::Reader(reader, seen), .. }) = &mut inner.shown else {
             return News::None;
         };
@@ -191,12 +295,12 @@ impl Page {
             Ok(version) => {
                 *seen = version;
                 inner.value = value.into();
-                inner.version += 1;
+                inner.version = inner.version.wrapping_add(1);
                 self.news.notify_all();
                 News::Taken
             }
             Err(_overrun) => {
-                inner.overruns += 1;
+                inner.overruns = inner.overruns.saturating_add(1);
                 News::Overrun
             }
         }
@@ -206,7 +310,7 @@ impl Page {
     pub fn current(&self) -> Current {
         for _ in 1..READ_TRIES {
             // The lock is free between two tries: a worker may wait for it.
-            let mut inner = lock(&self.inner);
+            let mut inner = self.thawed();
             if self.take_news(&mut inner) != News::Overrun {
                 return Current { value: inner.value.clone(), version: inner.version };
             }
@@ -233,9 +337,12 @@ impl Page {
             ));
         }
         value.resize(self.bytes as usize, 0);
-        let mut inner = lock(&self.inner);
+        let mut inner = self.thawed();
+        if inner.frozen {
+            return Err("the device is being saved; try again".into());
+        }
         inner.value = value.into();
-        inner.version += 1;
+        inner.version = inner.version.wrapping_add(1);
         inner.write();
         self.news.notify_all();
         Ok(inner.version)

@@ -9,6 +9,7 @@ mod driver;
 mod hostile;
 mod offloads;
 mod page;
+mod saved;
 #[path = "../../examples/bystanders/stage.rs"]
 mod stage;
 mod state;

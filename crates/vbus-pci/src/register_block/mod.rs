@@ -6,8 +6,10 @@ mod registers;
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vbus_core::shm::abi::{self, bar0, capability, reg};
-use vbus_core::{ConnectionState, Endpoint, Identity};
+use vbus_core::{ConnectionState, DeviceState, Endpoint, Identity, state};
 use vbus_pci_config::{
     Builder, CONVENTIONAL_BYTES, ConfigSpace, EXPRESS_BYTES, Header, MsixLayout,
 };
@@ -16,7 +18,7 @@ use crate::Options;
 use crate::function::{BarHandler, IoEventFd, PciFunction};
 use crate::interrupts::Interrupts;
 use crate::own_function::OwnFunction;
-use registers::{Context, Registers};
+use registers::{Context, Registers, SavedRegisters};
 
 const PAGE: u64 = 0x1000;
 
@@ -46,8 +48,10 @@ pub fn device_function(endpoint: Arc<Endpoint>, options: Options) -> PciFunction
     let interrupts = Arc::new(Interrupts::of(&config));
     endpoint.set_interrupt_sink(interrupts.clone());
     let (executor, worker) = (endpoint.executor().clone(), endpoint.worker());
-    let block = RegisterBlock::new(endpoint, interrupts.clone());
-    PciFunction::new(config, interrupts, executor, worker).with_bar(0, Box::new(block))
+    let block = RegisterBlock::new(endpoint.clone(), interrupts.clone());
+    PciFunction::new(config, interrupts, executor, worker)
+        .of_device(endpoint.name(), endpoint.identity().class_name)
+        .with_bar(0, Box::new(block))
 }
 
 fn config_space(identity: &Identity, options: Options) -> ConfigSpace {
@@ -201,6 +205,29 @@ impl BarHandler for RegisterBlock {
         };
         (0..self.endpoint.identity().regions.min(bar0::DOORBELL_COUNT)).map(doorbell).collect()
     }
+
+    fn save(&mut self) -> Result<Value, String> {
+        let device = self.endpoint.save().map_err(|error| error.why)?;
+        state::part(&Block { registers: self.registers.save()?, cut: self.cut, device })
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), String> {
+        let Block { registers, cut, device } = state::read_part(state)?;
+        let registers = Registers::restored(&registers)?;
+        self.endpoint.restore(&device).map_err(|error| error.why)?;
+        self.registers = registers;
+        self.cut = cut;
+        Ok(())
+    }
+}
+
+/// The register block as plain data (spec/state-format.md, "Register block").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Block {
+    registers: SavedRegisters,
+    cut: bool,
+    device: DeviceState,
 }
 
 /// Whether an access has 4 or 8 aligned bytes. Registers accept no other access.

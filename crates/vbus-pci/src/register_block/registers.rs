@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The register block of BAR0: its registers and the mailbox.
 
+use serde::{Deserialize, Serialize};
 use vbus_core::shm::abi::{command, reg};
 use vbus_core::{
     Called, ConnectionState, Endpoint, ErrorCode, OpenRequest, PendingCall, REGION_BYTES_MAX,
@@ -17,6 +18,15 @@ pub(super) struct Registers {
     value: u64,
     /// The command that is in progress.
     pending: Option<PendingCall>,
+}
+
+/// The registers as plain data (spec/state-format.md, "Register block").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedRegisters {
+    arguments: [u64; 4],
+    result: u32,
+    value: u64,
 }
 
 /// The sources of the registers' values.
@@ -49,6 +59,31 @@ impl Registers {
     /// Sets the registers to their values after power-on.
     pub(super) fn reset(&mut self) {
         *self = Registers::default();
+    }
+
+    /// The registers as plain data.
+    ///
+    /// # Errors
+    /// A command is in progress.
+    pub(super) fn save(&mut self) -> Result<SavedRegisters, String> {
+        self.look_at_pending();
+        if self.pending.is_some() {
+            return Err("a command is in progress".into());
+        }
+        let Registers { arguments, result, value, .. } = *self;
+        Ok(SavedRegisters { arguments, result, value })
+    }
+
+    /// Registers with these values.
+    ///
+    /// # Errors
+    /// They say that a command is in progress.
+    pub(super) fn restored(saved: &SavedRegisters) -> Result<Registers, String> {
+        let SavedRegisters { arguments, result, value } = *saved;
+        if result == ErrorCode::IN_PROGRESS.0 {
+            return Err("result says that a command is in progress".into());
+        }
+        Ok(Registers { arguments, result, value, pending: None })
     }
 
     /// Sets the answer of the command in progress, if the command has ended.

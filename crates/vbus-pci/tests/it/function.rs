@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use serde_json::Value;
 use vbus_core::shm::abi::{bar0, command, error_code, event, reg};
 use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
     Access, Bus, Connection, Device, Endpoint, ErrorCode, Executor, Identity, Interrupt,
-    MemoryContext, Open, Progress, Region, Tuning, Window,
+    MemoryContext, Open, Progress, Region, Tuning, Window, state,
 };
 use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
 
@@ -35,6 +36,26 @@ impl Device for Mirror {
     fn open(&self, _open: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         Ok(Box::new(Mirroring(None)))
     }
+
+    fn save(&self) -> Result<Value, String> {
+        Ok(state::nothing())
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        state::is_nothing(saved)
+    }
+
+    fn reopen(
+        &self,
+        _open: Open,
+        regions: Vec<Region>,
+        saved: &Value,
+    ) -> Result<Box<dyn Connection>, String> {
+        state::is_nothing(saved)?;
+        let resume =
+            |region: Region| Some((DeviceEnd::resume(region.window).ok()?.0, region.interrupt));
+        Ok(Box::new(Mirroring(regions.into_iter().next().and_then(resume))))
+    }
 }
 
 impl Connection for Mirroring {
@@ -51,6 +72,10 @@ impl Connection for Mirroring {
     fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
         buffer.reverse();
         Ok(u64::from(function) << 32 | u64::from(flags))
+    }
+
+    fn save(&mut self) -> Result<Value, String> {
+        Ok(state::nothing())
     }
 
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
@@ -86,9 +111,10 @@ const BASE: u64 = 0x10_0000;
 const BYTES: u64 = 0x10_0000;
 
 /// The function, and the memory of its driver.
-struct Rig {
-    function: PciFunction,
-    endpoint: Arc<Endpoint>,
+pub struct Rig {
+    pub function: PciFunction,
+    pub endpoint: Arc<Endpoint>,
+    file: OwnedFd,
     memory: MemoryContext,
     bus: Bus,
 }
@@ -100,35 +126,44 @@ fn memory_file() -> OwnedFd {
 }
 
 impl Rig {
-    fn new(options: Options) -> Rig {
+    pub fn new(options: Options) -> Rig {
+        Rig::on(memory_file(), options)
+    }
+
+    /// Another function of such a device, on a bus of its own, with the same memory.
+    pub fn beside(other: &Rig, options: Options) -> Rig {
+        Rig::on(other.file.try_clone().unwrap(), options)
+    }
+
+    fn on(file: OwnedFd, options: Options) -> Rig {
         let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
         let bus = Bus::new(executor, Vec::new());
         let endpoint = bus.add("m0", Arc::new(Mirror)).unwrap();
         let function = device_function(endpoint.clone(), options);
-        let file = memory_file();
         let memory = MemoryContext::new();
-        memory.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
-        endpoint.map(BASE, BYTES, Some((file, 0)), Access::BOTH).unwrap();
-        Rig { function, endpoint, memory, bus }
+        for map in [&memory, &**endpoint.memory()] {
+            map.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
+        }
+        Rig { function, endpoint, file, memory, bus }
     }
 
-    fn read32(&mut self, offset: u64) -> u32 {
+    pub fn read32(&mut self, offset: u64) -> u32 {
         let mut data = [0; 4];
         self.function.read(region::BAR0, offset, &mut data);
         u32::from_le_bytes(data)
     }
 
-    fn read64(&mut self, offset: u64) -> u64 {
+    pub fn read64(&mut self, offset: u64) -> u64 {
         let mut data = [0; 8];
         self.function.read(region::BAR0, offset, &mut data);
         u64::from_le_bytes(data)
     }
 
-    fn write32(&mut self, offset: u64, value: u32) {
+    pub fn write32(&mut self, offset: u64, value: u32) {
         self.function.write(region::BAR0, offset, &value.to_le_bytes());
     }
 
-    fn command(&mut self, number: u32, arguments: &[u64]) -> Result<u64, u32> {
+    pub fn command(&mut self, number: u32, arguments: &[u64]) -> Result<u64, u32> {
         for (i, argument) in (0..).zip(arguments) {
             self.function.write(region::BAR0, reg::ARGUMENT + 8 * i, &argument.to_le_bytes());
         }
@@ -139,13 +174,13 @@ impl Rig {
         }
     }
 
-    fn open(&mut self) -> Result<u64, u32> {
+    pub fn open(&mut self) -> Result<u64, u32> {
         self.memory.view().write(BASE, &77u64.to_le_bytes()).unwrap();
         self.command(command::OPEN, &[1, 0b100, BASE, 77])
     }
 
     /// Adds a ring as region 0 with interrupt vector `vector`.
-    fn ring(&mut self, vector: u64) -> (DriverEnd<Window>, u64) {
+    pub fn ring(&mut self, vector: u64) -> (DriverEnd<Window>, u64) {
         let layout = Layout::new(8, Returns::Entries).unwrap();
         let window = self.memory.window(BASE + 0x1000, layout.bytes() as u64).unwrap();
         let ring = DriverEnd::create(window, layout, 0).unwrap();
@@ -154,7 +189,7 @@ impl Rig {
         (ring, handle)
     }
 
-    fn eventfd(&self, index: IrqIndex, number: u32) -> OwnedFd {
+    pub fn eventfd(&self, index: IrqIndex, number: u32) -> OwnedFd {
         let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
         self.function.connect_irqs(index, number, vec![Some(fd.try_clone().unwrap())]).unwrap();
         fd
@@ -162,7 +197,7 @@ impl Rig {
 }
 
 /// Waits for an eventfd, and reads and clears its counter.
-fn wait(fd: &OwnedFd) -> u64 {
+pub fn wait(fd: &OwnedFd) -> u64 {
     let timeout = Timespec::try_from(Duration::from_secs(20)).unwrap();
     poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timeout)).unwrap();
     let mut count = [0; 8];
@@ -172,7 +207,7 @@ fn wait(fd: &OwnedFd) -> u64 {
 
 /// Sends one entry and returns what came back. `acknowledge` runs between the interrupt and the
 /// reaping.
-fn exchange(
+pub fn exchange(
     rig: &mut Rig,
     ring: &mut DriverEnd<Window>,
     handle: u64,

@@ -4,3 +4,4 @@
 
 mod function;
 mod generic;
+mod saved;
