@@ -1016,6 +1016,26 @@ static int set_coalesce(struct net_device *dev, struct ethtool_coalesce *to,
 	return vbus_net_set_coalesce(net->rust, &coalesce);
 }
 
+static int get_tunable(struct net_device *dev, const struct ethtool_tunable *tunable, void *value)
+{
+	struct shim_net *net = netdev_priv(dev);
+
+	if (tunable->id != ETHTOOL_TX_COPYBREAK)
+		return -EOPNOTSUPP;
+	*(u32 *)value = vbus_net_get_copybreak(net->rust);
+	return 0;
+}
+
+static int set_tunable(struct net_device *dev, const struct ethtool_tunable *tunable,
+		       const void *value)
+{
+	struct shim_net *net = netdev_priv(dev);
+
+	if (tunable->id != ETHTOOL_TX_COPYBREAK)
+		return -EOPNOTSUPP;
+	return vbus_net_set_copybreak(net->rust, *(const u32 *)value);
+}
+
 static int get_rxnfc(struct net_device *dev, struct ethtool_rxnfc *info, u32 *rules)
 {
 	if (info->cmd != ETHTOOL_GRXRINGS)
@@ -1093,7 +1113,9 @@ static int set_rxfh(struct net_device *dev, const u32 *table, const u8 *key, con
 	.get_channels = get_channels,								\
 	.set_channels = set_channels,								\
 	.get_coalesce = get_coalesce,								\
-	.set_coalesce = set_coalesce
+	.set_coalesce = set_coalesce,								\
+	.get_tunable = get_tunable,								\
+	.set_tunable = set_tunable
 
 static const struct ethtool_ops ethtool = {
 	ETHTOOL_COMMON,

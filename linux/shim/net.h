@@ -158,6 +158,9 @@ void vbus_net_get_channels(void *net, struct vbus_channels *channels);
 int vbus_net_set_channels(void *net, u32 used);
 void vbus_net_get_coalesce(void *net, struct vbus_coalesce *coalesce);
 int vbus_net_set_coalesce(void *net, const struct vbus_coalesce *coalesce);
+/* Frames of at most so many bytes are copied to be sent. */
+u32 vbus_net_get_copybreak(void *net);
+int vbus_net_set_copybreak(void *net, u32 bytes);
 void vbus_net_link(void *net, struct vbus_link *link);
 u32 vbus_net_stat_count(void *net);
 /* `names` has 32 bytes for each, zeroed. */

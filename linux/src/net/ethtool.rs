@@ -14,6 +14,7 @@ use super::interface::{Control, Net, number, of};
 use super::pair::Pair;
 use super::settings::{ENTRIES_MIN, Rss, TABLE_MAX};
 use super::stats::Counter;
+use super::tx::COPYBREAK_MAX;
 use crate::kernel::Errno;
 use crate::kernel::log::Text;
 
@@ -249,6 +250,25 @@ extern "C" fn vbus_net_set_coalesce(net: *mut c_void, coalesce: *const ffi::Coal
         control.settings.coalesce = before;
     }
     Errno::result(result.map_err(Errno::from))
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn vbus_net_get_copybreak(net: *mut c_void) -> u32 {
+    // SAFETY: as above.
+    unsafe { of(net) }.control().settings.tx_copybreak
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn vbus_net_set_copybreak(net: *mut c_void, bytes: u32) -> c_int {
+    // SAFETY: as above.
+    let net = unsafe { of(net) };
+    if bytes > COPYBREAK_MAX {
+        return Errno::INVALID.negative();
+    }
+    let mut control = net.control();
+    control.settings.tx_copybreak = bytes;
+    net.pairs().iter().for_each(|pair| pair.set_copybreak(bytes));
+    0
 }
 
 #[unsafe(no_mangle)]

@@ -23,7 +23,7 @@ use super::ffi::{self, Handle};
 use super::pair::{Group, Pair};
 use super::rx::{Mode, RxQueue, XDP_BUFFER};
 use super::settings::{Rss, Settings};
-use super::tx::TxQueue;
+use super::tx::{COPYBREAK, COPYBREAK_MAX, TxQueue};
 use crate::connection;
 use crate::device::{Class, Device, report};
 use crate::hal::KernelHal;
@@ -186,7 +186,8 @@ impl Net {
             ptr::write(&raw mut fresh.config, *config);
         }
         fresh.offered = offered;
-        fresh.settings.init(config, pairs_max);
+        let copybreak = if device.pci().is_translated() { COPYBREAK_MAX } else { COPYBREAK };
+        fresh.settings.init(config, pairs_max, copybreak);
         let mut net = KBox::new(Net {
             hal: device.hal().clone(),
             doorbell: device.doorbell().kind,
@@ -388,7 +389,8 @@ impl Net {
             *opened += 1;
             let tx = nic.tx(index, tx_entries, vector)?;
             let rx = nic.rx_ring(index, rx_entries, mode.buffer_bytes(), vector)?;
-            let tx = KBox::new(TxQueue::new(tx, &self.hal, pair.shim())?)?;
+            let tx = TxQueue::new(tx, &self.hal, settings.tx_copybreak, pair.shim())?;
+            let tx = KBox::new(tx)?;
             let handles = (pair.shim(), pair.group());
             let mut rx = KBox::new(RxQueue::new(rx, &mode, index, handles)?)?;
             let filled = rx.fill(&pair.rx_stats);

@@ -109,6 +109,18 @@ impl Pair {
         Some((tx?, rx?))
     }
 
+    /// From now on frames of at most so many bytes are copied to be sent. In a thread.
+    pub fn set_copybreak(&self, bytes: u32) {
+        // SAFETY: the lock is the transmit half's.
+        unsafe {
+            ffi::shim_tx_lock_bh(self.shim);
+            if let Some(tx) = &mut *self.tx.get() {
+                tx.set_copybreak(bytes);
+            }
+            ffi::shim_tx_unlock_bh(self.shim);
+        }
+    }
+
     /// Lets `work` have the transmit half, if there is one. In NAPI.
     pub fn with_tx<R>(&self, work: impl FnOnce(&mut TxQueue) -> R) -> Option<R> {
         // SAFETY: the lock is the transmit half's.

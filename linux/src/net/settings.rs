@@ -44,6 +44,8 @@ pub struct Settings {
     pub xdp: bool,
     /// How long the device holds interrupts back.
     pub coalesce: ffi::Coalesce,
+    /// Frames of at most so many bytes are copied to be sent.
+    pub tx_copybreak: u32,
     /// The VLAN ids to let through.
     pub vlans: [u8; VLAN_MAP_BYTES],
     /// How frames are spread, if it was set.
@@ -52,8 +54,9 @@ pub struct Settings {
 
 impl Settings {
     /// Those of a new interface with this many queue pairs. In place: they are large.
-    pub fn init(&mut self, config: &Config, pairs: u16) {
+    pub fn init(&mut self, config: &Config, pairs: u16, tx_copybreak: u32) {
         self.pairs = pairs;
+        self.tx_copybreak = tx_copybreak;
         let entries = ENTRIES.min(config.ring_entries);
         (self.rx_entries, self.tx_entries) = (entries, entries.max(ENTRIES_MIN));
         (self.rx_csum, self.rx_gso) = (true, true);

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The transmit half of a queue pair. It belongs to whoever holds the queue's transmit lock.
 //!
-//! A short linear part is copied behind the header into memory that the device always reaches. So
-//! small frames need no map, and are free at once. Everything else is mapped where it is, and
-//! unmapped when the device has returned it. The device does not interrupt for that, unless the
-//! queue waits for room or much is under way. So every call of the stack, and every poll, looks
-//! what has come back.
+//! Small frames are copied into memory that the device always reaches: the smallest behind their
+//! header into a slot, larger ones into a memory that is a FIFO ([`Copies`]). They need no map, and
+//! the stack has each back at once, so the socket of the sender has room again. Everything else is
+//! mapped where it is, and unmapped when the device has returned it. The device does not interrupt
+//! for that, unless the queue waits for room or much is under way. So every call of the stack, and
+//! every poll, looks what has come back.
 //!
-//! Behind an IOMMU that translates, a map costs more than a copy: a virtual machine's IOMMU tells
-//! the device of each map and of its end. There larger frames are copied too, each as a whole into
-//! a memory that is a FIFO ([`Copies`]). They are free at once as well.
+//! The administrator says what is small (`ethtool --set-tunable ... tx-copybreak`). Behind an IOMMU
+//! that translates, every frame is at first, because there a map costs more than a copy: a virtual
+//! machine's IOMMU tells the device of each map and of its end. The queue then waits for room in
+//! the FIFO. Without such an IOMMU a frame that finds no room is mapped.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::indexing_slicing,
@@ -37,7 +39,7 @@ use crate::kernel::KVec;
 const SLOT: usize = 256;
 /// Where in a slot the header begins: the frame behind it then begins with a word.
 const HEADER_AT: usize = 16 - HEADER_BYTES;
-/// The longest linear part that is copied.
+/// The longest linear part that is copied into a slot.
 const COPY_MAX: usize = SLOT - HEADER_AT - HEADER_BYTES;
 /// The stack is stopped if there is not room for one more of the largest frame.
 const ROOM: u32 = CHAIN_MAX as u32;
@@ -47,14 +49,22 @@ const RECLAIM_FROM: u32 = 32;
 /// that whoever waits for their memory does not wait for the timer.
 const ARM_FROM: u32 = 64;
 
-/// Bytes of the memory for copies of larger frames, if there is so much. If it is in one piece,
-/// one entry of the IOMMU's tables and of the processor's is for all of it.
+/// Frames of at most so many bytes are copied before somebody sets another number, unless an IOMMU
+/// translates. A copy of more costs more than a map.
+pub const COPYBREAK: u32 = 2048;
+/// No frame has more bytes.
+pub const COPYBREAK_MAX: u32 = (FRAME_MAX - HEADER_BYTES) as u32;
+
+/// The most bytes of the memory for copies. If it is in one piece, one entry of the IOMMU's tables
+/// and of the processor's is for all of it.
 const COPIES: usize = 2 << 20;
-/// It has room for three of the largest frames at least.
+/// The fewest bytes, if an IOMMU translates: room for three of the largest frames.
 const COPIES_MIN: usize = COPIES / 8;
-/// Bytes that the largest frame needs there: its header begins as in a slot.
-const LARGEST: u32 = (HEADER_AT + FRAME_MAX) as u32;
-const _: () = assert!(COPIES_MIN > 3 * (LARGEST as usize + 64));
+/// The fewest bytes otherwise: room for the copies of the smallest ring.
+const COPIES_MIN_FLAT: usize = 128 << 10;
+/// Bytes that a header needs before a copy: it begins as in a slot.
+const IN_FRONT: u32 = (HEADER_AT + HEADER_BYTES) as u32;
+const _: () = assert!(COPIES_MIN > 3 * ((IN_FRONT + COPYBREAK_MAX) as usize + 64));
 
 /// What a frame under way is.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -102,13 +112,16 @@ struct Copies {
 }
 
 impl Copies {
-    /// None: frames are mapped, because no IOMMU makes that dear, or because there is no memory.
-    fn new(hal: &KernelHal) -> Option<Self> {
-        if !hal.pci().is_translated() {
-            return None;
-        }
-        let mut bytes = COPIES;
-        while bytes >= COPIES_MIN {
+    /// For a ring of `entries` entries. None: there is no memory, and frames are mapped.
+    fn new(hal: &KernelHal, entries: usize) -> Option<Self> {
+        let (mut bytes, least) = if hal.pci().is_translated() {
+            (COPIES, COPIES_MIN)
+        } else {
+            // The kernel rounds up to a power of two anyway.
+            let all = entries.saturating_mul(COPYBREAK as usize).next_power_of_two();
+            (all.clamp(COPIES_MIN_FLAT, COPIES), COPIES_MIN_FLAT)
+        };
+        while bytes >= least {
             if let Ok(memory) = hal.alloc(bytes) {
                 if memory.page_shift() == 0 {
                     return Some(Copies { memory, fifo: Fifo::new(bytes as u32) });
@@ -125,8 +138,11 @@ pub struct TxQueue {
     ring: Tx<KernelHal>,
     shim: Handle,
     slots: Dma,
-    /// If frames are copied rather than mapped.
     copies: Option<Copies>,
+    /// An IOMMU translates: frames wait for room in [`Copies`] rather than be mapped.
+    is_translated: bool,
+    /// Frames of at most so many bytes are copied.
+    copybreak: u32,
     /// The frames under way, by their number.
     frames: KVec<Sent>,
     oldest: u32,
@@ -147,14 +163,22 @@ pub struct TxQueue {
 unsafe impl Send for TxQueue {}
 
 impl TxQueue {
-    /// A queue with nothing under way. The caller may sleep.
-    pub fn new(ring: Tx<KernelHal>, hal: &KernelHal, shim: Handle) -> Result<Self, Error> {
+    /// A queue with nothing under way, which copies frames of at most `copybreak` bytes. The caller
+    /// may sleep.
+    pub fn new(
+        ring: Tx<KernelHal>,
+        hal: &KernelHal,
+        copybreak: u32,
+        shim: Handle,
+    ) -> Result<Self, Error> {
         let entries = ring.space() as usize;
         Ok(TxQueue {
             ring,
             shim,
             slots: hal.alloc(entries * SLOT)?,
-            copies: Copies::new(hal),
+            copies: Copies::new(hal, entries),
+            is_translated: hal.pci().is_translated(),
+            copybreak,
             frames: KVec::from_fn::<Error>(entries, |_| Ok(NOTHING))?,
             oldest: 0,
             newest: 0,
@@ -170,6 +194,11 @@ impl TxQueue {
     /// Frames or pieces are under way.
     pub fn is_busy(&self) -> bool {
         self.oldest != self.newest
+    }
+
+    /// From now on frames of at most so many bytes are copied.
+    pub fn set_copybreak(&mut self, bytes: u32) {
+        self.copybreak = bytes;
     }
 
     /// How the device broke the protocol, if it did.
@@ -194,9 +223,11 @@ impl TxQueue {
         // Not before: a frame that the stack keeps comes again.
         // SAFETY: the frame is the stack's, which has given it to this queue.
         unsafe { ffi::shim_tx_timestamp(frame.skb) };
-        if self.copies.is_some() && !is_short(frame) {
-            let is_sent = self.submit_large(frame);
-            self.sent_copy(is_sent, frame, stats);
+        if self.submit_copied(frame) {
+            self.sent(frame, stats);
+            stats.copied.add(1);
+            // SAFETY: nothing refers to the frame any more.
+            unsafe { ffi::shim_tx_free(frame.skb, 0) };
             return true;
         }
         if usize::from(frame.frags) + 2 > CHAIN_MAX {
@@ -207,18 +238,14 @@ impl TxQueue {
             }
         }
         let header = header_of(frame).bytes();
-        if is_short(frame) {
-            let is_sent = self.submit_short(frame, &header);
-            self.sent_copy(is_sent, frame, stats);
-            return true;
-        }
         let mut pieces = [Piece::default(); CHAIN_MAX];
         let mut maps = [ffi::Piece::default(); ffi::PIECES_MAX];
         let linear = frame.linear as usize;
         // SAFETY: the stack's linear part has that many bytes, and nobody else changes them now.
         let data = unsafe { core::slice::from_raw_parts(frame.data, linear) };
 
-        let copied = linear <= COPY_MAX;
+        // With frags behind it, a short linear part of headers needs no map of its own.
+        let copied = linear <= COPY_MAX && frame.frags > 0;
         let in_front = !copied && usize::from(frame.headroom) >= HEADER_BYTES;
         let mut first = 1;
         if in_front {
@@ -261,7 +288,23 @@ impl TxQueue {
         true
     }
 
-    /// Submits a copy of a short frame of the stack. False: nothing was submitted.
+    /// Submits a copy of a frame of the stack, if it is small. False: nothing was submitted.
+    fn submit_copied(&mut self, frame: &ffi::TxFrame) -> bool {
+        if frame.bytes > self.copybreak {
+            return false;
+        }
+        let header = header_of(frame).bytes();
+        if frame.frags == 0 && frame.linear as usize <= COPY_MAX {
+            return self.submit_short(frame, &header);
+        }
+        self.submit_copy(&header, frame.bytes, Kind::Copied, |to| {
+            // SAFETY: the frame is the stack's, which has given it to this queue, and `to` has room
+            // for all of its bytes.
+            unsafe { ffi::shim_tx_copy(frame.skb, to, frame.bytes) == 0 }
+        })
+    }
+
+    /// Submits a copy of a frame of the stack that fits into a slot. False: nothing was submitted.
     fn submit_short(&mut self, frame: &ffi::TxFrame, header: &[u8; HEADER_BYTES]) -> bool {
         // SAFETY: the stack's linear part has that many bytes, and nobody else changes them now.
         let data = unsafe { core::slice::from_raw_parts(frame.data, frame.linear as usize) };
@@ -275,30 +318,6 @@ impl TxQueue {
         true
     }
 
-    /// Submits a copy of a larger frame of the stack, by way of [`Copies`]. False: nothing was
-    /// submitted.
-    fn submit_large(&mut self, frame: &ffi::TxFrame) -> bool {
-        let header = header_of(frame).bytes();
-        self.submit_copy(&header, frame.bytes, Kind::Copied, |to| {
-            // SAFETY: the frame is the stack's, which has given it to this queue, and `to` has room
-            // for all of its bytes.
-            unsafe { ffi::shim_tx_copy(frame.skb, to, frame.bytes) == 0 }
-        })
-    }
-
-    /// Counts and frees a frame of the stack whose copy was submitted, or drops it if none was.
-    fn sent_copy(&mut self, is_sent: bool, frame: &ffi::TxFrame, stats: &TxStats) {
-        if !is_sent {
-            // A frame of a strange shape: the stack does not make such.
-            self.drop_last(frame, stats);
-            return;
-        }
-        self.sent(frame, stats);
-        stats.copied.add(1);
-        // SAFETY: nothing refers to the frame any more.
-        unsafe { ffi::shim_tx_free(frame.skb, 0) };
-    }
-
     /// Submits a copy of a frame of `bytes` bytes, which `fill` writes. `fill` may fail. False:
     /// nothing was submitted.
     fn submit_copy(
@@ -309,8 +328,7 @@ impl TxQueue {
         fill: impl FnOnce(*mut u8) -> bool,
     ) -> bool {
         let Some(Copies { memory, fifo }) = &mut self.copies else { return false };
-        let in_front = (HEADER_AT + HEADER_BYTES) as u32;
-        let needed = bytes.checked_add(in_front).filter(|needed| *needed <= LARGEST);
+        let needed = (bytes <= COPYBREAK_MAX).then_some(IN_FRONT + bytes);
         let Some(place) = needed.and_then(|needed| fifo.find(needed)) else { return false };
         let at = place.offset as usize;
         let Some(words) = memory.words().get(at / 8..) else { return false };
@@ -352,7 +370,7 @@ impl TxQueue {
     /// Sends a frame of XDP from elsewhere, without making it visible. False: there is no room, or
     /// the frame is in several pieces, and the caller keeps it.
     pub fn send_xdp(&mut self, frame: Handle, stats: &TxStats) -> bool {
-        if self.copies.is_some() {
+        if self.is_translated && self.copies.is_some() {
             return self.send_xdp_copy(frame, stats);
         }
         let mut piece = ffi::Piece::default();
@@ -595,7 +613,13 @@ impl TxQueue {
     /// Whether there is room for so many of the largest frames.
     fn has_room(&self, frames: u32) -> bool {
         self.ring.space() >= frames * ROOM
-            && self.copies.as_ref().is_none_or(|c| c.fifo.find(frames * LARGEST).is_some())
+            && (!self.is_translated || self.has_room_for_copies(frames))
+    }
+
+    /// Whether there is room for copies of so many of the largest frames that are copied.
+    fn has_room_for_copies(&self, frames: u32) -> bool {
+        let bytes = frames * (IN_FRONT + self.copybreak);
+        self.copies.as_ref().is_none_or(|copies| copies.fifo.find(bytes).is_some())
     }
 
     /// The device's address of the header in the slot of the next piece.
@@ -621,11 +645,6 @@ fn write_header<'a>(words: &'a [Word], header: &[u8; HEADER_BYTES]) -> Option<&'
     first.store(u64::from_le_bytes([0, 0, 0, 0, a, b, c, d]), Ordering::Relaxed);
     second.store(u64::from_le_bytes([e, f, g, h, i, j, k, l]), Ordering::Relaxed);
     Some(rest)
-}
-
-/// Whether a frame has a linear part only, and its copy has room in a slot.
-fn is_short(frame: &ffi::TxFrame) -> bool {
-    frame.frags == 0 && frame.linear as usize <= COPY_MAX
 }
 
 /// The header before a frame of the stack.

@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The module in each of Debian's kernels: it is loaded, finds its devices, and is unloaded.
+//! The module in each of Debian's kernels: it is loaded, finds its devices, and is unloaded. At the
+//! end frames go.
 
 use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use super::copybreak;
+use super::wire::FAR;
 use crate::bus::{Bus, device};
 use crate::guest::Guest;
 use crate::kit::kernels::{DebianKernel, Series};
 use crate::lab::Scene;
-use crate::linux;
+use crate::linux::{self, IP};
+use crate::nic;
+use crate::pair::ADDRESS;
 use crate::report::Skip;
 use crate::vm::VmSpec;
 use crate::workspace;
@@ -90,6 +95,7 @@ fn load(scene: &Scene, kernel: DebianKernel) -> Result<()> {
     }
     linux::insert(guest, "")?;
     find_devices(guest)?;
+    frames_go(guest).context("frames between the NICs")?;
     linux::check_kernel(guest)?;
     vm.power_off()
 }
@@ -119,6 +125,15 @@ fn find_devices(guest: &Guest) -> Result<()> {
         }
     }
     carry(guest)
+}
+
+/// Frames go from one NIC to the other, which is in a namespace of its own.
+fn frames_go(guest: &Guest) -> Result<()> {
+    let [near, far] = [linux::interface(guest, 2)?, linux::interface(guest, 0)?];
+    guest.ok(&format!("{IP} netns add far && {IP} link set {far} netns far"))?;
+    nic::set_up_in(guest, FAR, &far, &format!("{}/24", ADDRESS[1]))?;
+    nic::set_up(guest, &near, &format!("{}/24", ADDRESS[0]))?;
+    copybreak::follows_setting(guest, &near)
 }
 
 /// Opens the NIC that names the interrupt controller, and waits until the controller has a line for

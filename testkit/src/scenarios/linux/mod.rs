@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Scenarios with the Linux driver, the kernel module `vbus`.
 
+mod copybreak;
 mod flood;
 pub(super) mod liars;
 pub(super) mod lives;

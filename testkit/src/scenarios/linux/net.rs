@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use super::copybreak;
 use super::wire::{FAR, NICS, Wire};
 use crate::guest::Guest;
 use crate::initramfs::Archive;
@@ -216,6 +217,7 @@ impl Station {
             "2",
         )])?;
         self.ping().context("with coalescing")?;
+        copybreak::follows_setting(self.guest(), "near").context("small frames are copied")?;
         self.guest().ok("ethtool -C near rx-usecs 0 rx-frames 0")?;
 
         for off in ["rx-gro-hw off", "rx off", "tso off", "tx off"] {
