@@ -3,7 +3,7 @@
 //!
 //! This module knows no register of vbus. The [`BarHandler`] of a BAR gives the BAR its meaning.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -128,6 +128,8 @@ pub struct PciFunction {
     window: Option<usize>,
     /// The names of the device and of its class, for errors.
     names: (String, String),
+    /// See [`PciFunction::abandon`].
+    abandoned: bool,
 }
 
 /// An access that a driver makes through the window in the configuration space.
@@ -165,6 +167,7 @@ impl PciFunction {
             mask_events: Default::default(),
             window: None,
             names: Default::default(),
+            abandoned: false,
         }
     }
 
@@ -390,6 +393,24 @@ impl PciFunction {
         if index != IrqIndex::Intx {
             return Err(IrqError::NotMaskable);
         }
+        self.watch_mask(masked, eventfd, false)
+    }
+
+    /// As [`connect_mask`](Self::connect_mask), for an eventfd that another process has watched
+    /// before, which this process takes the place of.
+    ///
+    /// # Errors
+    /// [`IrqError::Os`].
+    pub fn adopt_mask(&mut self, masked: bool, eventfd: OwnedFd) -> Result<(), IrqError> {
+        self.watch_mask(masked, Some(eventfd), true)
+    }
+
+    fn watch_mask(
+        &mut self,
+        masked: bool,
+        eventfd: Option<OwnedFd>,
+        adopted: bool,
+    ) -> Result<(), IrqError> {
         let eventfd = eventfd.map(of_peer).transpose()?;
         let slot = &mut self.mask_events[usize::from(masked)];
         // End the old watch first. Both watches could have the same eventfd, and epoll watches an
@@ -397,10 +418,22 @@ impl PciFunction {
         *slot = None;
         if let Some(eventfd) = eventfd {
             let interrupts = self.interrupts.clone();
-            *slot =
-                Some(MaskEvent::start(&self.executor, self.worker, interrupts, eventfd, masked)?);
+            let on = (&self.executor, self.worker);
+            *slot = Some(MaskEvent::start(on, interrupts, eventfd, masked, adopted)?);
         }
         Ok(())
+    }
+
+    /// Copies of the eventfds that unmask INTx (the first) and mask it.
+    ///
+    /// # Errors
+    /// The process has no more descriptors.
+    pub fn mask_eventfds(&self) -> std::io::Result<[Option<OwnedFd>; 2]> {
+        let copy = |event: &Option<MaskEvent>| {
+            event.as_ref().map(|event| event.as_fd().try_clone_to_owned()).transpose()
+        };
+        let [unmask, mask] = &self.mask_events;
+        Ok([copy(unmask)?, copy(mask)?])
     }
 
     /// Disconnects all interrupts of an index.
@@ -522,6 +555,12 @@ impl PciFunction {
         self.interrupts.eventfds(index)
     }
 
+    /// Another process has the peer: when this is dropped, nobody is told that the peer has gone.
+    /// The device keeps its connection, and must not go on.
+    pub fn abandon(&mut self) {
+        self.abandoned = true;
+    }
+
     fn reset_config(&mut self) {
         self.config.reset();
         self.msix.iter_mut().for_each(|msix| msix.table.reset());
@@ -541,7 +580,9 @@ impl PciFunction {
 
 impl Drop for PciFunction {
     fn drop(&mut self) {
-        self.disconnected();
+        if !self.abandoned {
+            self.disconnected();
+        }
     }
 }
 

@@ -38,6 +38,15 @@ impl IrqIndex {
             _ => None,
         }
     }
+
+    /// The number of this index.
+    pub fn number(self) -> u32 {
+        match self {
+            IrqIndex::Intx => 0,
+            IrqIndex::Msi => 1,
+            IrqIndex::Msix => 2,
+        }
+    }
 }
 
 /// The reason why an interrupt operation failed. A failed operation has changed nothing.
@@ -386,6 +395,12 @@ impl Interrupts {
         state.messages_began();
         state.update();
         Ok(())
+    }
+
+    /// Whether INTx is masked for the connector.
+    #[cfg(test)]
+    pub(crate) fn is_masked(&self) -> bool {
+        self.read().masked
     }
 
     /// Copies of the eventfds that are connected to the interrupts of an index.

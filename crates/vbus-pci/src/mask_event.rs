@@ -2,6 +2,7 @@
 //! Masks and unmasks INTx by eventfds. An unmask is the end of the interrupt. With an eventfd, KVM
 //! reports it without the VMM.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,8 @@ struct MaskTask {
     masked: bool,
     /// False until the first poll, which may come without an event.
     watching: bool,
+    /// Another process has watched the eventfd before this one.
+    adopted: bool,
     /// The time at which an event that has come takes effect.
     due: Option<Instant>,
 }
@@ -50,7 +53,10 @@ impl Task for MaskTask {
         }
         // The task does not read the eventfd. The watch is edge-triggered, so each wake-up is an
         // event.
-        if std::mem::replace(&mut self.watching, true) || self.fd.is_signalled() {
+        // An eventfd of another process may be signalled since long. One more unmask does no harm,
+        // but one more mask would silence the interrupt.
+        let first = || self.fd.is_signalled() && !(self.adopted && self.masked);
+        if std::mem::replace(&mut self.watching, true) || first() {
             if !self.masked && self.interrupts.refired() >= REFIRED_AT_ONCE {
                 self.due = Some(Instant::now() + REFIRED_PAUSE);
                 return Ok(Progress::Idle);
@@ -70,23 +76,31 @@ impl Task for MaskTask {
 }
 
 impl MaskEvent {
-    /// Starts to watch `fd`, on the worker with index `worker` of the event loop.
+    /// Starts to watch `fd`, on the worker with index `worker` of the event loop. `adopted`:
+    /// another process has watched it before.
     pub(crate) fn start(
-        executor: &Arc<Executor>,
-        worker: usize,
+        (executor, worker): (&Arc<Executor>, usize),
         interrupts: Arc<Interrupts>,
         fd: PeerEventfd,
         masked: bool,
+        adopted: bool,
     ) -> Result<MaskEvent, IrqError> {
         let fd = Arc::new(fd);
         let (watching, due) = (false, None);
-        let task = Box::new(MaskTask { interrupts, fd: fd.clone(), masked, watching, due });
+        let task = MaskTask { interrupts, fd: fd.clone(), masked, watching, adopted, due };
+        let task = Box::new(task);
         let task = executor.spawn(worker, task, Arc::default(), |_| {});
         if let Err(errno) = task.watch(&*fd, Interest::Read) {
             task.stop();
             return Err(IrqError::Os(errno));
         }
         Ok(MaskEvent { task, fd })
+    }
+}
+
+impl AsFd for MaskEvent {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
@@ -114,9 +128,14 @@ mod tests {
         let trigger = both.try_clone().unwrap();
         interrupts.connect(IrqIndex::Intx, 0, vec![Some(trigger)]).unwrap();
         let fd = Arc::new(PeerEventfd::new(both).unwrap());
-        let (masked, watching, due) = (false, true, None);
-        let mut task =
-            MaskTask { interrupts: interrupts.clone(), fd: fd.clone(), masked, watching, due };
+        let mut task = MaskTask {
+            interrupts: interrupts.clone(),
+            fd: fd.clone(),
+            masked: false,
+            watching: true,
+            adopted: false,
+            due: None,
+        };
         interrupts.trigger(0);
         let begin = Instant::now();
         let mut fired = 0;
@@ -130,5 +149,24 @@ mod tests {
         assert!(task.deadline().is_some());
         interrupts.acknowledge();
         assert_eq!(interrupts.refired(), 0);
+    }
+
+    /// The eventfds have been signalled before this process got them. That an unmask came may be
+    /// new. A mask may be long over.
+    #[test]
+    fn an_eventfd_of_another_process_unmasks_at_first_and_does_not_mask() {
+        for masked in [false, true] {
+            let interrupts = Arc::new(Interrupts::with_intx());
+            let fd = eventfd(1, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+            let fd = Arc::new(PeerEventfd::new(fd).unwrap());
+            interrupts.mask(IrqIndex::Intx, !masked).unwrap();
+            let (watching, adopted, due) = (false, true, None);
+            let mut task =
+                MaskTask { interrupts: interrupts.clone(), fd, masked, watching, adopted, due };
+            task.poll(1).unwrap();
+            assert!(!interrupts.is_masked());
+            task.poll(1).unwrap();
+            assert_eq!(interrupts.is_masked(), masked, "later every event counts");
+        }
     }
 }

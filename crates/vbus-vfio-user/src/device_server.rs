@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Instant;
 
+use crate::saved::{self, SavedServer};
 use rustix::io::Errno;
 use vbus_core::memory::Resource;
 use vbus_core::{
@@ -57,6 +58,8 @@ struct PlaceState {
     server: Option<Box<Server<Served>>>,
     /// Nobody uses it any more.
     ended: bool,
+    /// It stands still, because another process may go on with it ([`DeviceServer::hold`]).
+    held: bool,
     seen: Seen,
 }
 
@@ -81,7 +84,8 @@ impl DeviceServer {
         options: Options,
     ) -> io::Result<DeviceServer> {
         let name = endpoint.name().to_owned();
-        Self::spawn(Server::bind(path, name, Served::new(endpoint.clone(), options))?, &endpoint)
+        let served = Served::new(endpoint.clone(), options);
+        Self::spawn(Server::bind(path, name, served)?, &endpoint, false)
     }
 
     /// Offers the device as [`start`](Self::start) does, to clients that connect to `listener`: a
@@ -98,21 +102,26 @@ impl DeviceServer {
     ) -> io::Result<DeviceServer> {
         let name = endpoint.name().to_owned();
         let served = Served::new(endpoint.clone(), options);
-        Self::spawn(Server::with_listener(listener, path, name, served)?, &endpoint)
+        Self::spawn(Server::with_listener(listener, path, name, served)?, &endpoint, false)
     }
 
-    fn spawn(server: Server<Served>, endpoint: &Endpoint) -> io::Result<DeviceServer> {
+    fn spawn(server: Server<Served>, endpoint: &Endpoint, held: bool) -> io::Result<DeviceServer> {
+        // The task itself never fails: every error ends a client and no more.
+        let place = Arc::<Place>::default();
+        let path = server.path().to_owned();
+        let ready = server.as_fd().try_clone_to_owned();
+        {
+            let mut state = lock(&place.state);
+            place.look_at(&mut state.seen, &server);
+            (state.held, state.server) = (held, Some(Box::new(server)));
+        }
+        let ready = ready?;
         // If the kernel lacks what interrupts need, the operator learns it now.
         Signaller::of_process()?;
         let executor = endpoint.executor().clone();
         let worker = endpoint.worker();
         let memory = endpoint.memory().clone();
         let counters = Arc::new(endpoint.counters().beside());
-        let path = server.path().to_owned();
-        let ready = server.as_fd().try_clone_to_owned()?;
-        // The task itself never fails: every error ends a client and no more.
-        let place = Arc::<Place>::default();
-        lock(&place.state).server = Some(Box::new(server));
         let turn = Turn {
             place: place.clone(),
             executor: Arc::downgrade(&executor),
@@ -136,6 +145,79 @@ impl DeviceServer {
         // A client may have come between the first poll and the watch.
         task.wake();
         Ok(DeviceServer { path, task, ready, place })
+    }
+
+    /// Stops the server between two messages, for a process that takes this one's place. Until
+    /// [`release`](Self::release) the client waits. What it has asked for and is under way is
+    /// finished first. While a server is held, dropping it, or the end of this process, does not
+    /// end the connection: it belongs to the other process.
+    ///
+    /// # Errors
+    /// The operation that is under way has not ended at `by`. The server goes on.
+    pub fn hold(&self, by: Instant) -> Result<(), HoldError> {
+        let mut state = lock(&self.place.state);
+        state.held = true;
+        while state.server.is_none() {
+            let rest = by.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                drop(state);
+                self.release();
+                return Err(HoldError);
+            }
+            let waited = self.place.back.wait_timeout(state, rest);
+            state = waited.unwrap_or_else(|e| e.into_inner()).0;
+        }
+        if let Some(server) = &mut state.server {
+            end_if_lost(server);
+            server.settle(Instant::now());
+            server.target_mut().held = true;
+        }
+        Ok(())
+    }
+
+    /// Lets a server go on that is held, also one that was restored.
+    pub fn release(&self) {
+        let mut state = lock(&self.place.state);
+        state.held = false;
+        if let Some(server) = &mut state.server {
+            server.target_mut().held = false;
+        }
+        drop(state);
+        self.task.wake();
+    }
+
+    /// The server and its device as data. The server is held, and the device is quiesced
+    /// ([`Endpoint::quiesce`]). This changes nothing.
+    ///
+    /// # Errors
+    /// The device cannot be saved, or this process has as many descriptors as it may have.
+    pub fn save(&self) -> Result<SavedServer, String> {
+        let mut state = lock(&self.place.state);
+        let held = state.held;
+        let server = state.server.as_mut().filter(|_| held).ok_or("the server is not held")?;
+        let saved = server.save(Instant::now()).map_err(|error| error.to_string())?;
+        let Served { function, endpoint, .. } = server.target_mut();
+        saved::save(saved, function, endpoint)
+    }
+
+    /// Goes on from the state of another process's server. `endpoint` is a fresh device with the
+    /// same settings, which is quiesced, and `options` are those of the other server. `path` is
+    /// where the socket listens; its file stays when the server is dropped. The server is held,
+    /// until [`release`](Self::release). Its device goes on with [`Endpoint::resume`].
+    ///
+    /// # Errors
+    /// The state is wrong, or does not fit. The text is for people. The other process's client has
+    /// seen nothing. The device is of no use.
+    pub fn restore(
+        endpoint: &Arc<Endpoint>,
+        saved: SavedServer,
+        path: &Path,
+        options: Options,
+    ) -> Result<DeviceServer, String> {
+        let target = saved::restore(saved, endpoint, options)?;
+        let server = saved::server(target, path, endpoint.name())?;
+        Self::spawn(server, endpoint, true)
+            .map_err(|error| format!("device {:?}: {error}", endpoint.name()))
     }
 
     /// The path of the socket.
@@ -164,11 +246,32 @@ impl Drop for DeviceServer {
         while state.server.is_none() {
             state = self.place.back.wait(state).unwrap_or_else(|e| e.into_inner());
         }
+        state.let_go();
         let server = state.server.take();
         drop(state);
         drop(server);
     }
 }
+
+impl PlaceState {
+    /// A server that is held belongs to another process: dropping it must not end the connection.
+    fn let_go(&mut self) {
+        if let Some(server) = self.server.as_mut().filter(|_| self.held) {
+            server.give_up();
+        }
+    }
+}
+
+impl Drop for PlaceState {
+    fn drop(&mut self) {
+        self.let_go();
+    }
+}
+
+/// The client's operation does not end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("an operation of the client does not end")]
+pub struct HoldError;
 
 impl std::fmt::Debug for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -198,7 +301,7 @@ impl Turn {
             let outcome = server.ready_long(Instant::now());
             let mut state = lock(&self.place.state);
             self.place.look_at(&mut state.seen, &server);
-            if outcome.long && !state.ended {
+            if outcome.long && !state.ended && !state.held {
                 // Behind the long operations of the other devices.
                 drop(state);
                 return self.aside(server, task);
@@ -237,7 +340,9 @@ impl Task for ServerTask {
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let mut state = lock(&self.turn.place.state);
         let state = &mut *state;
-        let Some(server) = &mut state.server else { return Ok(Progress::Idle) };
+        let Some(server) = state.server.as_mut().filter(|_| !state.held) else {
+            return Ok(Progress::Idle);
+        };
         let (mut work, mut more, mut long) = (0, true, false);
         while more && !long && work < budget {
             end_if_lost(server);
@@ -256,7 +361,8 @@ impl Task for ServerTask {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        lock(&self.turn.place.state).server.as_ref().and_then(|server| server.deadline())
+        let state = lock(&self.turn.place.state);
+        state.server.as_ref().filter(|_| !state.held).and_then(|server| server.deadline())
     }
 
     fn adaptive(&self) -> bool {
@@ -266,14 +372,21 @@ impl Task for ServerTask {
 
 /// The target of the server: the device's function, and the memory that the client shares with the
 /// device.
-struct Served {
+pub(crate) struct Served {
     function: PciFunction,
     endpoint: Arc<Endpoint>,
+    /// Another process may go on with the client: see [`DeviceServer::hold`].
+    held: bool,
 }
 
 impl Served {
     fn new(endpoint: Arc<Endpoint>, options: Options) -> Served {
-        Served { function: device_function(endpoint.clone(), options), endpoint }
+        Served { function: device_function(endpoint.clone(), options), endpoint, held: false }
+    }
+
+    /// A target that is held, with the function of a device that was restored.
+    pub(crate) fn held(function: PciFunction, endpoint: Arc<Endpoint>) -> Served {
+        Served { function, endpoint, held: true }
     }
 
     fn doorbells(&mut self, region: u32) -> Vec<vbus_pci::IoEventFd> {
@@ -411,6 +524,12 @@ impl Target for Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
-        self.disconnected();
+        if !self.held {
+            return self.disconnected();
+        }
+        // The driver's memory, its eventfds and the back end are the other process's now. So the
+        // device never ends.
+        self.function.abandon();
+        std::mem::forget(self.endpoint.clone());
     }
 }

@@ -52,8 +52,10 @@
 //! ```
 
 mod device_server;
+mod saved;
 
-pub use device_server::DeviceServer;
+pub use device_server::{DeviceServer, HoldError};
+pub use saved::{SavedData, SavedServer};
 pub use vfio_user_protocol::bind_private;
 
 /// The examples of the README compile.

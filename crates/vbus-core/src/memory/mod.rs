@@ -25,6 +25,7 @@
 mod budget;
 mod file;
 mod integer;
+mod saved;
 mod slice;
 mod table;
 mod window;
@@ -47,6 +48,7 @@ pub use self::budget::{Exceeded, METRICS, Resource};
 pub use self::file::IOCTLS;
 use self::file::{FileKey, Found, SharedFile};
 pub use self::integer::SharedInteger;
+pub use self::saved::{SavedMap, SavedMaps};
 pub use self::slice::DriverSlice;
 use self::table::{EMPTY, Map, Place, Run, Table};
 use self::window::Keep;

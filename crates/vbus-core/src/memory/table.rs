@@ -84,7 +84,7 @@ impl Table {
     }
 
     /// The maps from the first one on that ends after `addr`.
-    fn from(&self, addr: u64) -> impl Iterator<Item = &Map> {
+    pub(super) fn from(&self, addr: u64) -> impl Iterator<Item = &Map> {
         let chunk = self.chunk(addr);
         let (_, maps) = self.chunks.get(chunk).map_or((0, &[][..]), |(s, maps)| (*s, maps));
         let skip = maps.partition_point(|map| map.end() <= addr);

@@ -9,6 +9,7 @@ mod device;
 mod echo;
 mod fairness;
 mod pic;
+mod saved;
 #[path = "../../examples/fairness/stage.rs"]
 mod stage;
 mod storm;

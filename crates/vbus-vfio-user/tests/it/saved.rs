@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Another bus goes on with a device, its server and its client. The driver notices nothing.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use vbus_core::shm::signal::Armed;
+use vbus_core::{
+    Bus, Connection, Device, Endpoint, ErrorCode, Executor, Identity, Open, Progress, Region,
+    Tuning,
+};
+use vbus_driver::{Function, Hal, Memory};
+use vbus_process::{MEMORY_BYTES, Process};
+use vbus_vfio_user::{DeviceServer, SavedData, SavedServer};
+
+/// How long a test waits for what must happen.
+const BOUND: Duration = Duration::from_secs(60);
+
+/// A call adds to a sum and returns it. A doorbell copies the first word of the region to the
+/// second, and interrupts the driver.
+struct Summer;
+
+struct Summing {
+    sum: u64,
+    region: Option<Region>,
+}
+
+impl Device for Summer {
+    fn identity(&self) -> Identity {
+        Identity::user("summer")
+    }
+
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
+        Ok(Box::new(Summing { sum: 0, region: None }))
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        Ok(json!({}))
+    }
+
+    fn restore(&self, _: &Value) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn reopen(
+        &self,
+        _: Open,
+        mut regions: Vec<Region>,
+        state: &Value,
+    ) -> Result<Box<dyn Connection>, String> {
+        let sum = state["sum"].as_u64().ok_or("no sum")?;
+        Ok(Box::new(Summing { sum, region: regions.pop() }))
+    }
+}
+
+impl Connection for Summing {
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
+        self.region = Some(region);
+        Ok(())
+    }
+
+    fn call(&mut self, _: u32, _: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
+        self.sum += buffer.iter().map(|&byte| u64::from(byte)).sum::<u64>();
+        Ok(self.sum)
+    }
+
+    fn poll(&mut self, _: u32) -> Result<Progress, ErrorCode> {
+        let Some(region) = &self.region else { return Ok(Progress::Idle) };
+        let words = region.window.words();
+        let asked = words[0].load(Ordering::Acquire);
+        if words[1].load(Ordering::Relaxed) == asked {
+            return Ok(Progress::Idle);
+        }
+        words[1].store(asked, Ordering::Release);
+        region.interrupt.trigger();
+        Ok(Progress::Busy)
+    }
+
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
+        Ok(Armed::Waiting)
+    }
+
+    fn save(&mut self) -> Result<Value, String> {
+        Ok(json!({ "sum": self.sum }))
+    }
+}
+
+/// A bus of one device.
+struct One {
+    bus: Bus,
+    server: DeviceServer,
+}
+
+fn fresh() -> (Bus, Arc<Endpoint>) {
+    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new());
+    let endpoint = bus.add("summer0", Arc::new(Summer)).unwrap();
+    (bus, endpoint)
+}
+
+impl One {
+    fn start(path: &Path) -> One {
+        let (bus, endpoint) = fresh();
+        let server = DeviceServer::start(endpoint, path, Default::default()).unwrap();
+        One { bus, server }
+    }
+
+    fn endpoint(&self) -> Arc<Endpoint> {
+        self.bus.get("summer0").unwrap()
+    }
+
+    /// Stops, and returns the state.
+    fn stop(&self) -> SavedServer {
+        self.server.hold(Instant::now() + BOUND).unwrap();
+        self.endpoint().quiesce().unwrap();
+        self.server.save().unwrap()
+    }
+
+    /// Goes on as if nobody had asked.
+    fn go_on(&self) {
+        self.endpoint().resume();
+        self.server.release();
+    }
+
+    /// Another bus, which is ready to go on, and does not yet.
+    fn next(saved: SavedServer, path: &Path) -> Result<One, String> {
+        let (bus, endpoint) = fresh();
+        endpoint.quiesce().unwrap();
+        let server = DeviceServer::restore(&endpoint, saved, path, Default::default())?;
+        Ok(One { bus, server })
+    }
+}
+
+/// The data pass through a text, as between two processes.
+fn through_text(saved: SavedServer) -> SavedServer {
+    let text = serde_json::to_string(&saved.data).unwrap();
+    let data: SavedData = serde_json::from_str(&text).unwrap();
+    SavedServer { data, descriptors: saved.descriptors }
+}
+
+/// Calls, rings and waits without end, and checks every answer. Returns the number of rounds.
+fn drive(path: PathBuf, stop: &AtomicBool, rounds: &AtomicU64) {
+    let process = Process::connect(path, MEMORY_BYTES).unwrap();
+    let mut function = Function::probe(process.clone()).unwrap();
+    function.open(0).unwrap();
+    let memory = process.alloc(4096).unwrap();
+    let region = function.region_add(0, 0, &memory, (0, 4096), None).unwrap();
+    let words = memory.words();
+    let mut sum = 0;
+    let mut round = 0;
+    while !stop.load(Ordering::Relaxed) {
+        round += 1;
+        sum += round % 256;
+        let byte = u8::try_from(round % 256).unwrap();
+        assert_eq!(function.call(1, 0, &mut [byte]), Ok(sum), "a call was lost or done twice");
+        words[0].store(round, Ordering::Release);
+        function.ring(region.handle());
+        let begun = Instant::now();
+        while words[1].load(Ordering::Acquire) != round {
+            assert!(begun.elapsed() < BOUND, "the device does not answer round {round}");
+            std::thread::yield_now();
+        }
+        rounds.store(round, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_driver_under_load_notices_nothing_of_many_buses() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let mut bus = One::start(&path);
+    let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let driver = scope.spawn(|| drive(path.clone(), &stop, &rounds));
+        for turn in 0..30 {
+            let (before, begun) = (rounds.load(Ordering::Relaxed), Instant::now());
+            while rounds.load(Ordering::Relaxed) < before + 20 {
+                assert!(begun.elapsed() < BOUND && !driver.is_finished(), "it stands still");
+                std::thread::yield_now();
+            }
+            let saved = through_text(bus.stop());
+            match turn % 3 {
+                // Nobody takes it.
+                0 => bus.go_on(),
+                // The other bus takes it, and fails afterwards.
+                1 => {
+                    drop(One::next(saved, &path).unwrap());
+                    bus.go_on();
+                }
+                _ => {
+                    let next = One::next(saved, &path).unwrap();
+                    let before = std::mem::replace(&mut bus, next);
+                    drop(before);
+                    bus.go_on();
+                }
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        driver.join().unwrap();
+    });
+    let endpoint = bus.endpoint();
+    assert_eq!(endpoint.counters().opens.get(), 1, "the driver has opened it once");
+    assert_eq!(endpoint.counters().broken.get(), 0);
+    assert_eq!(bus.server.stats().clients, 1);
+}
+
+#[test]
+fn a_state_that_lies_leaves_the_first_bus_with_its_client() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let bus = One::start(&path);
+    let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let driver = scope.spawn(|| drive(path.clone(), &stop, &rounds));
+        let begun = Instant::now();
+        while rounds.load(Ordering::Relaxed) < 5 {
+            assert!(begun.elapsed() < BOUND, "it stands still");
+            std::thread::yield_now();
+        }
+        for lie in 0..8 {
+            let SavedServer { data, mut descriptors } = bus.stop();
+            let mut value = serde_json::to_value(&data).unwrap();
+            match lie {
+                0 => drop(descriptors.pop()),
+                1 => descriptors.push(descriptors[0].try_clone().unwrap()),
+                // An eventfd, or the socket of the client, where something else belongs.
+                2 => descriptors.reverse(),
+                3 => value["files"] = json!(7),
+                4 => value["maps"][0]["len"] = json!(1u64 << 60),
+                5 => value["function"]["config"] = json!("00"),
+                6 => value["doorbells"] = json!([9999]),
+                _ => value["function"]["bars"][0]["state"]["device"]["class"] = json!("other"),
+            }
+            let Ok(data) = serde_json::from_value(value) else { panic!("lie {lie} is no state") };
+            let next = One::next(SavedServer { data, descriptors }, &path);
+            assert!(next.is_err(), "lie {lie} is believed");
+            bus.go_on();
+            let (before, begun) = (rounds.load(Ordering::Relaxed), Instant::now());
+            while rounds.load(Ordering::Relaxed) < before + 5 {
+                assert!(begun.elapsed() < BOUND && !driver.is_finished(), "after lie {lie}");
+                std::thread::yield_now();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        driver.join().unwrap();
+    });
+}
