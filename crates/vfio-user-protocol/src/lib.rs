@@ -72,6 +72,7 @@ mod candidate;
 mod client;
 mod closer;
 mod eventfd;
+mod failure;
 mod listen;
 pub mod message;
 mod patience;

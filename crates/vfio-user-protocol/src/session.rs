@@ -9,13 +9,13 @@
 //! reply without a request.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::Errno;
 
 use crate::closer::PeerFds;
 use crate::eventfd::is_eventfd;
+use crate::failure::{Failure, MAX_MULTI_WRITES};
 use crate::message::{
     self, DATAMATCH, DEVICE_IS_PCI, DEVICE_RESETS, DmaMap, DmaUnmap, Feature, Header, Info,
     IrqData, IrqVerb, Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SUB_REGION_LEN,
@@ -25,9 +25,6 @@ use crate::socket::Message;
 use crate::state::{BadState, SessionData};
 use crate::target::{IrqAction, Mapping, Target};
 use crate::version::{self, Disagreement, MAX_TRANSFER, MAX_VERSION_DATA, Negotiated};
-
-/// The most writes in one `REGION_WRITE_MULTI`. QEMU sends up to 200.
-const MAX_MULTI_WRITES: usize = 256;
 
 /// How much one call may do. An operation is *long* if it may take more than some ten microseconds:
 /// `DMA_MAP`, `DMA_UNMAP`, `DEVICE_RESET`, a write of which the target says so
@@ -122,99 +119,6 @@ pub enum Violation {
     /// The client sent a reply. The server sends no commands, so it expects no replies.
     #[error("reply {0} without a request")]
     Reply(Header),
-}
-
-/// The reason why a command failed. The client gets the errno, and the log the text.
-#[derive(Debug)]
-enum Failure {
-    Malformed(Malformed),
-    Descriptors { expected: &'static str, got: usize },
-    NoSuch(&'static str, u32),
-    Outside { region: u32, offset: u64, count: u64, size: u64 },
-    TooMuch(u64),
-    TooManyWrites(usize),
-    NotAllowed(&'static str, u32),
-    IrqRange { index: u32, start: u32, count: u32, have: u32 },
-    BadRange(u64, u64),
-    Overlap(u64, u64),
-    TooManyMaps(usize),
-    Offset(u64),
-    NotEventfd,
-    Cut(u64, u64),
-    Unsupported(&'static str),
-    Unknown,
-    WrongDirection,
-    Feature(u16),
-    Device(Errno),
-}
-
-impl Failure {
-    fn errno(&self) -> Errno {
-        match self {
-            Self::Overlap(..) => Errno::EXIST,
-            Self::TooManyMaps(_) => Errno::NOSPC,
-            Self::NotAllowed(..) => Errno::PERM,
-            Self::Unsupported(_) => Errno::OPNOTSUPP,
-            Self::Unknown => Errno::NOSYS,
-            // The kernel's VFIO answers the same. For QEMU it means "not supported", which is no
-            // fault.
-            Self::Feature(_) => Errno::NOTTY,
-            Self::Device(errno) => *errno,
-            _ => Errno::INVAL,
-        }
-    }
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Malformed(e) => e.fmt(f),
-            Self::Descriptors { expected, got } => {
-                write!(f, "{got} descriptors where {expected} belong")
-            }
-            Self::NoSuch(what, index) => write!(f, "no {what} {index}"),
-            Self::Outside { region, offset, count, size } => {
-                write!(f, "{count} bytes at {offset:#x} of region {region}, which has {size:#x}")
-            }
-            Self::TooMuch(count) => write!(f, "{count} bytes, at most {MAX_TRANSFER} are allowed"),
-            Self::TooManyWrites(count) => {
-                write!(f, "{count} writes, at most {MAX_MULTI_WRITES} are allowed")
-            }
-            Self::NotAllowed(what, region) => write!(f, "region {region} cannot be {what}"),
-            Self::IrqRange { index, start, count, have } => {
-                write!(f, "interrupts {start} and {count} on of index {index}, which has {have}")
-            }
-            Self::BadRange(address, size) => {
-                write!(f, "no range of whole pages: {size:#x} bytes at {address:#x}")
-            }
-            Self::Overlap(address, size) => {
-                write!(f, "{size:#x} bytes at {address:#x} are mapped already")
-            }
-            Self::TooManyMaps(most) => write!(f, "{most} mappings are the most"),
-            Self::Offset(offset) => write!(f, "file offset {offset:#x} without a file"),
-            Self::NotEventfd => write!(f, "a descriptor that is no eventfd"),
-            Self::Cut(address, size) => {
-                write!(f, "{size:#x} bytes at {address:#x} are not whole mappings")
-            }
-            Self::Unsupported(what) => write!(f, "{what} is not supported"),
-            Self::Unknown => write!(f, "no such command"),
-            Self::WrongDirection => write!(f, "a command that only servers send"),
-            Self::Feature(number) => write!(f, "no device feature {number}"),
-            Self::Device(errno) => write!(f, "refused by the device: {errno}"),
-        }
-    }
-}
-
-impl From<Malformed> for Failure {
-    fn from(e: Malformed) -> Self {
-        Self::Malformed(e)
-    }
-}
-
-impl From<Errno> for Failure {
-    fn from(e: Errno) -> Self {
-        Self::Device(e)
-    }
 }
 
 #[derive(Default)]
