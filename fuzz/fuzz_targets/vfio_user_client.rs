@@ -19,7 +19,8 @@ use rustix::net::{
 };
 use vbus_fuzz::OpenFiles;
 use vfio_user_protocol::message::{
-    HEADER_LEN, IrqVerb, Kind, MultiWrite, REGION_ACCESS_LEN, RegionAccess, command, message,
+    DmaRange, Feature, HEADER_LEN, IrqVerb, Kind, MigrationState, MultiWrite, REGION_ACCESS_LEN,
+    RegionAccess, command, feature, message,
 };
 use vfio_user_protocol::{Client, ClientError};
 
@@ -35,7 +36,8 @@ fn eventfds(count: usize) -> Vec<OwnedFd> {
 /// A call of the client, by a number: the commands that it sends, and what it does.
 fn call(number: u8) -> (&'static [u16], fn(&mut Client) -> Result<(), ClientError>) {
     const IO_FDS: u16 = command::DEVICE_GET_REGION_IO_FDS;
-    match number % 12 {
+    const FEATURE: u16 = command::DEVICE_FEATURE;
+    match number % 20 {
         0 => (&[command::DEVICE_GET_INFO], |client| client.device_info().map(drop)),
         1 => (&[command::DEVICE_GET_REGION_INFO], |client| client.region_info(7).map(drop)),
         2 => (&[command::DEVICE_GET_IRQ_INFO], |client| client.irq_info(2).map(drop)),
@@ -56,7 +58,24 @@ fn call(number: u8) -> (&'static [u16], fn(&mut Client) -> Result<(), ClientErro
             let file = eventfds(1);
             client.dma_map(file[0].as_fd(), 0, 4096, 4096)
         }),
-        _ => (&[command::DEVICE_RESET], Client::reset),
+        11 => (&[command::DEVICE_RESET], Client::reset),
+        12 => (&[FEATURE], |client| client.migration_flags().map(drop)),
+        13 => (&[FEATURE], |client| client.migration_state().map(drop)),
+        14 => (&[FEATURE], |client| client.set_migration_state(MigrationState::StopCopy)),
+        15 => (&[command::MIG_DATA_READ], |client| {
+            let read = client.migration_read()?;
+            assert!(read.len() <= 1 << 20);
+            Ok(())
+        }),
+        16 => (&[command::MIG_DATA_WRITE], |client| client.migration_write(&[7; 9])),
+        17 => (&[FEATURE], |client| {
+            client.dma_logging_start(4096, &[DmaRange { iova: 0, length: 8192 }]).map(drop)
+        }),
+        _ => (&[FEATURE], |client| {
+            let bitmap = client.dma_logging_report(4096, 65 * 4096, 4096)?;
+            assert_eq!(bitmap.len(), 2);
+            Ok(())
+        }),
     }
 }
 
@@ -70,6 +89,18 @@ fn body(form: u8, number: u16, bytes: &[u8]) -> Vec<u8> {
             let body = READ.body(&data);
             assert_eq!(body.len(), REGION_ACCESS_LEN + data.len());
             body
+        }
+        // The flags of the call that they answer, by the form.
+        command::DEVICE_FEATURE if form & 8 == 0 => {
+            let number = match bytes.first().map_or(0, |byte| byte % 4) {
+                0 => feature::MIGRATION,
+                1 => feature::MIG_DEVICE_STATE,
+                2 => feature::DMA_LOGGING_START,
+                _ => feature::DMA_LOGGING_REPORT,
+            };
+            let get = form & 0x40 == 0;
+            let asked = Feature { argsz: 64, feature: number, get, set: !get, probe: false };
+            asked.body(bytes.get(1..).unwrap_or(&[]))
         }
         _ => bytes.to_vec(),
     }

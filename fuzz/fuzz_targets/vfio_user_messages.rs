@@ -19,7 +19,10 @@ use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vbus_fuzz::OpenFiles;
-use vfio_user_protocol::message::{HEADER_LEN, Header, Kind};
+use vfio_user_protocol::message::{
+    DmaRange, HEADER_LEN, Header, Kind, LoggingReport, MigrationFlags, MigrationState,
+};
+use vfio_user_protocol::migration::{ArcFailure, MAX_LOGGING_RANGES, MigrationArc};
 use vfio_user_protocol::session::{Answer, Session};
 use vfio_user_protocol::socket::{Received, Receiver, Source};
 use vfio_user_protocol::{
@@ -34,9 +37,18 @@ struct Device {
     maps: BTreeMap<u64, u64>,
     irqs: Vec<Option<OwnedFd>>,
     connected: bool,
+    state: MigrationState,
+    written: usize,
+    logs: bool,
 }
 
 impl Device {
+    /// Goes from one of these states to another, or panics.
+    fn go(&mut self, from: MigrationState, to: MigrationState) {
+        assert_eq!(self.state, from);
+        self.state = to;
+    }
+
     fn check(&self, region: u32, offset: u64, len: usize) {
         assert!(
             self.connected
@@ -124,6 +136,75 @@ impl Target for Device {
     }
 
     fn reset(&mut self) -> Result<(), Errno> {
+        (self.state, self.written) = (MigrationState::Running, 0);
+        Ok(())
+    }
+
+    fn migration(&mut self) -> Option<MigrationFlags> {
+        Some(MigrationFlags { stop_copy: true, p2p: false, pre_copy: true })
+    }
+
+    fn migrate(&mut self, arc: MigrationArc) -> Result<(), ArcFailure> {
+        use MigrationState::{PreCopy, Resuming, Running, Stop, StopCopy};
+        match arc {
+            MigrationArc::Stop => self.go(Running, Stop),
+            MigrationArc::Start => self.go(Stop, Running),
+            MigrationArc::BeginPreCopy => self.go(Running, PreCopy),
+            MigrationArc::EndPreCopy => self.go(PreCopy, Running),
+            MigrationArc::StopInPreCopy => self.go(PreCopy, StopCopy),
+            MigrationArc::BeginSaving => self.go(Stop, StopCopy),
+            MigrationArc::EndSaving => self.go(StopCopy, Stop),
+            MigrationArc::BeginRestoring => self.go(Stop, Resuming),
+            MigrationArc::EndRestoring => {
+                if std::mem::take(&mut self.written) % 3 == 1 {
+                    self.go(Resuming, MigrationState::Error);
+                    return Err(ArcFailure::Failed(Errno::IO));
+                }
+                self.go(Resuming, Stop)
+            }
+        }
+        Ok(())
+    }
+
+    fn migration_read(&mut self, data: &mut [u8]) -> Result<usize, Errno> {
+        assert!(matches!(self.state, MigrationState::PreCopy | MigrationState::StopCopy));
+        Ok(data.len() / 2)
+    }
+
+    fn migration_write(&mut self, data: &[u8]) -> Result<(), Errno> {
+        assert_eq!(self.state, MigrationState::Resuming);
+        self.written += data.len();
+        Ok(())
+    }
+
+    fn logs_dma(&self) -> bool {
+        true
+    }
+
+    fn dma_logging_start(&mut self, page_size: u64, ranges: &[DmaRange]) -> Result<u64, Errno> {
+        assert!(!self.logs && page_size.is_power_of_two() && ranges.len() <= MAX_LOGGING_RANGES);
+        for (i, a) in ranges.iter().enumerate() {
+            let end = a.iova.checked_add(a.length).expect("an end");
+            assert!(a.length > 0);
+            assert!(ranges[..i].iter().all(|b| b.iova >= end || b.iova + b.length <= a.iova));
+        }
+        self.logs = true;
+        Ok(page_size)
+    }
+
+    fn dma_logging_stop(&mut self) {
+        assert!(self.logs);
+        self.logs = false;
+    }
+
+    fn dma_logging_report(
+        &mut self,
+        report: LoggingReport,
+        bitmap: &mut [u64],
+    ) -> Result<(), Errno> {
+        assert!(self.logs && report.words() == Some(bitmap.len() as u64));
+        assert!(bitmap.len() <= 1 << 17);
+        bitmap.fill(1);
         Ok(())
     }
 

@@ -19,9 +19,10 @@ use rustix::net::{
 use crate::closer::Closer;
 use crate::eventfd::is_eventfd;
 use crate::message::{
-    self, DATAMATCH, DEVICE_RESETS, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData, IrqVerb,
-    Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SetIrqs, SubRegion, Version,
-    command, command_name,
+    self, DATAMATCH, DEVICE_RESETS, DmaMap, DmaRange, DmaUnmap, FEATURE_LEN, Feature, HEADER_LEN,
+    Header, Info, IrqData, IrqVerb, Kind, LoggingControl, LoggingReport, Malformed, MigData,
+    MigrationFlags, MigrationState, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SetIrqs,
+    SubRegion, Version, command, command_name, feature,
 };
 use crate::patience::{Patience, TIMEOUT, Wait};
 use crate::socket::{Broken, Message, Received, Receiver, Sender, SocketSource, Source};
@@ -598,12 +599,202 @@ impl Client {
         })
     }
 
+    /// Asks for or sets a feature of the device (`DEVICE_FEATURE`). `room`: the most bytes of data
+    /// that the reply may have. Returns the data of the reply.
+    fn feature(
+        &mut self,
+        asked: Feature,
+        data: &[u8],
+        room: usize,
+    ) -> Result<Vec<u8>, ClientError> {
+        const NAME: &str = "DEVICE_FEATURE";
+        let argsz = u32::try_from(FEATURE_LEN + room.max(data.len()));
+        let argsz = argsz.map_err(|_| ClientError::TooMuch(NAME))?;
+        let asked = Feature { argsz, ..asked };
+        self.ask(command::DEVICE_FEATURE, &asked.body(data), &[], |reply| {
+            match Feature::parse(&reply.body) {
+                Ok((echo, data)) if echo == (Feature { argsz: echo.argsz, ..asked }) => {
+                    Ok(data.to_vec())
+                }
+                Ok(_) => Err(ClientError::Mismatch(reply.header, NAME)),
+                Err(e) => Err(ClientError::Malformed(NAME, e)),
+            }
+        })
+    }
+
+    fn get(&mut self, number: u16, data: &[u8], room: usize) -> Result<Vec<u8>, ClientError> {
+        let asked = Feature { argsz: 0, feature: number, get: true, set: false, probe: false };
+        self.feature(asked, data, room)
+    }
+
+    fn set(&mut self, number: u16, data: &[u8]) -> Result<Vec<u8>, ClientError> {
+        let asked = Feature { argsz: 0, feature: number, get: false, set: true, probe: false };
+        self.feature(asked, data, 0)
+    }
+
+    /// Whether the server can log the pages that the device writes, for
+    /// [`dma_logging_start`](Self::dma_logging_start).
+    ///
+    /// # Errors
+    /// The connection fails.
+    pub fn logs_dma(&mut self) -> Result<bool, ClientError> {
+        let number = feature::DMA_LOGGING_START;
+        let asked = Feature { argsz: 0, feature: number, get: false, set: true, probe: true };
+        absent(self.feature(asked, &[], 0)).map(|found| found.is_some())
+    }
+
+    /// Asks which states of a migration the device has (`VFIO_DEVICE_FEATURE_MIGRATION`). `None`:
+    /// the device cannot be migrated.
+    ///
+    /// # Errors
+    /// The connection fails.
+    pub fn migration_flags(&mut self) -> Result<Option<MigrationFlags>, ClientError> {
+        let found = self.get(feature::MIGRATION, &[], MigrationFlags::LEN);
+        let Some(data) = absent(found)? else { return Ok(None) };
+        MigrationFlags::parse(&data).map(Some).map_err(|e| self.malformed(e))
+    }
+
+    /// Asks for the state of the migration.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn migration_state(&mut self) -> Result<MigrationState, ClientError> {
+        let data = self.get(feature::MIG_DEVICE_STATE, &[], MigrationState::LEN)?;
+        MigrationState::parse(&data).map_err(|e| self.malformed(e))
+    }
+
+    /// Takes the device to another state of the migration, by the way that
+    /// [`migration::next`](crate::migration::next) describes.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`]. If the server refuses, the device may have gone a part of the
+    /// way: ask for its [state](Self::migration_state).
+    pub fn set_migration_state(&mut self, state: MigrationState) -> Result<(), ClientError> {
+        self.set(feature::MIG_DEVICE_STATE, &state.data()).map(drop)
+    }
+
+    /// Reads the next bytes of the device's state, as many as one message has, in the state
+    /// `PRE_COPY` or `STOP_COPY`. An empty result is the end of what is there in this state.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn migration_read(&mut self) -> Result<Vec<u8>, ClientError> {
+        const NAME: &str = "MIG_DATA_READ";
+        let size = u32::try_from(self.negotiated.peer_transfer.min(MAX_TRANSFER));
+        let size = size.map_err(|_| ClientError::TooMuch(NAME))?;
+        self.ask(command::MIG_DATA_READ, &MigData::of(size).body(&[]), &[], |reply| {
+            match MigData::parse_with_data(&reply.body) {
+                Ok((_, data)) if data.len() <= size as usize => Ok(data.to_vec()),
+                Ok(_) => Err(ClientError::Mismatch(reply.header, NAME)),
+                Err(e) => Err(ClientError::Malformed(NAME, e)),
+            }
+        })
+    }
+
+    /// Writes the next bytes of a device's state, in the state `RESUMING`. It sends as many messages
+    /// as are needed.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn migration_write(&mut self, data: &[u8]) -> Result<(), ClientError> {
+        const NAME: &str = "MIG_DATA_WRITE";
+        for piece in data.chunks(self.negotiated.peer_transfer.clamp(1, MAX_TRANSFER)) {
+            let size = u32::try_from(piece.len()).map_err(|_| ClientError::TooMuch(NAME))?;
+            self.call(command::MIG_DATA_WRITE, &MigData::of(size).body(piece), &[])?;
+        }
+        Ok(())
+    }
+
+    /// Lets the server log the pages that the device writes within these ranges, or all pages if
+    /// there are none. Returns the size of a page that the server has chosen.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn dma_logging_start(
+        &mut self,
+        page_size: u64,
+        ranges: &[DmaRange],
+    ) -> Result<u64, ClientError> {
+        let control = LoggingControl { page_size, ranges: ranges.to_vec() };
+        let data = self.set(feature::DMA_LOGGING_START, &control.data())?;
+        LoggingControl::parse(&data).map(|chosen| chosen.page_size).map_err(|e| self.malformed(e))
+    }
+
+    /// Ends the log of the pages that the device writes.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn dma_logging_stop(&mut self) -> Result<(), ClientError> {
+        self.set(feature::DMA_LOGGING_STOP, &[]).map(drop)
+    }
+
+    /// Asks which pages of `length` bytes from `iova` on the device has written since the log began
+    /// or since their last report. Bit `n % 64` of word `n / 64` of the result stands for the page
+    /// at `iova + n * page_size`. It sends as many messages as are needed.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`]. The caller then has to take all pages for written.
+    pub fn dma_logging_report(
+        &mut self,
+        iova: u64,
+        length: u64,
+        page_size: u64,
+    ) -> Result<Vec<u64>, ClientError> {
+        const NAME: &str = "DEVICE_FEATURE";
+        let whole = LoggingReport { iova, length, page_size };
+        whole.words().ok_or(ClientError::TooMuch(NAME))?;
+        // A piece has whole words. So has its reply, with the two fixed parts.
+        let fixed = FEATURE_LEN + LoggingReport::LEN;
+        let words =
+            (self.negotiated.peer_transfer.min(MAX_TRANSFER) / 8).saturating_sub(fixed / 8).max(1);
+        let piece = (words as u64).saturating_mul(64).saturating_mul(page_size);
+        let mut bitmap = Vec::new();
+        let mut at = 0;
+        while at < length {
+            let report =
+                LoggingReport { iova: iova + at, length: piece.min(length - at), page_size };
+            let words = report.words().unwrap_or(0);
+            let bytes = usize::try_from(words * 8).map_err(|_| ClientError::TooMuch(NAME))?;
+            let data = report.data(&[]);
+            let reply = self.get(feature::DMA_LOGGING_REPORT, &data, data.len() + bytes)?;
+            match LoggingReport::parse(&reply) {
+                Ok((echo, found)) if echo == report && found.len() == bytes => {
+                    let words = found.chunks_exact(8).filter_map(|word| word.first_chunk());
+                    bitmap.extend(words.map(|word| u64::from_ne_bytes(*word)));
+                }
+                Ok((_, found)) => {
+                    let short = Malformed::Short { need: bytes, have: found.len() };
+                    return Err(self.malformed(short));
+                }
+                Err(e) => return Err(self.malformed(e)),
+            }
+            at = at.saturating_add(piece);
+        }
+        Ok(bitmap)
+    }
+
+    /// The data of a feature do not have their form.
+    fn malformed(&mut self, error: Malformed) -> ClientError {
+        self.broken(ClientError::Malformed("DEVICE_FEATURE", error))
+    }
+
     /// Resets the device.
     ///
     /// # Errors
     /// See [`Client::device_info`].
     pub fn reset(&mut self) -> Result<(), ClientError> {
         self.call(command::DEVICE_RESET, &[], &[]).map(drop)
+    }
+}
+
+/// A feature that the server does not have. The kernel's VFIO and this crate say ENOTTY, libvfio-user
+/// says EINVAL, and servers without features ENOSYS or EOPNOTSUPP.
+fn absent<R>(found: Result<R, ClientError>) -> Result<Option<R>, ClientError> {
+    const ABSENT: [Errno; 4] = [Errno::NOTTY, Errno::INVAL, Errno::NOSYS, Errno::OPNOTSUPP];
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(ClientError::Refused { errno, .. }) if ABSENT.contains(&errno) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

@@ -5,7 +5,8 @@ use std::fmt;
 
 use rustix::io::Errno;
 
-use crate::message::Malformed;
+use crate::message::{Malformed, MigrationState};
+use crate::migration::{MAX_LOGGING_RANGES, MigrationArc};
 use crate::version::MAX_TRANSFER;
 
 /// The most writes in one `REGION_WRITE_MULTI`. QEMU sends up to 200.
@@ -32,6 +33,7 @@ pub(crate) enum Failure {
     Unknown,
     WrongDirection,
     Feature(u16),
+    Migration(Refusal),
     Device(Errno),
 }
 
@@ -46,7 +48,8 @@ impl Failure {
             // The kernel's VFIO answers the same. For QEMU it means "not supported", which is no
             // fault.
             Self::Feature(_) => Errno::NOTTY,
-            Self::Device(errno) => *errno,
+            Self::Migration(Refusal::TooManyRanges(_)) => Errno::TOOBIG,
+            Self::Migration(Refusal::Arc(_, errno)) | Self::Device(errno) => *errno,
             _ => Errno::INVAL,
         }
     }
@@ -87,6 +90,7 @@ impl fmt::Display for Failure {
             Self::Unknown => write!(f, "no such command"),
             Self::WrongDirection => write!(f, "a command that only servers send"),
             Self::Feature(number) => write!(f, "no device feature {number}"),
+            Self::Migration(refusal) => refusal.fmt(f),
             Self::Device(errno) => write!(f, "refused by the device: {errno}"),
         }
     }
@@ -101,5 +105,34 @@ impl From<Malformed> for Failure {
 impl From<Errno> for Failure {
     fn from(e: Errno) -> Self {
         Self::Device(e)
+    }
+}
+
+/// Why a command of a migration failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error("feature {0} does not have the asked method")]
+    Method(u16),
+    #[error("argsz {argsz} below the {need} bytes of the reply")]
+    NoRoom { argsz: u32, need: usize },
+    #[error("no way from the state {0:?} to the state {1:?}")]
+    NoWay(MigrationState, MigrationState),
+    #[error("the device's state cannot be {0} in the state {1:?}")]
+    State(&'static str, MigrationState),
+    #[error("the device refuses {0:?}: {1}")]
+    Arc(MigrationArc, Errno),
+    #[error("{0} ranges, at most {MAX_LOGGING_RANGES} are allowed")]
+    TooManyRanges(usize),
+    #[error("a page of {0:#x} bytes, which is no power of two")]
+    PageSize(u64),
+    #[error("{1:#x} bytes at {0:#x}: empty, too long, or within another range")]
+    Range(u64, u64),
+    #[error("{}", if *.0 { "the log is on, with other ranges or pages" } else { "the log is off" })]
+    Logging(bool),
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        Self::Migration(refusal)
     }
 }

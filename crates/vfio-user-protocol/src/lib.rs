@@ -8,9 +8,10 @@
 //! same without sockets. [`Client`] is the other end.
 //!
 //! The crate implements version 0.1 of the protocol, as QEMU's `docs/interop/vfio-user.rst` has it.
-//! [`message`] describes each message. The crate does not implement regions that the client maps,
-//! access to the client's memory by message (`DMA_READ`, `DMA_WRITE`), migration, and
-//! `DEVICE_FEATURE`. It refuses each of them in the way that the protocol provides.
+//! [`message`] describes each message, and [`migration`] how a client moves a device from one
+//! server to another. The crate does not implement regions that the client maps, and access to the
+//! client's memory by message (`DMA_READ`, `DMA_WRITE`). It refuses both in the way that the
+//! protocol provides.
 //!
 //! A server is also plain data: [`Server::save`] makes a [`ServerState`](state::ServerState), and
 //! another process goes on with [`Server::restore`]. The client notices nothing.
@@ -73,8 +74,10 @@ mod client;
 mod closer;
 mod eventfd;
 mod failure;
+mod features;
 mod listen;
 pub mod message;
+pub mod migration;
 mod patience;
 mod peer;
 mod poller;

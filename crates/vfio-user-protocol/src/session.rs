@@ -16,10 +16,11 @@ use rustix::io::Errno;
 use crate::closer::PeerFds;
 use crate::eventfd::is_eventfd;
 use crate::failure::{Failure, MAX_MULTI_WRITES};
+use crate::features::Migration;
 use crate::message::{
-    self, DATAMATCH, DEVICE_IS_PCI, DEVICE_RESETS, DmaMap, DmaUnmap, Feature, Header, Info,
-    IrqData, IrqVerb, Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SUB_REGION_LEN,
-    SetIrqs, SubRegion, Version, command,
+    self, DATAMATCH, DEVICE_IS_PCI, DEVICE_RESETS, DmaMap, DmaUnmap, Header, Info, IrqData,
+    IrqVerb, Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SUB_REGION_LEN, SetIrqs,
+    SubRegion, Version, command,
 };
 use crate::socket::Message;
 use crate::state::{BadState, SessionData};
@@ -27,8 +28,9 @@ use crate::target::{IrqAction, Mapping, Target};
 use crate::version::{self, Disagreement, MAX_TRANSFER, MAX_VERSION_DATA, Negotiated};
 
 /// How much one call may do. An operation is *long* if it may take more than some ten microseconds:
-/// `DMA_MAP`, `DMA_UNMAP`, `DEVICE_RESET`, a write of which the target says so
-/// ([`Target::is_long_write`]), and the end of a session.
+/// `DMA_MAP`, `DMA_UNMAP`, `DEVICE_RESET`, a step of a migration, a change or a report of the log of
+/// written pages, a write of which the target says so ([`Target::is_long_write`]), and the end of a
+/// session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effort {
     /// No long operation.
@@ -141,6 +143,7 @@ pub struct Session {
     negotiated: Option<Negotiated>,
     /// Mappings by address, with their size.
     maps: BTreeMap<u64, u64>,
+    migration: Migration,
     failures: u64,
     work: u32,
 }
@@ -265,6 +268,7 @@ impl Session {
     fn is_long<T: Target + ?Sized>(&self, target: &T, message: &Message) -> bool {
         match message.header.command {
             command::DMA_MAP | command::DMA_UNMAP | command::DEVICE_RESET => true,
+            command::DEVICE_FEATURE => Migration::is_long(&message.body),
             command::REGION_WRITE => RegionAccess::parse_with_data(&message.body)
                 .is_ok_and(|(access, data)| is_long(target, access.region, access.offset, data)),
             _ => false,
@@ -389,12 +393,19 @@ impl Session {
                     return Err(Failure::Unsupported("DEVICE_RESET"));
                 }
                 target.reset()?;
+                self.migration.reset();
                 Ok(Reply::default())
             }
-            command::DEVICE_FEATURE => Err(Failure::Feature(Feature::parse(body)?.feature)),
+            command::DEVICE_FEATURE => {
+                Ok(self.migration.feature(target, negotiated.peer_transfer, body)?.into())
+            }
             command::DIRTY_PAGES => Err(Failure::Unsupported("DIRTY_PAGES")),
-            command::MIG_DATA_READ | command::MIG_DATA_WRITE => {
-                Err(Failure::Unsupported("migration"))
+            command::MIG_DATA_READ => {
+                Ok(self.migration.read(target, negotiated.peer_transfer, body)?.into())
+            }
+            command::MIG_DATA_WRITE => {
+                self.migration.write(target, body)?;
+                Ok(Reply::default())
             }
             command::DMA_READ | command::DMA_WRITE => Err(Failure::WrongDirection),
             _ => Err(Failure::Unknown),

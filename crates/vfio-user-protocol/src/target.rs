@@ -6,6 +6,9 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use rustix::fs::fcntl_get_seals;
 use rustix::io::Errno;
 
+use crate::message::{DmaRange, LoggingReport, MigrationFlags};
+use crate::migration::{ArcFailure, MigrationArc};
+
 /// Numbers that VFIO gives to the regions and interrupt indexes of a PCI function.
 pub mod pci {
     /// BAR 0. BARs 1 to 5 follow.
@@ -293,6 +296,88 @@ pub trait Target {
     fn io_eventfds(&mut self, region: u32, most: usize) -> Vec<IoEventFd> {
         let _ = (region, most);
         Vec::new()
+    }
+
+    /// Which states of a migration the device has beside `RUNNING` and `ERROR`. `None`: the device
+    /// has no state that could be moved, and the client learns that there is no migration. The call
+    /// must be cheap.
+    fn migration(&mut self) -> Option<MigrationFlags> {
+        None
+    }
+
+    /// Takes the device along an arc. The server has checked that the arc begins at the state in
+    /// which the device is, and that [`migration`](Self::migration) has the states. A
+    /// [`reset`](Self::reset) takes the device from any state to `RUNNING`, and
+    /// [`disconnected`](Self::disconnected) does so too.
+    ///
+    /// # Errors
+    /// The device refuses. Where it is then, the error says.
+    fn migrate(&mut self, arc: MigrationArc) -> Result<(), ArcFailure> {
+        let _ = arc;
+        Err(ArcFailure::Unchanged(Errno::OPNOTSUPP))
+    }
+
+    /// Reads the next bytes of the stream of the device's state, 0 to 1 MiB, in the state
+    /// `PRE_COPY` or `STOP_COPY`. Returns their number. Fewer than `data` has room for: there are no
+    /// more, or in `PRE_COPY` no more before `STOP_COPY`.
+    ///
+    /// # Errors
+    /// An errno for the client.
+    fn migration_read(&mut self, data: &mut [u8]) -> Result<usize, Errno> {
+        let _ = data;
+        Err(Errno::OPNOTSUPP)
+    }
+
+    /// Takes the next bytes of the stream of a device's state, 0 to 1 MiB, in the state `RESUMING`.
+    /// The client can write as often as it likes: the target must have a limit for all together.
+    ///
+    /// # Errors
+    /// An errno for the client. The target has not taken the bytes.
+    fn migration_write(&mut self, data: &[u8]) -> Result<(), Errno> {
+        let _ = data;
+        Err(Errno::OPNOTSUPP)
+    }
+
+    /// Whether the target can log which pages of the client's memory the device writes. The call
+    /// must be cheap.
+    fn logs_dma(&self) -> bool {
+        false
+    }
+
+    /// Begins to log the pages that the device writes, within these ranges, or all if there are
+    /// none. A write that is not logged is visible to the client when this returns. `page_size` is
+    /// a power of two. The ranges do not wrap around and do not overlap, and there are at most
+    /// [`MAX_LOGGING_RANGES`](crate::migration::MAX_LOGGING_RANGES). Returns the size of a page that
+    /// the target logs. The log is off before, and [`disconnected`](Self::disconnected) turns it
+    /// off.
+    ///
+    /// # Errors
+    /// An errno for the client. The log stays off.
+    fn dma_logging_start(&mut self, page_size: u64, ranges: &[DmaRange]) -> Result<u64, Errno> {
+        let _ = (page_size, ranges);
+        Err(Errno::OPNOTSUPP)
+    }
+
+    /// Ends the log. It is on before.
+    fn dma_logging_stop(&mut self) {}
+
+    /// Sets the bit in `bitmap` of each page that the device has written since the log began or
+    /// since the page's last report. Bit `n % 64` of word `n / 64` stands for `report.page_size`
+    /// bytes from `report.iova + n * report.page_size` on. All words are zero before, and there are
+    /// [`report.words`](LoggingReport::words), at most 1 MiB. The log is on.
+    ///
+    /// A write of which the client reads the old bytes after this call is in a later report.
+    ///
+    /// # Errors
+    /// An errno for the client: the log is not complete, and the client has to take all pages for
+    /// written.
+    fn dma_logging_report(
+        &mut self,
+        report: LoggingReport,
+        bitmap: &mut [u64],
+    ) -> Result<(), Errno> {
+        let _ = (report, bitmap);
+        Err(Errno::OPNOTSUPP)
     }
 
     /// A client has connected and negotiated.

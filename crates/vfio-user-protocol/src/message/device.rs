@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `DEVICE_GET_INFO`, `DEVICE_FEATURE`, and the four words that three commands share.
+//! `DEVICE_GET_INFO`, and the four words that three commands share.
 
 use super::fields::{Body, Fields, Malformed, check_argsz, check_zero};
 
@@ -68,35 +68,5 @@ impl Info {
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
         Body::default().u32(self.argsz).u32(self.flags).u32(self.index).u32(self.count).0
-    }
-}
-
-/// `DEVICE_FEATURE`: a feature, and what the client asks of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Feature {
-    /// The feature's number.
-    pub feature: u16,
-    /// Return its data.
-    pub get: bool,
-    /// Set it from the data.
-    pub set: bool,
-    /// Only say whether `get` or `set` would work.
-    pub probe: bool,
-}
-
-impl Feature {
-    /// Parses a body, without the feature's data.
-    ///
-    /// # Errors
-    /// The body is too short, or the flags exclude each other.
-    pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
-        let mut f = Fields::new(body);
-        let (argsz, flags) = (f.u32()?, f.u32()?);
-        check_argsz(argsz, 8)?;
-        let (get, set, probe) = (flags & 1 << 16 != 0, flags & 1 << 17 != 0, flags & 1 << 18 != 0);
-        if !(probe || get != set) || flags >> 19 != 0 {
-            return Err(Malformed::Flags(flags));
-        }
-        Ok(Self { feature: (flags & 0xffff) as u16, get, set, probe })
     }
 }

@@ -35,6 +35,9 @@ pub enum Malformed {
     /// The flags exclude each other, or the protocol does not have them.
     #[error("flags {0:#x}")]
     Flags(u32),
+    /// A number that is no [state](super::MigrationState) of a migration.
+    #[error("no state {0} of a migration")]
+    State(u32),
     /// A field that is zero in each request is not zero.
     #[error("{field} is {value:#x} in a request, where it must be 0")]
     NotZero {

@@ -15,9 +15,10 @@
 //! | `REGION_WRITE` | client: a place, and bytes | the place | [`RegionAccess`] |
 //! | `REGION_WRITE_MULTI` | client: up to 8 bytes each at several places | how many were done | [`MultiWrite`] |
 //! | `DEVICE_RESET` | client: no body | header alone | |
-//! | `DEVICE_FEATURE` | client: a feature | always refused here | [`Feature`] |
+//! | `DEVICE_FEATURE` | client: a feature, and data | the feature, and its data | [`Feature`], [`MigrationFlags`], [`MigrationState`], [`LoggingControl`], [`LoggingReport`] |
 //! | `DMA_READ`, `DMA_WRITE` | server | refused here: see the crate's limits | |
-//! | `MIG_DATA_READ`, `MIG_DATA_WRITE` | client | refused here: no migration | |
+//! | `MIG_DATA_READ` | client: a number of bytes | bytes of the device's state | [`MigData`] |
+//! | `MIG_DATA_WRITE` | client: bytes of a device's state | header alone | [`MigData`] |
 //!
 //! The parsers check byte slices, and the `body` methods make byte vectors. This module does no
 //! input and no output, and no bytes make it panic. A parser returns [`Malformed`] if a body is too
@@ -27,18 +28,25 @@
 //! All integers have the machine's byte order: both ends of a UNIX socket are on the same machine.
 
 mod device;
+mod device_feature;
 mod fields;
 mod header;
 mod irq;
 mod memory;
+mod migration;
 mod region;
 mod version;
 
-pub use device::{DEVICE_IS_PCI, DEVICE_RESETS, Feature, Info};
+pub use device::{DEVICE_IS_PCI, DEVICE_RESETS, Info};
+pub use device_feature::{
+    DmaRange, FEATURE_LEN, Feature, LoggingControl, LoggingReport, MigrationFlags, MigrationState,
+    feature,
+};
 pub use fields::Malformed;
 pub use header::{BadHeader, HEADER_LEN, Header, Kind, command, command_name, message};
 pub use irq::{IrqData, IrqVerb, SetIrqs};
 pub use memory::{DmaMap, DmaUnmap};
+pub use migration::MigData;
 pub use region::{
     DATAMATCH, MultiWrite, REGION_ACCESS_LEN, RegionAccess, RegionInfo, SUB_REGION_LEN, SubRegion,
 };

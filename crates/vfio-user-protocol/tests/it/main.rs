@@ -11,6 +11,7 @@ mod effort;
 mod exhaustion;
 mod foreign_server;
 mod malformed;
+mod migration;
 mod parser;
 mod saved;
 mod second_opinion;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A small device, and a client that sends any bytes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use vfio_user_protocol::message::{DmaRange, LoggingReport, MigrationFlags};
+use vfio_user_protocol::migration::{ArcFailure, MigrationArc};
 use vfio_user_protocol::{
     DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Target,
 };
@@ -38,6 +40,25 @@ pub struct Device {
     pub writes: u32,
     /// Writes to the first byte of region 1, which are long.
     pub long_writes: u32,
+    /// `None`: the device has no state, and does not log what it writes.
+    pub movable: Option<Movable>,
+}
+
+/// What a device has that can be migrated.
+#[derive(Default)]
+pub struct Movable {
+    /// The arcs that it has gone along.
+    pub arcs: Vec<MigrationArc>,
+    /// The arc that it refuses.
+    pub refused: Option<(MigrationArc, ArcFailure)>,
+    /// The rest of the stream that the client reads.
+    pub stream: Vec<u8>,
+    /// What the client has written. The device takes 4 MiB.
+    pub written: Vec<u8>,
+    /// While the log is on.
+    pub log: Option<(u64, Vec<DmaRange>)>,
+    /// The numbers of written pages of 4 KiB.
+    pub dirty: BTreeSet<u64>,
 }
 
 impl Device {
@@ -58,6 +79,7 @@ impl Device {
             clients: 0,
             writes: 0,
             long_writes: 0,
+            movable: None,
         }
     }
 }
@@ -195,6 +217,80 @@ impl Target for Device {
         assert!(most <= doorbells.len());
         self.duplicated += most;
         doorbells.iter().zip(0..).take(most).map(entry).collect()
+    }
+
+    fn migration(&mut self) -> Option<MigrationFlags> {
+        // The server leaves out what vfio-user does not use.
+        let flags = MigrationFlags { stop_copy: true, p2p: true, pre_copy: true };
+        self.movable.as_ref().map(|_| flags)
+    }
+
+    fn migrate(&mut self, arc: MigrationArc) -> Result<(), ArcFailure> {
+        let movable = self.movable.as_mut().expect("asked although there is no state");
+        match movable.refused {
+            Some((refused, failure)) if refused == arc => Err(failure),
+            _ => {
+                movable.arcs.push(arc);
+                Ok(())
+            }
+        }
+    }
+
+    fn migration_read(&mut self, data: &mut [u8]) -> Result<usize, Errno> {
+        let stream = &mut self.movable.as_mut().unwrap().stream;
+        let count = stream.len().min(data.len());
+        data[..count].copy_from_slice(&stream[..count]);
+        stream.drain(..count);
+        Ok(count)
+    }
+
+    fn migration_write(&mut self, data: &[u8]) -> Result<(), Errno> {
+        let written = &mut self.movable.as_mut().unwrap().written;
+        if written.len() + data.len() > 4 << 20 {
+            return Err(Errno::FBIG);
+        }
+        written.extend_from_slice(data);
+        Ok(())
+    }
+
+    fn logs_dma(&self) -> bool {
+        self.movable.is_some()
+    }
+
+    fn dma_logging_start(&mut self, page_size: u64, ranges: &[DmaRange]) -> Result<u64, Errno> {
+        let log = &mut self.movable.as_mut().unwrap().log;
+        assert!(log.is_none(), "the log begins twice");
+        assert!(page_size.is_power_of_two());
+        assert!(ranges.iter().all(|r| r.length > 0 && r.iova.checked_add(r.length).is_some()));
+        let page_size = page_size.max(4096);
+        *log = Some((page_size, ranges.to_vec()));
+        Ok(page_size)
+    }
+
+    fn dma_logging_stop(&mut self) {
+        assert!(self.movable.as_mut().unwrap().log.take().is_some(), "no log to end");
+    }
+
+    fn dma_logging_report(
+        &mut self,
+        report: LoggingReport,
+        bitmap: &mut [u64],
+    ) -> Result<(), Errno> {
+        let movable = self.movable.as_mut().unwrap();
+        assert!(movable.log.is_some());
+        assert_eq!(report.words(), Some(bitmap.len() as u64));
+        assert!(bitmap.iter().all(|word| *word == 0));
+        let LoggingReport { iova, length, page_size } = report;
+        movable.dirty.retain(|page| {
+            let at = page * 4096;
+            let inside = (iova..iova + length).contains(&at);
+            if inside {
+                let bit = usize::try_from((at - iova) / page_size).unwrap();
+                bitmap[bit / 64] |= 1 << (bit % 64);
+            }
+            !inside
+        });
+        Ok(())
     }
 
     fn connected(&mut self) {
