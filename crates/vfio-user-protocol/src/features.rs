@@ -25,6 +25,11 @@ impl Migration {
         self.state = MigrationState::Running;
     }
 
+    /// Whether the device is not in the state `RUNNING`, or the log is on.
+    pub(crate) fn is_under_way(&self) -> bool {
+        self.state != MigrationState::Running || self.logging.is_some()
+    }
+
     /// Whether a `DEVICE_FEATURE` with this body asks for a long operation.
     pub(crate) fn is_long(body: &[u8]) -> bool {
         Feature::parse(body).is_ok_and(|(asked, _)| {

@@ -155,7 +155,13 @@ impl Session {
         self.negotiated.as_ref()
     }
 
-    /// The session as data, between two messages.
+    /// Whether the client is moving the device: the device is not in the state `RUNNING`, or the
+    /// log of written pages is on.
+    pub(crate) fn is_migrating(&self) -> bool {
+        self.migration.is_under_way()
+    }
+
+    /// The session as data, between two messages. It has no migration under way.
     pub(crate) fn save(&self) -> SessionData {
         SessionData {
             negotiated: self.negotiated,
@@ -185,7 +191,9 @@ impl Session {
                 _ => return Err(BadState::Wrong("a mapping")),
             }
         }
-        Ok(Session { negotiated, maps: maps.into_iter().collect(), failures, work: 0 })
+        let migration = Migration::default();
+        let maps = maps.into_iter().collect();
+        Ok(Session { negotiated, maps, migration, failures, work: 0 })
     }
 
     /// The number of commands that failed so far, including posted ones.

@@ -34,9 +34,14 @@ impl<T: Target> Server<T> {
     /// state: two servers would read from one socket.
     ///
     /// # Errors
-    /// This process has as many descriptors as it may have.
+    /// [`io::ErrorKind::ResourceBusy`]: the client is moving the device to another server, and
+    /// would lose what it has of the device so far. Otherwise: this process has as many descriptors
+    /// as it may have.
     pub fn save(&mut self, now: Instant) -> io::Result<ServerState> {
         self.settle(now);
+        if self.client.as_ref().is_some_and(|client| client.session.is_migrating()) {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
         let mut descriptors = vec![self.listener.try_clone()?];
         for candidate in &self.candidates {
             descriptors.push(candidate.socket.try_clone()?);

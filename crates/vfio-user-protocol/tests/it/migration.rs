@@ -473,3 +473,24 @@ fn what_takes_long_is_left_to_the_thread_for_it() {
     let inval = Some(Errno::INVAL.raw_os_error().unsigned_abs());
     assert_eq!(raw.see(&mut bench), Seen::Reply(3, command::DEVICE_FEATURE, inval, vec![]));
 }
+
+#[test]
+fn a_server_whose_device_is_being_moved_stays_where_it_is() {
+    let mut bench = movable();
+    let mut raw = Raw::negotiated(&mut bench);
+    let mut busy = |bench: &mut Bench, body: Vec<u8>| {
+        raw.send(&framed(2, command::DEVICE_FEATURE, 0, &body));
+        assert!(matches!(raw.see(bench), Seen::Reply(2, _, None, _)));
+        match bench.server.save(Instant::now()) {
+            Ok(_) => false,
+            Err(error) => {
+                assert_eq!(error.kind(), std::io::ErrorKind::ResourceBusy);
+                true
+            }
+        }
+    };
+    assert!(busy(&mut bench, bytes![16u32, SET | 2, 6u32, 0u32]));
+    assert!(busy(&mut bench, bytes![24u32, SET | 6, 4096u64, 0u32, 0u32]));
+    assert!(busy(&mut bench, bytes![16u32, SET | 2, 2u32, 0u32]));
+    assert!(!busy(&mut bench, bytes![8u32, SET | 7]));
+}
