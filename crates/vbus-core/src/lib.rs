@@ -122,6 +122,7 @@ mod lock;
 mod losses;
 pub mod memory;
 mod metric;
+mod page_bits;
 mod router;
 pub mod service;
 pub mod settings;

@@ -42,6 +42,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use serde_json::Value;
 use vbus_shm::abi::service as abi;
+use vbus_shm::memory::stored;
 use vbus_shm::ring::{DeviceEnd, Entry, Return, Returns};
 use vbus_shm::signal::Armed;
 use vbus_shm::{ErrorCode, Memory, copy};
@@ -361,6 +362,7 @@ impl Buffers {
         let words = response.len().div_ceil(WORD);
         if let Some(buffer) = self.window.words().get(at..).and_then(|rest| rest.get(..words)) {
             copy::store(buffer, response);
+            stored(&self.window, at, words);
         }
         (Return { len, id: entry.id, flags }, 1 + response.len() / UNIT_BYTES)
     }

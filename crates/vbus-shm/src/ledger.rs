@@ -7,7 +7,7 @@
 //! another one then resumes the ring from memory alone. The record of an entry is the one with the
 //! entry's id as its number. So the ids of entries in flight differ and are below the ring's size.
 
-use super::memory::{Memory, WORD, low};
+use super::memory::{Memory, WORD, low, stored};
 use super::ring::{BadRing, Corrupt, DeviceEnd, Entry, Layout, Return, Returns};
 use super::signal::Kick;
 use super::signal::end::Device;
@@ -95,6 +95,7 @@ impl<M: Memory> Ledger<M> {
             }
         }
         words[RETURNING].store(0, Ordering::Release);
+        stored(&mem, 0, bytes(layout.entries()) / WORD);
         let held = (0..layout.entries()).filter(|id| is_held(words, layout, *id)).count();
         ring.skip(held);
         Ok((Ledger { ring, mem }, kick))
@@ -141,6 +142,7 @@ impl<M: Memory> Ledger<M> {
         // Pairs with nothing while this end lives. The next device end reads it in `resume`, and
         // sees the rest of the record then.
         publish(&record[TAG], Return::from(entry).tag(HELD), Edge::Tag);
+        stored(&self.mem, record_at(u32::from(entry.id)), RECORD_BYTES / WORD);
         self.ring.skip(1);
         Ok(Some(entry))
     }
@@ -158,6 +160,8 @@ impl<M: Memory> Ledger<M> {
         self.ring.give_back(back);
         record[TAG].store(0, Ordering::Release);
         publish(&words[RETURNING], 0, Edge::Tag);
+        stored(&self.mem, RETURNING, 1);
+        stored(&self.mem, record_at(id), RECORD_BYTES / WORD);
     }
 }
 
@@ -178,8 +182,13 @@ fn check(mem: &impl Memory, layout: Layout) -> Result<(), BadRing> {
     Ok(())
 }
 
+/// The first word of a record.
+fn record_at(id: u32) -> usize {
+    (RECORDS_OFFSET + id as usize * RECORD_BYTES) / WORD
+}
+
 fn record(words: &[Word], layout: Layout, id: u32) -> Option<&[Word]> {
-    let at = (RECORDS_OFFSET + id as usize * RECORD_BYTES) / WORD;
+    let at = record_at(id);
     (id < layout.entries()).then(|| &words[at..at + RECORD_BYTES / WORD])
 }
 

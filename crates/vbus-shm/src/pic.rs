@@ -13,7 +13,7 @@
 //! level. The device keeps the generation of its last message in its own memory. So it knows
 //! whether it sent a message for this level already, and only the driver writes the level.
 
-use super::memory::{Memory, WORD};
+use super::memory::{Memory, WORD, stored};
 use super::signal::Kick;
 use super::signal::end::Device;
 use super::sync::{Edge, Fence, Ordering, Word, clear_bits, fence, set_bits};
@@ -128,7 +128,9 @@ impl<M: Memory> DeviceEnd<M> {
         let words = self.mem.words();
         let (at, bit) = word_and_bit(PENDING, line);
         // Pairs with the driver's clear in `DriverEnd::take`.
-        if set_bits(&words[at], bit, Edge::Line) & bit != 0 {
+        let before = set_bits(&words[at], bit, Edge::Line);
+        stored(&self.mem, at, 1);
+        if before & bit != 0 {
             // The driver has yet to take the line. The thread that set the bit sends the message,
             // if one is wanted.
             return Kick::NONE;
@@ -164,7 +166,9 @@ impl<M: Memory> DeviceEnd<M> {
         let (at, bit) = word_and_bit(PENDING, line);
         // Pairs with `raise`: the caller sees what the raiser of the line wrote, and passes it on
         // when it raises the line on another page.
-        clear_bits(&self.mem.words()[at], bit, Edge::Line) & bit != 0
+        let before = clear_bits(&self.mem.words()[at], bit, Edge::Line);
+        stored(&self.mem, at, 1);
+        before & bit != 0
     }
 }
 

@@ -24,7 +24,7 @@
 //!   lengths lie together. The tag of a single entry holds its length itself.
 //! - [`Returns::Entries`]: each has a tag of its own, in any order.
 
-use super::memory::{Memory, WORD, low, read_u32};
+use super::memory::{Memory, WORD, low, read_u32, stored};
 use super::signal::end::{Device, Driver};
 use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, Kick, Rx, Tx};
 use super::sync::{Edge, Ordering, Word, observe, prefetch, publish};
@@ -737,6 +737,7 @@ impl<M: Memory> DeviceEnd<M> {
         // The end before may have armed in order to sleep.
         Rx::<Device>::new(SIGNAL).disarm(words);
         let (tx, kick) = Tx::resume(words, SIGNAL, given);
+        stored(&mem, SIGNAL, BLOCK_BYTES / WORD);
         Ok((Self::at(mem, layout, tx, given), kick))
     }
 
@@ -854,6 +855,7 @@ impl<M: Memory> DeviceEnd<M> {
                 // Pairs with the load in `DriverEnd::reap`. The address is left as it is: until
                 // this store the slot holds the submission, whole.
                 publish(&self.layout.slot(self.mem.words(), pos)[1], tag, Edge::Tag);
+                self.stored_slots(pos, 1);
             }
         }
         self.given = pos.wrapping_add(1);
@@ -872,7 +874,14 @@ impl<M: Memory> DeviceEnd<M> {
             Returns::Runs => return backs.take(held as usize).for_each(|back| self.lengthen(back)),
             Returns::Entries => {}
         }
-        let mut backs = backs;
+        let first = self.given;
+        self.give_back_entries(backs);
+        self.stored_slots(first, count(self.given, first));
+    }
+
+    /// [`give_back_all`](Self::give_back_all) where each return has a slot.
+    #[inline(always)]
+    fn give_back_entries(&mut self, mut backs: impl Iterator<Item = Return>) {
         while self.held() != 0 {
             let n = self.keep_up().min(self.held());
             let (slots, lap) = self.layout.stretch(self.mem.words(), self.given, n);
@@ -1003,6 +1012,7 @@ impl<M: Memory> DeviceEnd<M> {
         }
         (self.taken, self.given, self.published) = (pos, pos, pos);
         let n = count(pos, first);
+        self.stored_slots(first, n);
         self.fetch_behind(n, max);
         n
     }
@@ -1094,6 +1104,9 @@ impl<M: Memory> DeviceEnd<M> {
             // Both lengths of this word belong to the run.
             let pair = u64::from(self.even) | u64::from(back.packed()) << 32;
             self.layout.length(self.mem.words(), pos).0.store(pair, Ordering::Relaxed);
+            if self.mem.is_logged() {
+                self.wrote_lengths(pos, 1);
+            }
         }
         self.given = pos.wrapping_add(1);
         if count(self.given, self.published) == RUN_LONG {
@@ -1134,6 +1147,7 @@ impl<M: Memory> DeviceEnd<M> {
         // Pairs with the load in `DriverEnd::reap`. It covers the lengths of the run.
         publish(&layout.slot(words, first)[1], tag, Edge::Tag);
         self.published = given;
+        self.stored_slots(first, n);
     }
 
     /// Sees to it that there is room for a return between `stored` and a ring behind it, and says
@@ -1152,7 +1166,51 @@ impl<M: Memory> DeviceEnd<M> {
     /// post finds out.
     fn store_seq(&mut self, seq: u64) {
         self.tx.store(self.mem.words(), seq);
+        self.tx.stored(&self.mem);
         self.stored = seq;
+    }
+
+    /// Tells the memory of stores in the slots of the `n` positions from `pos` on, and in what a
+    /// return writes beside its slot.
+    #[inline(always)]
+    fn stored_slots(&self, pos: u64, n: u32) {
+        if self.mem.is_logged() {
+            self.wrote_slots(pos, n);
+        }
+    }
+
+    #[cold]
+    fn wrote_slots(&self, pos: u64, n: u32) {
+        if self.layout.returns != Returns::Entries {
+            self.mem.wrote(RETURNING, 1);
+        }
+        self.wrote_stretches(pos, n, |first, n| {
+            self.mem.wrote(ENTRIES_OFFSET / WORD + first * ENTRY_WORDS, n * ENTRY_WORDS);
+        });
+        if self.layout.returns == Returns::Runs && n > 1 {
+            self.wrote_lengths(pos, n);
+        }
+    }
+
+    /// Tells the memory of stores in the lengths of the `n` positions from `pos` on.
+    #[cold]
+    fn wrote_lengths(&self, pos: u64, n: u32) {
+        let at = self.layout.lengths_offset() / WORD;
+        self.wrote_stretches(pos, n, |first, n| {
+            self.mem.wrote(at + first / 2, (first + n).div_ceil(2) - first / 2);
+        });
+    }
+
+    /// Calls `each` with the first index and the length of the stretches of the `n` positions from
+    /// `pos` on: one, or two around the end of the array.
+    fn wrote_stretches(&self, pos: u64, n: u32, each: impl Fn(usize, usize)) {
+        let (index, n) = (self.layout.index(pos), n as usize);
+        let front = n.min(self.layout.entries as usize - index);
+        for (first, n) in [(index, front), (0, n - front)] {
+            if n > 0 {
+                each(first, n);
+            }
+        }
     }
 
     /// Posts the returns that were given back since the last post.
@@ -1174,19 +1232,25 @@ impl<M: Memory> DeviceEnd<M> {
             let tag = Return { len: low(n), id: 0, flags: 0 }.tag(self.layout.lap(first) | RETURN);
             // Pairs with the load in `DriverEnd::reap_count`.
             publish(&self.layout.slot(words, first)[1], tag, Edge::Tag);
+            self.stored_slots(first, 1);
         }
-        self.tx.post(words, n)
+        let kick = self.tx.post(words, n);
+        self.tx.stored(&self.mem);
+        kick
     }
 
     /// Asks for a kick by the entry that follows `after` more entries (0: by the next entry that is
     /// not taken).
     pub fn arm(&mut self, after: u32) -> Armed {
-        self.rx.arm(self.mem.words(), self.taken.wrapping_add(u64::from(after)))
+        let armed = self.rx.arm(self.mem.words(), self.taken.wrapping_add(u64::from(after)));
+        self.rx.stored(&self.mem);
+        armed
     }
 
     /// Asks for no kick.
     pub fn disarm(&mut self) {
         self.rx.disarm(self.mem.words());
+        self.rx.stored(&self.mem);
     }
 }
 

@@ -15,7 +15,7 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use super::memory::{Memory, WORD};
+use super::memory::{Memory, WORD, stored};
 use super::sync::{Edge, Fence, Ordering, Word, fence, observe, publish};
 
 /// Bytes of a signal block: four lines, for both directions.
@@ -185,6 +185,12 @@ impl<E: End> Tx<E> {
         self.seq
     }
 
+    /// Tells the memory of a store of `seq`.
+    #[inline(always)]
+    pub(super) fn stored(&self, mem: &impl Memory) {
+        stored(mem, self.base + E::SEQ, 1);
+    }
+
     /// Stores `seq` again. The kick is wanted if the receiver is armed at any post so far, because
     /// the sender before may have ended without its kick.
     fn repost(&self, words: &[Word]) -> Kick<E> {
@@ -233,6 +239,12 @@ impl<E: End> Rx<E> {
     /// Over the block whose first word is `base`.
     pub(super) fn new(base: usize) -> Self {
         Rx { base, end: PhantomData }
+    }
+
+    /// Tells the memory of a store of `arm`.
+    #[inline(always)]
+    pub(super) fn stored(self, mem: &impl Memory) {
+        stored(mem, self.base + E::ARM, 1);
     }
 
     #[inline(always)]
@@ -304,6 +316,7 @@ impl<M: Memory, E: End> Sender<M, E> {
         let base = block(&mem, offset)?;
         let seq = mem.words()[base + E::SEQ].load(Ordering::Relaxed);
         let (half, kick) = Tx::resume(mem.words(), base, seq);
+        half.stored(&mem);
         Ok((Sender { mem, half }, kick))
     }
 
@@ -318,7 +331,9 @@ impl<M: Memory, E: End> Sender<M, E> {
     /// that has not yet seen these posts does not see what is written after them.
     #[inline]
     pub fn post(&mut self, n: u32) -> Kick<E> {
-        self.half.post(self.mem.words(), u64::from(n))
+        let kick = self.half.post(self.mem.words(), u64::from(n));
+        self.half.stored(&self.mem);
+        kick
     }
 }
 
@@ -361,13 +376,16 @@ impl<M: Memory, E: End> Receiver<M, E> {
     /// Asks for a kick by post number `at`, counted from 0.
     #[inline]
     pub fn arm(&mut self, at: u64) -> Armed {
-        self.half.arm(self.mem.words(), at)
+        let armed = self.half.arm(self.mem.words(), at);
+        self.half.stored(&self.mem);
+        armed
     }
 
     /// Asks for no kick. A kick that is already under way may still come.
     #[inline]
     pub fn disarm(&mut self) {
         self.half.disarm(self.mem.words());
+        self.half.stored(&self.mem);
     }
 }
 

@@ -103,9 +103,15 @@ impl Layout {
     /// The words of the value in the slot of `version`.
     #[inline(always)]
     fn slot<'a>(&self, words: &'a [Word], version: u64) -> &'a [Word] {
-        let slot = (low(version) & (self.slots - 1)) as usize;
-        let first = SLOTS_OFFSET / WORD + slot * self.slot_words as usize;
+        let first = self.slot_at(version);
         &words[first..first + self.value_bytes().div_ceil(WORD)]
+    }
+
+    /// The first word of the slot of `version`.
+    #[inline(always)]
+    fn slot_at(&self, version: u64) -> usize {
+        let slot = (low(version) & (self.slots - 1)) as usize;
+        SLOTS_OFFSET / WORD + slot * self.slot_words as usize
     }
 
     /// Writes the header of a fresh page over zeroed memory. Versions count from `start`. The
@@ -169,6 +175,7 @@ impl<M: Memory, E: End> Writer<M, E> {
         let layout = Layout::load(&mem)?;
         let version = mem.words()[SIGNAL + E::SEQ].load(Ordering::Relaxed);
         let (tx, kick) = Tx::resume(mem.words(), SIGNAL, version);
+        tx.stored(&mem);
         Ok((Writer { mem, layout, tx }, kick))
     }
 
@@ -194,7 +201,13 @@ impl<M: Memory, E: End> Writer<M, E> {
         } else {
             copy::store(slot, &value[..self.layout.value_bytes()]);
         }
-        self.tx.post(words, 1)
+        let kick = self.tx.post(words, 1);
+        if self.mem.is_logged() {
+            let slot = self.layout.slot_at(self.tx.posted());
+            self.mem.wrote(slot, self.layout.value_bytes().div_ceil(WORD));
+            self.tx.stored(&self.mem);
+        }
+        kick
     }
 }
 
@@ -302,12 +315,15 @@ impl<M: Memory, E: End> Reader<M, E> {
 
     /// Asks for a kick by the version that follows `than`. [`Armed::Missed`]: it is there already.
     pub fn arm_newer(&mut self, than: u64) -> Armed {
-        self.rx.arm(self.mem.words(), than)
+        let armed = self.rx.arm(self.mem.words(), than);
+        self.rx.stored(&self.mem);
+        armed
     }
 
     /// Asks for no kick.
     pub fn disarm(&mut self) {
         self.rx.disarm(self.mem.words());
+        self.rx.stored(&self.mem);
     }
 }
 

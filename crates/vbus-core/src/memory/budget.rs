@@ -145,6 +145,12 @@ impl Budget {
         PROCESS.get_or_init(|| Budget::new(Limits::of_process())).clone()
     }
 
+    /// The budget of a process of a machine with so many bytes of memory.
+    #[cfg(test)]
+    pub fn of_memory(memory: u64) -> Arc<Budget> {
+        Budget::new(Limits { memory, ..Limits::of_process() })
+    }
+
     fn new(limits: Limits) -> Arc<Budget> {
         let totals = Resource::ALL.map(|resource| match resource {
             Resource::AddressSpace => limits.address_space / 4 * 3,

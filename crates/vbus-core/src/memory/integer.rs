@@ -76,7 +76,10 @@ impl<'a> DriverSlice<'a> {
     #[inline(always)]
     pub fn store<T: SharedInteger>(&self, at: usize, value: T, order: Ordering) -> bool {
         let atomic = if self.is_for_writing() { self.atomic::<T>(at) } else { None };
-        atomic.map(|atomic| T::store(atomic, value, order)).is_some()
+        let Some(atomic) = atomic else { return false };
+        T::store(atomic, value, order);
+        self.wrote_at(at, size_of::<T>());
+        true
     }
 
     /// Asks the processor to fetch the cache line of byte `at`, which the device reads soon. It

@@ -16,6 +16,13 @@
 //! are parts of that mapping. It stays until the last of these maps and the last window have gone.
 //! A thread of its own then unmaps it.
 //!
+//! While a peer's machine is moved, the context has a *log* ([`MemoryContext::start_log`]): the pages
+//! that the device has written. Each way of writing has its place in it. A view logs its writes if it
+//! was taken after the start. A window asks after each call of an end. Both mark a page after they
+//! have written it (`page_bits.rs` says why that is the right order). Without a log, a write through
+//! a view costs one load that is not atomic and a branch, and a call of a window's end a relaxed
+//! load and a branch.
+//!
 //! The peer may truncate its file, or punch holes into it. An access to what is gone reads zeros,
 //! and [`MemoryContext::is_lost`] becomes true (see `vbus_mapping`). The bus then ends the peer's
 //! connection. A budget for each [`Resource`] bounds what all this costs
@@ -25,6 +32,7 @@
 mod budget;
 mod file;
 mod integer;
+mod log;
 mod saved;
 mod slice;
 mod table;
@@ -32,6 +40,7 @@ mod window;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -48,11 +57,13 @@ pub use self::budget::{Exceeded, METRICS, Resource};
 pub use self::file::IOCTLS;
 use self::file::{FileKey, Found, SharedFile};
 pub use self::integer::SharedInteger;
+pub use self::log::LogError;
+use self::log::{Log, LogSlot};
 pub use self::saved::{SavedMap, SavedMaps};
 pub use self::slice::DriverSlice;
 use self::table::{EMPTY, Map, Place, Run, Table};
-use self::window::Keep;
 pub use self::window::Window;
+use self::window::{Keep, Origin};
 use crate::lock::lock;
 
 /// The most maps that a peer can have.
@@ -174,6 +185,8 @@ pub struct MemoryContext {
     backing: Mutex<Option<Arc<Backing>>>,
     account: Arc<Account>,
     on_loss: Mutex<Option<OnLoss>>,
+    /// The log that the present table has too. Changed only under the lock of `changes`.
+    log: Arc<LogSlot>,
 }
 
 impl fmt::Debug for MemoryContext {
@@ -215,6 +228,7 @@ impl MemoryContext {
             backing: Mutex::default(),
             account,
             on_loss: Mutex::default(),
+            log: Arc::new(LogSlot::new()),
         }
     }
 
@@ -292,18 +306,73 @@ impl MemoryContext {
         bytes
     }
 
-    /// Takes away all maps, and waits until no view has them. A loss is forgotten: the next peer
-    /// has other memory.
+    /// Takes away all maps, and waits until no view has them. The log ends. A loss is forgotten: the
+    /// next peer has other memory.
     pub(crate) fn unmap_all(&self) {
         let mut changes = lock(&self.changes);
         changes.maps.shrink(0);
         changes.backing = None;
         let backing = lock(&self.backing).take();
         drop(backing);
+        self.log.take();
         self.publish(Table::default());
         changes.files.clear();
         drop(changes);
         self.wait_for_views();
+    }
+
+    /// Begins to log the pages of [`PAGE`] bytes that the device writes: those of `ranges`, or all
+    /// if there are none. When this returns, a write that is not logged is visible to the peer. The
+    /// log goes on until [`stop_log`](Self::stop_log), or until all maps are taken away. It waits
+    /// for the views that others have.
+    ///
+    /// # Errors
+    /// A log is on already, or the kernel lacks what it needs.
+    pub fn start_log(&self, ranges: &[Range<u64>]) -> Result<(), LogError> {
+        let changes = lock(&self.changes);
+        let log = Arc::new(Log::new(self.account.clone(), ranges));
+        self.log.set(log.clone())?;
+        let before = lock(&self.current).snapshot.clone();
+        self.publish(before.table.with_log(Some(log)));
+        drop((changes, before));
+        // A view of before does not log. What it has written is visible when it has ended.
+        self.wait_for_views();
+        Ok(())
+    }
+
+    /// Ends the log. Returns whether it was on.
+    pub fn stop_log(&self) -> bool {
+        let changes = lock(&self.changes);
+        let was_on = self.log.take().is_some();
+        if was_on {
+            let before = lock(&self.current).snapshot.clone();
+            self.publish(before.table.with_log(None));
+        }
+        drop(changes);
+        was_on
+    }
+
+    /// Sets the bit of each page that the device has written since the log began or since the
+    /// page's last report, within `start..start + len`. Both are multiples of [`PAGE`]. Bit `n % 64`
+    /// of word `n / 64` of `bitmap` stands for `page_size` bytes from `start + n * page_size` on.
+    ///
+    /// What the device wrote before this call, so that the caller knows of it, is in the report, or
+    /// was in an earlier one. A write of which the peer reads the old bytes after this call is in a
+    /// later report. A page whose bytes were written with the values that they had counts as
+    /// written. The pages of a range that is not mapped any more stay in the log.
+    ///
+    /// # Errors
+    /// The log is off, or the range or the bitmap is wrong: nothing is taken from the log. Or the
+    /// log is not complete, and stays so: the caller must take all pages for written.
+    pub fn report_log(
+        &self,
+        start: u64,
+        len: u64,
+        page_size: u64,
+        bitmap: &mut [u64],
+    ) -> Result<(), LogError> {
+        let log = self.log.get().ok_or(LogError::Off)?;
+        log.report(start, len, page_size, bitmap)
     }
 
     /// Waits until the views that began before the last change have ended.
@@ -360,7 +429,9 @@ impl MemoryContext {
         let bytes = usize::try_from(len).map_err(|_| ErrorCode::BAD_LENGTH)?;
         let run = view.table().run(addr, bytes, Access::BOTH)?;
         if run.len == bytes {
-            return Ok(Window::new(Keep::File(run.place.file.clone()), run.base, bytes / 8));
+            let keep = Keep::File(run.place.file.clone());
+            let origin = (self.log.clone(), Origin::At(addr));
+            return Ok(Window::new(keep, run.base, bytes / 8, origin));
         }
         // The range crosses maps. Map their pages again, side by side.
         let end = addr.checked_add(len).and_then(|end| end.checked_next_multiple_of(PAGE));
@@ -368,7 +439,7 @@ impl MemoryContext {
         let pages = end.ok_or(ErrorCode::BAD_ADDRESS)? - first;
         let pages = usize::try_from(pages).map_err(|_| ErrorCode::BAD_LENGTH)?;
         let skip = usize::try_from(addr - first).map_err(|_| ErrorCode::BAD_ADDRESS)?;
-        self.assemble(&view, &[first], pages, skip, bytes / 8)
+        self.assemble(&view, &[first], pages, skip, bytes / 8, Origin::At(addr))
     }
 
     /// A lasting window on `len` bytes that lie in pages of `1 << shift` bytes at the addresses
@@ -392,11 +463,16 @@ impl MemoryContext {
         if pages.iter().any(|addr| addr % page as u64 != 0) {
             return Err(ErrorCode::BAD_ALIGNMENT);
         }
-        self.assemble(&self.view(), pages, page, 0, words)
+        let follow = |pair: &[u64]| pair[0].checked_add(page as u64) == Some(pair[1]);
+        let origin = match pages.first() {
+            Some(first) if pages.windows(2).all(follow) => Origin::At(*first),
+            _ => Origin::Pages(pages.into(), shift),
+        };
+        self.assemble(&self.view(), pages, page, 0, words, origin)
     }
 
     /// A window on the `each` bytes (whole pages) at each of the addresses `starts`, one after
-    /// another: on `words` words from byte `skip` on.
+    /// another: on `words` words from byte `skip` on, which the driver has at `origin`.
     fn assemble(
         &self,
         view: &View<'_>,
@@ -404,6 +480,7 @@ impl MemoryContext {
         each: usize,
         skip: usize,
         words: usize,
+        origin: Origin,
     ) -> Result<Window, ErrorCode> {
         struct Part<'t> {
             file: &'t Arc<SharedFile>,
@@ -433,7 +510,8 @@ impl MemoryContext {
         if let [one] = &parts[..] {
             // SAFETY: `skip` lies within the first page of the part.
             let base = unsafe { one.base.add(skip) };
-            return Ok(Window::new(Keep::File(one.file.clone()), base, words));
+            let keep = Keep::File(one.file.clone());
+            return Ok(Window::new(keep, base, words, (self.log.clone(), origin)));
         }
         let page = parts.iter().map(|part| part.file.page()).max().unwrap_or(PAGE);
         if parts.iter().any(|part| (part.offset | part.len as u64) % page != 0) {
@@ -470,7 +548,8 @@ impl MemoryContext {
         })?;
         // SAFETY: `skip` is less than a page, and `whole` has all pages of the range.
         let base = unsafe { whole.base().add(skip) };
-        Ok(Window::new(Keep::Own(Arc::new(whole.holding(shares))), base, words))
+        let keep = Keep::Own(Arc::new(whole.holding(shares)));
+        Ok(Window::new(keep, base, words, (self.log.clone(), origin)))
     }
 }
 
@@ -554,6 +633,12 @@ impl Drop for View<'_> {
 impl View<'_> {
     fn table(&self) -> &Table {
         self.snapshot.as_deref().map_or(&EMPTY, |snapshot| &snapshot.table)
+    }
+
+    /// Whether what is written through this view is logged.
+    #[inline(always)]
+    pub fn is_logged(&self) -> bool {
+        self.table().is_logged()
     }
 
     /// The `len` bytes at `addr`. All of them must be mapped, for writing if `write`, else for

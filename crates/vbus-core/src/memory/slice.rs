@@ -141,6 +141,7 @@ impl<'a> DriverSlice<'a> {
             unsafe { copy(from.as_ptr(), piece.base.as_ptr(), len) };
             at += len;
         }
+        self.wrote(at);
         at
     }
 
@@ -160,7 +161,22 @@ impl<'a> DriverSlice<'a> {
             unsafe { copy(from.base.as_ptr(), to.base.as_ptr(), len) };
             (to, from, left) = (to.skip(len), from.skip(len), left - len);
         }
+        self.wrote(total - left);
         total - left
+    }
+
+    /// The first `len` bytes of the slice have been written by a system call, to which
+    /// [`io_vecs_mut`](Self::io_vecs_mut) gave them. If the driver's memory is being moved, the log
+    /// of written pages has them from now on. A `len` beyond the length is cut to the length.
+    #[inline(always)]
+    pub fn wrote(&self, len: usize) {
+        self.wrote_at(0, len.min(self.len));
+    }
+
+    /// The `len` bytes at byte `at` have been written.
+    #[inline(always)]
+    pub(super) fn wrote_at(&self, at: usize, len: usize) {
+        self.table.wrote(self.addr.wrapping_add(at as u64), len);
     }
 
     /// The bytes for [`writev`](crate::io_vec::writev), which reads them: one vector for each of
@@ -173,6 +189,9 @@ impl<'a> DriverSlice<'a> {
     /// The bytes for [`readv`](crate::io_vec::readv), which writes them: one vector for each of the
     /// [`pieces`](Self::pieces). If the slice is only for reading, the system call fails with
     /// EFAULT.
+    ///
+    /// After the system call the caller says by [`wrote`](Self::wrote) how much of each slice the
+    /// kernel has written, at least; after a failure all of it, because it may have written some.
     pub fn io_vecs_mut(&self) -> impl Iterator<Item = IoVecMut<'a>> + use<'a> {
         let write = self.write;
         self.pieces().map(move |piece| match write {

@@ -13,6 +13,7 @@ use vbus_shm::ErrorCode;
 
 use super::Access;
 use super::file::SharedFile;
+use super::log::Log;
 
 /// The most maps of a chunk.
 const CHUNK: usize = 64;
@@ -56,10 +57,12 @@ impl Map {
 pub(super) struct Table {
     chunks: Vec<(u64, Arc<Vec<Map>>)>,
     len: usize,
+    /// Where the views of this table log what they write.
+    log: Option<Arc<Log>>,
 }
 
 /// A table without maps.
-pub(super) static EMPTY: Table = Table { chunks: Vec::new(), len: 0 };
+pub(super) static EMPTY: Table = Table { chunks: Vec::new(), len: 0, log: None };
 
 /// A part of a range that lies in one piece in this process.
 pub(super) struct Run<'t> {
@@ -76,6 +79,25 @@ impl Table {
     /// Number of maps.
     pub(super) fn len(&self) -> usize {
         self.len
+    }
+
+    /// The same maps with another log, or without one.
+    pub(super) fn with_log(&self, log: Option<Arc<Log>>) -> Table {
+        Table { log, ..self.clone() }
+    }
+
+    /// Whether its views log what they write.
+    #[inline(always)]
+    pub(super) fn is_logged(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// The device has written some of the `len` bytes at `addr`.
+    #[inline(always)]
+    pub(super) fn wrote(&self, addr: u64, len: usize) {
+        if let Some(log) = &self.log {
+            log.mark(addr, len as u64);
+        }
     }
 
     /// The index of the chunk in which a map that contains `addr` would be.
@@ -151,7 +173,7 @@ impl Table {
 
     /// The table with one more map, which overlaps none.
     pub(super) fn with(&self, map: Map) -> Table {
-        let mut table = Table { chunks: self.chunks.clone(), len: self.len + 1 };
+        let mut table = Table { len: self.len + 1, ..self.clone() };
         let at = self.chunk(map.start);
         let behind_full = self.chunks.get(at).is_some_and(|(_, old)| {
             old.len() == CHUNK && old.last().is_some_and(|last| last.start < map.start)
@@ -208,7 +230,7 @@ impl Table {
         }
         chunks.extend_from_slice(&self.chunks[last + 1..]);
         join(&mut chunks, first.saturating_sub(1));
-        Some((Table { chunks, len: self.len - count }, bytes))
+        Some((Table { chunks, len: self.len - count, log: self.log.clone() }, bytes))
     }
 }
 

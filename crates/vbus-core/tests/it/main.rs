@@ -6,9 +6,11 @@
 
 mod alarm_model;
 mod alone;
+mod dirty_log;
 mod endpoint;
 mod hand_over_model;
 mod memory;
+mod page_bits_model;
 mod peer_files;
 mod placement;
 mod wake_model;

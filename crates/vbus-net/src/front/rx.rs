@@ -249,6 +249,11 @@ impl<R: RxRing> RxQueue<R> {
             vector[slots - 1] = IoVecMut::new(&mut spill);
             read(&mut vector[..slots])
         };
+        if view.is_logged() {
+            // The kernel may have written a part before it failed.
+            let body = received.map_or(usize::MAX, |len| len.saturating_sub(head.len()));
+            self.wrote(&slices, body);
+        }
         let len = match received {
             Ok(len) => len,
             Err(Errno::FAULT) => {
@@ -275,6 +280,18 @@ impl<R: RxRing> RxQueue<R> {
                 self.fail(error);
                 Reserved::Nothing
             }
+        }
+    }
+
+    /// The back end has written `body` bytes in the buffers, behind the headers.
+    #[cold]
+    fn wrote(&self, slices: &[DriverSlice<'_>], body: usize) {
+        let (mut skip, mut left) = (self.receiver.header_bytes() + ETH_BYTES, body);
+        for slice in slices {
+            let (front, rest) = slice.split_at(skip);
+            skip -= front.len();
+            rest.wrote(left);
+            left -= left.min(rest.len());
         }
     }
 

@@ -5,6 +5,7 @@
 #[cfg(target_os = "linux")]
 #[allow(unsafe_code)] // Maps memory.
 mod c_peer;
+mod logged;
 mod pic;
 mod ring;
 mod state;
