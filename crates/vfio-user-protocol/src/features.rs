@@ -30,13 +30,6 @@ impl Migration {
         self.state != MigrationState::Running || self.logging.is_some()
     }
 
-    /// Whether a `DEVICE_FEATURE` with this body asks for a long operation.
-    pub(crate) fn is_long(body: &[u8]) -> bool {
-        Feature::parse(body).is_ok_and(|(asked, _)| {
-            !asked.probe && (asked.set || asked.feature == feature::DMA_LOGGING_REPORT)
-        })
-    }
-
     /// `DEVICE_FEATURE`. `transfer`: the most bytes of data that the client takes. Returns the body
     /// of the reply.
     pub(crate) fn feature<T: Target + ?Sized>(
@@ -47,8 +40,13 @@ impl Migration {
     ) -> Result<Vec<u8>, Failure> {
         let (asked, data) = Feature::parse(body)?;
         let number = asked.feature;
-        let flags = target.migration().filter(|flags| flags.stop_copy);
-        let logs = target.logs_dma();
+        let flags = match number {
+            feature::MIGRATION | feature::MIG_DEVICE_STATE => target.migration(),
+            _ => None,
+        };
+        let flags = flags.filter(|flags| flags.stop_copy);
+        let logs = (feature::DMA_LOGGING_START..=feature::DMA_LOGGING_REPORT).contains(&number)
+            && target.logs_dma();
         let (get, set) = match number {
             feature::MIGRATION if flags.is_some() => (true, false),
             feature::MIG_DEVICE_STATE if flags.is_some() => (true, true),
@@ -183,6 +181,15 @@ impl Migration {
         Ok(Feature { argsz, ..asked }.body(&report.data(&bitmap)))
     }
 
+    /// Refuses the stream of a device that has none.
+    fn check_migration<T: Target + ?Sized>(&self, target: &mut T) -> Result<(), Failure> {
+        // Otherwise it has gone along an arc, and so it has a migration.
+        match self.state == MigrationState::Running && target.migration().is_none() {
+            true => Err(Failure::Unsupported("migration")),
+            false => Ok(()),
+        }
+    }
+
     /// `MIG_DATA_READ`. `transfer`: the most bytes of data that the client takes. Returns the body
     /// of the reply.
     pub(crate) fn read<T: Target + ?Sized>(
@@ -191,9 +198,7 @@ impl Migration {
         transfer: usize,
         body: &[u8],
     ) -> Result<Vec<u8>, Failure> {
-        if target.migration().is_none() {
-            return Err(Failure::Unsupported("migration"));
-        }
+        self.check_migration(target)?;
         let asked = MigData::parse(body)?;
         let size = asked.size as usize;
         if size > transfer.min(MAX_TRANSFER) {
@@ -216,9 +221,7 @@ impl Migration {
         target: &mut T,
         body: &[u8],
     ) -> Result<(), Failure> {
-        if target.migration().is_none() {
-            return Err(Failure::Unsupported("migration"));
-        }
+        self.check_migration(target)?;
         let (_, data) = MigData::parse_with_data(body)?;
         if data.len() > MAX_TRANSFER {
             return Err(Failure::TooMuch(data.len() as u64));

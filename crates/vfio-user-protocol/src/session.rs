@@ -28,9 +28,8 @@ use crate::target::{IrqAction, Mapping, Target};
 use crate::version::{self, Disagreement, MAX_TRANSFER, MAX_VERSION_DATA, Negotiated};
 
 /// How much one call may do. An operation is *long* if it may take more than some ten microseconds:
-/// `DMA_MAP`, `DMA_UNMAP`, `DEVICE_RESET`, a step of a migration, a change or a report of the log of
-/// written pages, a write of which the target says so ([`Target::is_long_write`]), and the end of a
-/// session.
+/// `DMA_MAP`, `DMA_UNMAP`, `DEVICE_RESET`, `DEVICE_FEATURE`, `MIG_DATA_READ`, `MIG_DATA_WRITE`, a
+/// write of which the target says so ([`Target::is_long_write`]), and the end of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effort {
     /// No long operation.
@@ -276,7 +275,7 @@ impl Session {
     fn is_long<T: Target + ?Sized>(&self, target: &T, message: &Message) -> bool {
         match message.header.command {
             command::DMA_MAP | command::DMA_UNMAP | command::DEVICE_RESET => true,
-            command::DEVICE_FEATURE => Migration::is_long(&message.body),
+            command::DEVICE_FEATURE | command::MIG_DATA_READ | command::MIG_DATA_WRITE => true,
             command::REGION_WRITE => RegionAccess::parse_with_data(&message.body)
                 .is_ok_and(|(access, data)| is_long(target, access.region, access.offset, data)),
             _ => false,

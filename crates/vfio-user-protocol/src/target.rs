@@ -300,7 +300,7 @@ pub trait Target {
 
     /// Which states of a migration the device has beside `RUNNING` and `ERROR`. `None`: the device
     /// has no state that could be moved, and the client learns that there is no migration. The call
-    /// must be cheap.
+    /// may take as long as that of an arc.
     fn migration(&mut self) -> Option<MigrationFlags> {
         None
     }
@@ -338,8 +338,7 @@ pub trait Target {
         Err(Errno::OPNOTSUPP)
     }
 
-    /// Whether the target can log which pages of the client's memory the device writes. The call
-    /// must be cheap.
+    /// Whether the target can log which pages of the client's memory the device writes.
     fn logs_dma(&self) -> bool {
         false
     }

@@ -461,14 +461,16 @@ fn what_takes_long_is_left_to_the_thread_for_it() {
         assert!(bench.server.ready_quick(now).long, "{body:x?}");
         assert!(!bench.server.ready_long(now).long);
     }
-    for body in [bytes![16u32, GET | 2], bytes![16u32, GET | 1], bytes![8u32, PROBE | SET | 6]] {
-        raw.send(&framed(2, command::DEVICE_FEATURE, 0, &body));
-        assert!(!bench.server.ready_quick(now).long, "{body:x?}");
+    for number in [command::MIG_DATA_READ, command::MIG_DATA_WRITE] {
+        raw.send(&framed(2, number, 0, &bytes![8u32, 0u32]));
+        assert!(bench.server.ready_quick(now).long);
+        assert!(!bench.server.ready_long(now).long);
     }
     let with_descriptor = framed(3, command::DEVICE_FEATURE, 0, &bytes![16u32, GET | 1]);
     raw.send_with(&with_descriptor, &[memory.as_fd()]);
-    for _ in 0..7 {
-        assert!(matches!(raw.see(&mut bench), Seen::Reply(2, _, None, _)));
+    for error in [false, false, false, false, true, true] {
+        let seen = raw.see(&mut bench);
+        assert!(matches!(&seen, Seen::Reply(2, _, e, _) if e.is_some() == error), "{seen:?}");
     }
     let inval = Some(Errno::INVAL.raw_os_error().unsigned_abs());
     assert_eq!(raw.see(&mut bench), Seen::Reply(3, command::DEVICE_FEATURE, inval, vec![]));
