@@ -143,6 +143,25 @@ impl Claimed {
         Ok(claimed)
     }
 
+    /// The directory of a bus whose place this process takes. `lock` is that bus's lock, of which
+    /// it has another descriptor.
+    ///
+    /// # Errors
+    /// It is not the lock of this directory, or somebody else holds it.
+    pub fn adopt(dir: &Path, lock: OwnedFd) -> Result<Claimed> {
+        check(dir)?;
+        let (here, given) = (std::fs::symlink_metadata(dir)?, rustix::fs::fstat(&lock)?);
+        ensure!(
+            (here.dev(), here.ino()) == (given.st_dev, given.st_ino),
+            "the lock that the other bus handed over is not that of {}",
+            dir.display()
+        );
+        // The holder may lock again.
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .with_context(|| format!("another bus has the lock of {}", dir.display()))?;
+        Ok(Claimed { dir: dir.to_owned(), lock })
+    }
+
     /// The lock. While any duplicate of this descriptor is open, no other bus can use the
     /// directory.
     pub fn lock(&self) -> BorrowedFd<'_> {

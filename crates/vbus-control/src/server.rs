@@ -94,6 +94,11 @@ impl Client<'_> {
         self.peer
     }
 
+    /// The connection, for a request after which the two ends speak another protocol.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     /// Sends one of several answers.
     ///
     /// # Errors

@@ -44,7 +44,8 @@ impl Default for Access {
 }
 
 /// The setting `socket` of a device: where its socket is, and who may use it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SocketSpec {
     /// The path. A relative path begins in the directory of the bus. `None`: the device's name and
     /// `.sock`, in the directory of the bus.

@@ -82,7 +82,7 @@ impl ServedBus {
         let rights = Arc::new(Mutex::new(rights));
         // Without a file there is nothing to read again.
         let reloader = Arc::new(Reloader::new(host.clone(), config, rights.clone(), false));
-        let acceptor = Acceptor::bind(host.clone(), &Access::default(), rights, reloader);
+        let acceptor = Acceptor::bind(host.clone(), &Access::default(), rights, reloader, None);
         let acceptor = acceptor.expect("a socket");
         ServedBus { host, acceptor }
     }

@@ -61,6 +61,7 @@ mod rights;
 mod sandbox;
 mod serve;
 mod supervisor;
+mod take_over;
 mod telemetry;
 mod vmm;
 

@@ -11,6 +11,7 @@ mod server;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -75,12 +76,19 @@ impl MetricsSpec {
         self.socket.as_ref().is_some_and(|s| s.path.is_none() && s.access.is_shared())
     }
 
-    /// Listens at the TCP port, if there is one.
+    /// Listens at the TCP port, if there is one. `former` is the port of the bus whose place this
+    /// one takes, if it has one: it is used if it is the right one.
     ///
     /// # Errors
     /// The port is taken, or the system refuses.
-    pub fn bind(&self) -> Result<Option<TcpListener>> {
+    pub fn bind(&self, former: Option<(SocketAddr, OwnedFd)>) -> Result<Option<TcpListener>> {
         let Some(address) = self.listen else { return Ok(None) };
+        let fits = |former: SocketAddr| {
+            former == address || address.port() == 0 && former.ip() == address.ip()
+        };
+        if let Some((_, socket)) = former.filter(|(former, _)| fits(*former)) {
+            return Ok(Some(socket.into()));
+        }
         let bind = || -> io::Result<TcpListener> {
             let listener = TcpListener::bind(address)?;
             listener.set_nonblocking(true)?;
@@ -119,7 +127,7 @@ mod tests {
         let dir = Path::new("/run/bus");
         let default = MetricsSpec::parse(&json!({}), Accounts::Check).unwrap();
         assert_eq!(default.path(dir), dir.join("metrics.sock"));
-        assert_eq!((default.access(), default.bind().unwrap().is_none()), (None, true));
+        assert_eq!((default.access(), default.bind(None).unwrap().is_none()), (None, true));
         let spec = MetricsSpec::parse(
             &json!({
                 "socket": { "path": "m", "group": "0" }, "listen": "127.0.0.1:0",
@@ -129,12 +137,12 @@ mod tests {
         .unwrap();
         assert_eq!((spec.path(dir), spec.access().unwrap().mode), (dir.join("m"), 0o660));
         assert!(!spec.is_shared(), "it is elsewhere");
-        let port = spec.bind().unwrap().unwrap().local_addr().unwrap();
+        let port = spec.bind(None).unwrap().unwrap().local_addr().unwrap();
         assert!(port.ip().is_loopback());
         let taken =
             MetricsSpec::parse(&json!({ "listen": port.to_string() }), Accounts::Check).unwrap();
         let _holder = TcpListener::bind(port).unwrap();
-        let error = taken.bind().unwrap_err().to_string();
+        let error = taken.bind(None).unwrap_err().to_string();
         assert!(
             error.starts_with("\"listen\" of [metrics]: cannot listen at 127.0.0.1:"),
             "{error}"

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use vbus_control::{Client, Handler, Limits, Peer, Server, Share};
@@ -16,6 +16,7 @@ use super::reload::Reloader;
 use crate::access::Access;
 use crate::config::DeviceSpec;
 use crate::rights::{Level, Rights};
+use crate::take_over::{Departure, FORMAT};
 use vbus_cli::rundir::CONTROL;
 use vbus_core::lock;
 
@@ -53,6 +54,13 @@ enum Request {
     Reincarnate { name: String },
     /// Passes a request to a device.
     Device { name: String, request: Value },
+    /// Hands the bus over to the client, a new process of it (spec/take-over.md).
+    TakeOver {
+        format: u32,
+        #[serde(rename = "state-format")]
+        state_format: u32,
+        version: String,
+    },
 }
 
 impl Request {
@@ -68,6 +76,7 @@ impl Request {
             Request::Reincarnate { .. } => ("reincarnate", Level::Full),
             // The class defines the request, and it may change the device.
             Request::Device { .. } => ("device", Level::Full),
+            Request::TakeOver { .. } => ("take-over", Level::Full),
         }
     }
 }
@@ -86,10 +95,11 @@ impl Acceptor {
         access: &Access,
         rights: Arc<Mutex<Rights>>,
         reloader: Arc<Reloader>,
+        departure: Option<Departure>,
     ) -> Result<Acceptor> {
         let path = host.dir().join(CONTROL);
-        let listening = host.listen(&path, BACKLOG, access);
-        let handler = Control { host, rights, reloader };
+        let listening = host.listen_for_itself(&path, BACKLOG, access);
+        let handler = Control { host, rights, reloader, departure };
         listening
             .and_then(|(listener, held)| {
                 let server = Server::new(UnixListener::from(listener), LIMITS, handler)?;
@@ -116,6 +126,36 @@ struct Control {
     host: Arc<Host>,
     rights: Arc<Mutex<Rights>>,
     reloader: Arc<Reloader>,
+    /// `None`: the bus cannot be handed over.
+    departure: Option<Departure>,
+}
+
+impl Control {
+    /// Hands the bus over. Only the user of the bus and root may ask: the new process gets all that
+    /// the bus has.
+    fn take_over(
+        &self,
+        (format, state_format): (u32, u32),
+        version: &str,
+        client: &Client<'_>,
+    ) -> Result<Value> {
+        let peer = client.peer();
+        let own = rustix::process::geteuid().as_raw();
+        ensure!(
+            peer.uid == own || peer.uid == 0,
+            "only the user of the bus (uid {own}) and root may take it over"
+        );
+        ensure!(
+            (format, state_format) == (FORMAT, vbus_core::state::FORMAT),
+            "vbus {version} hands over in format {format} with states of format {state_format}, \
+             and this bus, vbus {}, in format {FORMAT} with {}; restart the bus instead",
+            env!("CARGO_PKG_VERSION"),
+            vbus_core::state::FORMAT
+        );
+        let accepted = || Ok(client.item(json!({ "format": FORMAT }))?);
+        let departure = self.departure.as_ref().context("this bus cannot be handed over")?;
+        match departure.leave(client.socket(), peer.pid, accepted)? {}
+    }
 }
 
 impl Handler for Control {
@@ -132,7 +172,16 @@ impl Handler for Control {
         let (op, level) = request.needs();
         lock(&self.rights).check(client.peer(), op, level)?;
         let host = &*self.host;
+        // A bus that is being handed over does not change.
+        let is_change = matches!(
+            request,
+            Request::Add { .. } | Request::Remove { .. } | Request::Reincarnate { .. }
+        );
+        let _turn = is_change.then(|| host.change());
         match request {
+            Request::TakeOver { format, state_format, version } => {
+                self.take_over((format, state_format), &version, client)
+            }
             Request::Info => Ok(json!({
                 "version": env!("CARGO_PKG_VERSION"),
                 "pid": std::process::id(),

@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The bus with its sockets. Each device of the bus has a socket, unless it takes no drivers.
 
-use std::collections::BTreeMap;
+mod handed_over;
+
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::path::{Path, PathBuf};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
+};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use vbus_core::{Bus, DeviceClass, Endpoint, Executor};
+use vbus_core::{Bus, DeviceClass, Endpoint, Executor, lock};
 use vbus_sched::SchedClass;
 use vbus_vfio_user::DeviceServer;
 
@@ -26,6 +31,9 @@ use vbus_cli::rundir::{self, Claimed};
 /// The most clients of a device that wait to be accepted.
 const BACKLOG: i32 = 8;
 
+/// The time between two looks whether devices are still being changed.
+const PAUSE: Duration = Duration::from_millis(2);
+
 /// The bus and the servers of its devices.
 pub struct Host {
     claimed: Claimed,
@@ -33,9 +41,31 @@ pub struct Host {
     bus: Bus,
     supervisor: Arc<Supervisor>,
     protections: Protections,
-    /// The server of each device, by the device's name. It is not locked while a device is made or
-    /// removed, because a back end may take long for that.
-    served: Mutex<BTreeMap<String, Option<Served>>>,
+    /// Each device, by name. It is not locked while a device is made or removed, because a back end
+    /// may take long for that.
+    served: Mutex<BTreeMap<String, Member>>,
+    /// The sockets that belong to no device: duplicates, for a bus that takes over.
+    own: Mutex<Vec<(PathBuf, OwnedFd)>>,
+    /// The sockets of the bus whose place this one has taken, until somebody uses them.
+    former: Mutex<HashMap<PathBuf, OwnedFd>>,
+    /// The files of those sockets, until the supervisor has charge of them.
+    unowned: Mutex<Vec<Arc<FormerSocket>>>,
+    /// Whoever changes devices reads it. While the bus is being handed over, nobody does.
+    turn: RwLock<()>,
+}
+
+/// A device of the bus.
+struct Member {
+    spec: DeviceSpec,
+    /// `None`: it takes no drivers.
+    served: Option<Served>,
+}
+
+/// The socket of the bus whose place this one has taken.
+pub struct FormerSocket {
+    path: PathBuf,
+    /// Its file, once the supervisor has charge of it.
+    file: OnceLock<SocketFile>,
 }
 
 /// A device's server and its socket.
@@ -50,6 +80,8 @@ pub enum Held {
     Made(#[expect(dead_code, reason = "it acts when it is dropped")] SocketFile),
     /// It was inherited. It stays, for the next one who needs it.
     Inherited(#[expect(dead_code, reason = "it acts when it is dropped")] Lease),
+    /// A former bus made it. Its file goes with this.
+    Former(#[expect(dead_code, reason = "it acts when it is dropped")] Arc<FormerSocket>),
 }
 
 impl Host {
@@ -68,7 +100,18 @@ impl Host {
         let threads = Arc::new(RemoteThreads(supervisor.clone()));
         let classes = classes::all(supervisor.clone(), SchedClass::through(threads), more)?;
         let bus = Bus::new(executor, classes);
-        Ok(Host { claimed, inherited, bus, supervisor, protections, served: Mutex::default() })
+        Ok(Host {
+            claimed,
+            inherited,
+            bus,
+            supervisor,
+            protections,
+            served: Mutex::default(),
+            own: Mutex::default(),
+            former: Mutex::default(),
+            unowned: Mutex::default(),
+            turn: RwLock::default(),
+        })
     }
 
     /// What opens things for this bus.
@@ -96,8 +139,26 @@ impl Host {
         self.claimed.is_shared()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Option<Served>>> {
-        self.served.lock().unwrap_or_else(|e| e.into_inner())
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Member>> {
+        lock(&self.served)
+    }
+
+    /// Whoever changes devices holds this meanwhile. While the bus is being handed over, it waits.
+    pub fn change(&self) -> RwLockReadGuard<'_, ()> {
+        self.turn.read().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Waits until nobody changes devices, but no longer than `by`. While the result is held,
+    /// nobody does.
+    pub fn stand_still(&self, by: Instant) -> Option<RwLockWriteGuard<'_, ()>> {
+        loop {
+            match self.turn.try_write() {
+                Ok(turn) => return Some(turn),
+                Err(TryLockError::Poisoned(turn)) => return Some(turn.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() >= by => return None,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(PAUSE),
+            }
+        }
     }
 
     /// Takes the inherited socket at `path`, or makes one; see [`Supervisor::listen`]. An inherited
@@ -111,8 +172,32 @@ impl Host {
         if let Some((listener, lease)) = self.inherited.take(path)? {
             return Ok((listener, Held::Inherited(lease)));
         }
+        if let Some(listener) = lock(&self.former).remove(path) {
+            return Ok((listener, self.former_file(path)));
+        }
         let (listener, file) = self.supervisor.listen(path, backlog, access)?;
         Ok((listener, Held::Made(file)))
+    }
+
+    /// As [`listen`](Self::listen), for a socket that belongs to no device.
+    pub fn listen_for_itself(
+        &self,
+        path: &Path,
+        backlog: i32,
+        access: &Access,
+    ) -> io::Result<(OwnedFd, Held)> {
+        let (listener, held) = self.listen(path, backlog, access)?;
+        if !matches!(held, Held::Inherited(_)) {
+            lock(&self.own).push((path.to_owned(), listener.try_clone()?));
+        }
+        Ok((listener, held))
+    }
+
+    /// The file of a socket at `path` that the former bus made.
+    fn former_file(&self, path: &Path) -> Held {
+        let socket = Arc::new(FormerSocket { path: path.to_owned(), file: OnceLock::new() });
+        lock(&self.unowned).push(socket.clone());
+        Held::Former(socket)
     }
 
     /// Makes a device and starts its server, if it takes drivers.
@@ -131,7 +216,7 @@ impl Host {
             endpoint.set_router(pic);
         }
         if !endpoint.device().takes_drivers() {
-            self.lock().insert(spec.name, None);
+            self.lock().insert(spec.name.clone(), Member { spec, served: None });
             return Ok(endpoint);
         }
         let listening = self.listen(&path, BACKLOG, &spec.socket.access);
@@ -142,7 +227,7 @@ impl Host {
         });
         match server {
             Ok(server) => {
-                self.lock().insert(spec.name, Some(server));
+                self.lock().insert(spec.name.clone(), Member { spec, served: Some(server) });
                 Ok(endpoint)
             }
             Err(error) => {
@@ -179,7 +264,12 @@ impl Host {
             Ok(endpoint) => endpoint.device().reconfigure(&old.settings, &new.settings),
         };
         match changed {
-            Ok(()) => Ok(keys),
+            Ok(()) => {
+                if let Some(member) = self.lock().get_mut(&new.name) {
+                    member.spec = new.clone();
+                }
+                Ok(keys)
+            }
             Err(reason) => Err((keys, reason)),
         }
     }
@@ -187,7 +277,8 @@ impl Host {
     /// Whether a client is connected to the device.
     pub fn is_connected(&self, name: &str) -> bool {
         let served = self.lock();
-        matches!(served.get(name), Some(Some(served)) if served.server.is_connected())
+        let server = served.get(name).and_then(|member| member.served.as_ref());
+        server.is_some_and(|served| served.server.is_connected())
     }
 
     /// Removes a device. Without `force` this fails while a client is connected to the device.
@@ -196,7 +287,8 @@ impl Host {
         let server = match self.lock().entry(name.to_owned()) {
             Entry::Vacant(_) => bail!("{name:?} is being added or removed at the moment"),
             Entry::Occupied(entry)
-                if !force && entry.get().as_ref().is_some_and(|s| s.server.is_connected()) =>
+                if !force
+                    && entry.get().served.as_ref().is_some_and(|s| s.server.is_connected()) =>
             {
                 bail!(
                     "{name:?} is in use by a virtual machine or a driver process; unplug it first \
@@ -229,8 +321,9 @@ impl Host {
     fn inspect_one(&self, endpoint: &Endpoint) -> Value {
         let mut value = endpoint.inspect();
         let served = self.lock();
-        if let (Value::Object(map), Some(Some(Served { server, .. }))) =
-            (&mut value, served.get(endpoint.name()))
+        let member = served.get(endpoint.name());
+        if let (Value::Object(map), Some(Member { served: Some(Served { server, .. }), .. })) =
+            (&mut value, member)
         {
             let stats = server.stats();
             map.insert("socket".into(), json!(server.path()));
@@ -262,8 +355,9 @@ impl Host {
     /// Ends all servers, and removes all devices.
     pub fn stop(&self) {
         let served = std::mem::take(&mut *self.lock());
-        for (name, server) in served {
-            drop(server);
+        lock(&self.own).clear();
+        for (name, member) in served {
+            drop(member);
             let _ = self.bus.remove(&name);
         }
         self.supervisor.stop();

@@ -74,6 +74,24 @@ impl Inherited {
     }
 }
 
+impl Inherited {
+    /// Adds a socket that the service manager has made for a former process of the bus.
+    pub fn add(&self, path: PathBuf, descriptor: OwnedFd) {
+        lock(&self.0).entry(path).or_insert_with(|| Socket::new(descriptor));
+    }
+
+    /// Duplicates of all of them.
+    ///
+    /// # Errors
+    /// This process has no more descriptors.
+    pub fn all(&self) -> io::Result<Vec<(PathBuf, OwnedFd)>> {
+        let one = |(path, socket): (&PathBuf, &Socket)| {
+            Ok((path.clone(), socket.descriptor.try_clone()?))
+        };
+        lock(&self.0).iter().map(one).collect()
+    }
+}
+
 impl Socket {
     fn new(descriptor: OwnedFd) -> Socket {
         Socket { descriptor, user: Arc::default() }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus serve`: runs the bus, with a vfio-user socket for each device and a control socket.
 
+mod background;
 pub mod control;
 mod health;
 pub mod host;
@@ -8,20 +9,21 @@ pub mod inherited;
 mod ready;
 pub mod reload;
 mod repeat;
-mod systemd;
+pub mod systemd;
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::net::TcpListener;
-use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vbus_cli::signals;
-use vbus_core::{DeviceClass, MemoryContext, Watchdog};
+use vbus_core::{DeviceClass, Endpoint, MemoryContext, Watchdog};
 
 use crate::access::Access;
 use crate::client::BusDir;
@@ -30,6 +32,7 @@ use crate::metrics::{self, Door, Exporter, MetricsServer, MetricsSpec};
 use crate::rights::Rights;
 use crate::sandbox::{Protections, Sandbox};
 use crate::supervisor::{Permits, Purpose, Supervisor};
+use crate::take_over::{self, Departure, DeviceParcel, Handed, Joining, Spec};
 use health::Health;
 use host::{Held, Host};
 use inherited::Inherited;
@@ -47,6 +50,9 @@ const STARVED: Duration = Duration::from_millis(200);
 const HELP: &str = "\
 SIGHUP, or `vbus reload`, reads the configuration file again. SIGINT and SIGTERM end the bus, and so
 does SIGHUP without --config.
+
+To upgrade without a restart, start the new program with --take-over and the same --dir. The old
+process ends when the new one has taken over, and goes on if that fails.
 
 Environment:
   VBUS_LOG       the level of the log, on standard error: error, warn, info (the default), debug
@@ -79,6 +85,14 @@ pub struct Args {
     config: Option<PathBuf>,
     #[command(flatten)]
     bus: BusDir,
+    /// Take the place of the bus that serves in the directory. Its machines and drivers keep their
+    /// connections and notice nothing. If that fails, the other bus goes on. Devices that differ
+    /// from the configuration file are then changed as `vbus reload` does it
+    #[arg(long)]
+    take_over: bool,
+    /// Return once the bus is up, and leave it running: for `systemctl reload`
+    #[arg(long, requires = "take_over", conflicts_with = "ready_fd")]
+    background: bool,
     /// Write the line READY=1 to this file descriptor once the bus is up
     #[arg(long, value_name = "FD")]
     ready_fd: Option<u32>,
@@ -89,18 +103,39 @@ pub struct Args {
     no_sandbox: bool,
 }
 
-/// Serves a bus until SIGINT or SIGTERM. SIGHUP reloads its configuration file; without such a
-/// file it ends the bus too. `classes` are the classes that the program has beside those of vbus.
-/// With the arguments `supervisor`, the program becomes the supervisor. `sandbox` is what the
-/// classes need.
+/// Serves a bus; see [`serve`]. If it was to take another bus's place and cannot, that bus learns
+/// why.
 pub fn run(
     args: &Args,
     classes: Vec<Box<dyn DeviceClass>>,
     supervisor: &[OsString],
     sandbox: &Sandbox,
 ) -> Result<()> {
+    if args.background {
+        return background::run();
+    }
     // The thread of the log must have the restrictions of the sandbox.
     log::prepare("info");
+    if !args.take_over {
+        return serve(args, classes, supervisor, sandbox, None);
+    }
+    vbus_cli::limits::raise_descriptor_limit();
+    let (joining, handed) = Joining::connect(&rundir::choose(args.bus.dir.as_deref()))?;
+    let result = serve(args, classes, supervisor, sandbox, Some((&joining, handed)));
+    result.inspect_err(|error| joining.fail(error))
+}
+
+/// Serves a bus until SIGINT or SIGTERM. SIGHUP reloads its configuration file; without such a
+/// file it ends the bus too. `classes` are the classes that the program has beside those of vbus.
+/// With the arguments `supervisor`, the program becomes the supervisor. `sandbox` is what the
+/// classes need. `taking`: the bus takes another's place.
+fn serve(
+    args: &Args,
+    classes: Vec<Box<dyn DeviceClass>>,
+    supervisor: &[OsString],
+    sandbox: &Sandbox,
+    taking: Option<(&Joining, Handed)>,
+) -> Result<()> {
     let inherited = Inherited::of_environment();
     let (config, source) = match &args.config {
         Some(path) => {
@@ -113,8 +148,27 @@ pub fn run(
         log::set_level(level)?;
     }
     vbus_cli::limits::raise_descriptor_limit();
-    let mut manager = Manager::of_environment();
-    let claimed = Claimed::claim(&rundir::choose(args.bus.dir.as_deref()), config.is_shared())?;
+    let dir = rundir::choose(args.bus.dir.as_deref());
+    let (joining, mut manager, claimed, mut former) = match taking {
+        None => {
+            let claimed = Claimed::claim(&dir, config.is_shared())?;
+            (None, Manager::of_environment(), claimed, Former::default())
+        }
+        Some((joining, Handed { offer, lock, sockets, port, manager })) => {
+            let manager = match (manager, &offer.manager) {
+                (Some(socket), Some(part)) => Manager::taken(socket, part.watchdog()),
+                _ => Manager::of_environment(),
+            };
+            let sockets = offer.sockets.into_iter().zip(sockets);
+            let former = Former {
+                pid: offer.pid,
+                port: offer.port.zip(port),
+                sockets: sockets.map(|(one, fd)| (one.path, fd, one.inherited)).collect(),
+                devices: offer.devices,
+            };
+            (Some(joining), manager, Claimed::adopt(&dir, lock)?, former)
+        }
+    };
     if config.is_shared() && !claimed.is_shared() {
         tracing::warn!(
             "other users cannot reach the sockets that are for them: chmod 711 {}",
@@ -131,10 +185,11 @@ pub fn run(
         (signals::termination()?, None)
     };
     // This process opens no port later.
-    let port = config.metrics.bind()?;
+    let port = config.metrics.bind(former.port.take())?;
     let mut permits = Permits::new(claimed.path(), &config.allow, &config.devices)
         .with_config(args.config.as_deref());
     permits.name(Purpose::Listen, config.metrics.named_path(claimed.path()));
+    permits.former = former.paths(claimed.path());
     let supervisor = Supervisor::start(supervisor, &permits, claimed.lock())
         .context("starting the supervisor")?;
     // The budgets of all peers' memory come from files, which are read once.
@@ -158,18 +213,37 @@ pub fn run(
     }
     let host =
         Arc::new(Host::start(claimed, inherited, supervisor, &config, classes, protections)?);
+    host.keep_sockets(former.sockets);
+    let departure_port = port.as_ref().map(TcpListener::try_clone).transpose()?;
     // A client that connects before all devices are made waits in the backlog.
     let (devices, metrics) = (config.devices.clone(), config.metrics.clone());
     let rights = Arc::new(Mutex::new(rights));
     let is_fixed = protections.confine_files() && sandbox.has_configured_files();
     let reloader = Arc::new(Reloader::new(host.clone(), config, rights.clone(), is_fixed));
-    let accept = control::Acceptor::bind(host.clone(), &access, rights.clone(), reloader.clone())?;
-    for (number, spec) in devices.iter().enumerate() {
-        let endpoint = host.add(spec.clone()).map_err(|error| match &source {
-            Some(source) => source.device_error(number, &format!("{error:#}")).into(),
-            None => error,
-        })?;
-        reloader.made(spec, &endpoint);
+    let departure = Departure::new(
+        host.clone(),
+        reloader.clone(),
+        departure_port.as_ref(),
+        manager.notifier()?,
+    )?;
+    let accept = control::Acceptor::bind(
+        host.clone(),
+        &access,
+        rights.clone(),
+        reloader.clone(),
+        Some(departure),
+    )?;
+    match joining {
+        None => {
+            for (number, spec) in devices.iter().enumerate() {
+                let endpoint = host.add(spec.clone()).map_err(|error| match &source {
+                    Some(source) => source.device_error(number, &format!("{error:#}")).into(),
+                    None => error,
+                })?;
+                reloader.made(spec, &endpoint);
+            }
+        }
+        Some(joining) => take_over(joining, &host, &reloader, former.devices, former.pid)?,
     }
     let metrics = serve_metrics(&host, &metrics, port, &access, rights)?;
     tracing::info!("serving {} devices in {}", devices.len(), host.dir().display());
@@ -178,7 +252,12 @@ pub fn run(
         log::flush();
         ready.tell()?;
     }
-    manager.ready();
+    match joining {
+        None => manager.ready(),
+        // The file may say something else than the bus that was taken over.
+        Some(_) if args.config.is_some() => reloader.reload_aside(),
+        Some(_) => {}
+    }
     let mut health = Health::new(Watchdog::new(host.executor().clone()), &manager);
     let mut starved = false;
     loop {
@@ -229,12 +308,92 @@ pub fn run(
             }
         }
     }
+    // A bus that is being handed over ends by itself, or it goes on and ends now.
+    drop(host.change());
     tracing::info!("stopping");
     manager.stopping();
     drop((accept, metrics));
     reloader.end();
     host.stop();
     Ok(())
+}
+
+/// What a bus has of the one whose place it takes, before it makes its devices.
+#[derive(Default)]
+struct Former {
+    pid: i32,
+    /// The TCP port of the metrics.
+    port: Option<(SocketAddr, OwnedFd)>,
+    /// Path, socket, and whether the service manager has made it.
+    sockets: Vec<(PathBuf, OwnedFd, bool)>,
+    devices: Vec<Spec>,
+}
+
+impl Former {
+    /// The sockets that the other bus has made in `dir` or elsewhere.
+    fn paths(&self, dir: &Path) -> BTreeSet<PathBuf> {
+        let own = self.sockets.iter().filter(|(_, _, inherited)| !inherited);
+        let own = own.map(|(path, ..)| path.clone());
+        own.chain(self.devices.iter().map(|spec| dir.join(spec.device().socket_path()))).collect()
+    }
+}
+
+/// Takes the devices of the bus `pid`, which then ends.
+///
+/// # Errors
+/// They cannot be taken, as far as can be told before the other bus stops.
+fn take_over(
+    joining: &Joining,
+    host: &Host,
+    reloader: &Reloader,
+    specs: Vec<Spec>,
+    pid: i32,
+) -> Result<()> {
+    for spec in &specs {
+        host.check(&spec.device())?;
+    }
+    let (stopped, parcels) = joining.ready()?;
+    let taken = restore(host, &specs, parcels).and_then(|made| {
+        joining.taken()?;
+        Ok(made)
+    });
+    let made = taken.unwrap_or_else(|error| {
+        joining.fail(&error);
+        let _ = vbus_cli::exit(Err(error));
+        log::flush();
+        // Nothing is dropped: the memory, the sockets and the interfaces are the other bus's.
+        std::process::exit(1)
+    });
+    host.go_on();
+    let pause = Duration::from_nanos(take_over::now().saturating_sub(stopped));
+    tracing::info!(
+        "took {} devices over from process {pid}; they paused for {pause:?}",
+        made.len()
+    );
+    host.own_sockets();
+    for (spec, endpoint) in &made {
+        if spec.configured {
+            reloader.made(&spec.device(), endpoint);
+        }
+    }
+    Ok(())
+}
+
+/// Makes all devices of the other bus. Those that carry the interrupts of others come last.
+fn restore(
+    host: &Host,
+    specs: &[Spec],
+    parcels: Vec<DeviceParcel>,
+) -> Result<Vec<(Spec, Arc<Endpoint>)>> {
+    ensure!(specs.len() == parcels.len(), "the state is that of other devices than the offer");
+    let carries = |name: &str| specs.iter().any(|spec| spec.pic.as_deref() == Some(name));
+    let both = specs.iter().zip(parcels);
+    let (last, first): (Vec<_>, Vec<_>) = both.partition(|(spec, _)| carries(&spec.name));
+    let mut made = Vec::new();
+    for (spec, parcel) in first.into_iter().chain(last) {
+        made.push((spec.clone(), host.restore(spec.device(), parcel)?));
+    }
+    Ok(made)
 }
 
 /// Serves the metrics of `host` on a UNIX socket, and on `port` if there is one. Unless the table
@@ -251,7 +410,7 @@ fn serve_metrics(
     rundir::check_socket_path(&path)?;
     let own = spec.access();
     let (socket, file) = host
-        .listen(&path, BACKLOG, own.unwrap_or(access))
+        .listen_for_itself(&path, BACKLOG, own.unwrap_or(access))
         .with_context(|| format!("cannot make {}", path.display()))?;
     let rights = if own.is_some() { None } else { Some(rights) };
     let mut doors = vec![Door { socket, rights }];

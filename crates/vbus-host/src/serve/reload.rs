@@ -3,7 +3,7 @@
 //! "Reading the configuration again"). What cannot change while the bus runs, or while a device is
 //! in use, stays as it is and is reported.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, TryLockError, Weak};
 use std::time::{Duration, Instant};
@@ -143,12 +143,20 @@ impl Reloader {
         lock(&self.current).devices.push(Made::new(spec.clone(), endpoint));
     }
 
+    /// The names of the devices that the bus has of its configuration.
+    pub fn names(&self) -> BTreeSet<String> {
+        let current = lock(&self.current);
+        let is_there = |made: &&Made| self.host.get(&made.spec.name).is_ok_and(|now| made.is(&now));
+        current.devices.iter().filter(is_there).map(|made| made.spec.name.clone()).collect()
+    }
+
     /// Reads the configuration file again. The log gets the report too.
     ///
     /// # Errors
     /// The bus has no configuration file, or the file cannot be read or is wrong. Then nothing has
     /// changed.
     pub fn reload(&self, tell: Tell<'_>) -> Result<Report> {
+        let _turn = self.host.change();
         let mut current = lock(&self.current);
         if *lock(&self.is_ending) {
             bail!("the bus is ending");

@@ -2,6 +2,7 @@
 //! What a service of systemd tells its manager, by datagrams (sd_notify(3)).
 
 use std::ffi::OsString;
+use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
@@ -28,6 +29,20 @@ impl Manager {
             watchdog: watchdog.map(Duration::from_micros),
             fed: Instant::now(),
         }
+    }
+
+    /// The manager that a former process of this service had.
+    pub fn taken(socket: OwnedFd, watchdog: Option<Duration>) -> Manager {
+        Manager { socket: Some(socket.into()), watchdog, fed: Instant::now() }
+    }
+
+    /// What tells the manager of another process.
+    ///
+    /// # Errors
+    /// This process has as many descriptors as it may have.
+    pub fn notifier(&self) -> std::io::Result<Option<Notifier>> {
+        let socket = self.socket.as_ref().map(UnixDatagram::try_clone).transpose()?;
+        Ok(socket.map(|socket| Notifier { socket, watchdog: self.watchdog }))
     }
 
     /// The service is up.
@@ -59,6 +74,34 @@ impl Manager {
         if let Err(error) = socket.send(state.as_bytes()) {
             tracing::warn!(%error, "cannot tell systemd {state}");
         }
+    }
+}
+
+/// Tells the manager which process the service is.
+pub struct Notifier {
+    socket: UnixDatagram,
+    watchdog: Option<Duration>,
+}
+
+impl Notifier {
+    /// From now on process `pid` is the service's main process.
+    pub fn moved_to(&self, pid: i32) {
+        if let Err(error) = self.socket.send(format!("MAINPID={pid}").as_bytes()) {
+            tracing::warn!(%error, "cannot tell systemd of the new main process");
+        }
+    }
+
+    /// A descriptor for the other process.
+    ///
+    /// # Errors
+    /// This process has as many descriptors as it may have.
+    pub fn duplicate(&self) -> std::io::Result<OwnedFd> {
+        Ok(self.socket.try_clone()?.into())
+    }
+
+    /// The time between two signs of life.
+    pub fn watchdog(&self) -> Option<Duration> {
+        self.watchdog
     }
 }
 

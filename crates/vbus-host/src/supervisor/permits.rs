@@ -136,6 +136,8 @@ pub struct Permits {
     pub limits: Limits,
     /// The path of the configuration file, which may be read again. It need not be UTF-8.
     pub config: Option<OsString>,
+    /// The sockets of the bus whose place this one takes. It may get charge of each once.
+    pub former: BTreeSet<PathBuf>,
 }
 
 impl Permits {
@@ -155,6 +157,7 @@ impl Permits {
                 priority_max => Limits::up_to(priority_max),
             },
             config: None,
+            former: BTreeSet::new(),
         };
         for device in devices {
             permits.add(dir, device);

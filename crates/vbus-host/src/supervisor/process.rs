@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The supervisor process: reads verbs from its standard input, a socket, until the bus has ended.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
@@ -101,6 +101,7 @@ fn serve(socket: OwnedFd) -> io::Result<usize> {
     };
     let quick = descriptors.pop().ok_or_else(|| io::Error::other("there is one socket only"))?;
     let _lock = descriptors;
+    let former = permits.former.clone();
     let places = Arc::new(Places::new(permits));
     let pins = Pins::default();
     pins.follow(&places.permits());
@@ -111,6 +112,8 @@ fn serve(socket: OwnedFd) -> io::Result<usize> {
         sockets: HashMap::new(),
         read: None,
         adopted: None,
+        leaving: false,
+        former,
     };
     let mut attended = Attended {
         named: pins,
@@ -239,6 +242,18 @@ struct Files {
     read: Option<Allowed>,
     /// What the configuration allows that the bus has adopted, if more is still allowed.
     adopted: Option<Allowed>,
+    /// Another bus takes over: the sockets stay.
+    leaving: bool,
+    /// The sockets of a former bus that this one may have charge of.
+    former: BTreeSet<PathBuf>,
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        if self.leaving {
+            self.sockets.drain().for_each(|(_, file)| file.leave());
+        }
+    }
 }
 
 /// Serves the quick verbs.
@@ -267,6 +282,19 @@ impl Files {
             Verb::Listen { path, backlog, access } => self.listen(&path, backlog, &access),
             Verb::Remove { path } => {
                 self.sockets.remove(&PathBuf::from(path));
+                done(Value::Null)
+            }
+            Verb::Leave { leaving } => {
+                self.leaving = leaving;
+                done(Value::Null)
+            }
+            Verb::Inherit { path } => {
+                // It was known at the start, when the bus had met nobody yet.
+                if !self.former.remove(Path::new(&path)) {
+                    return Err(io::Error::other("it is no socket of a former bus"));
+                }
+                let place = self.places.find(&path, Purpose::Listen)?;
+                self.sockets.insert(path.into(), socket::inherit(place)?);
                 done(Value::Null)
             }
             Verb::Configuration => self.configuration(),

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use super::place::Place;
@@ -28,6 +28,25 @@ pub fn listen(place: Place, backlog: i32, access: &Access) -> io::Result<(OwnedF
     let file = SocketFile { place, identity: identity(&path) };
     access.apply(&path)?;
     Ok((listener, file))
+}
+
+/// Takes charge of the socket at `place`, which a former bus has left.
+///
+/// # Errors
+/// There is none.
+pub fn inherit(place: Place) -> io::Result<SocketFile> {
+    let path = place.path();
+    if !std::fs::symlink_metadata(&path)?.file_type().is_socket() {
+        return Err(io::Error::other("it is no socket"));
+    }
+    Ok(SocketFile { place, identity: identity(&path) })
+}
+
+impl SocketFile {
+    /// Leaves the file as it is, for another bus.
+    pub fn leave(mut self) {
+        self.identity = None;
+    }
 }
 
 impl Drop for SocketFile {

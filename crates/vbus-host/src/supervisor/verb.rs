@@ -49,6 +49,12 @@ pub enum Verb {
     Listen { path: String, backlog: i32, access: Access },
     /// Remove a socket that `Listen` made.
     Remove { path: String },
+    /// Another bus is taking over (true): leave the sockets and the threads as they are, if the bus
+    /// ends now. Or it has not taken over (false). Answer: nothing.
+    Leave { leaving: bool },
+    /// Treat the socket there, which a former bus has left, as one that `Listen` made. Answer:
+    /// nothing.
+    Inherit { path: String },
     /// Connect to the peer of a stream. Answer: the socket.
     Connect { path: String },
     /// Read the configuration file again. Answer: a [`Configuration`], and a file with the text.
@@ -89,6 +95,8 @@ impl Verb {
             Verb::Create { .. }
             | Verb::Listen { .. }
             | Verb::Remove { .. }
+            | Verb::Leave { .. }
+            | Verb::Inherit { .. }
             | Verb::Configuration
             | Verb::Adopt
             | Verb::Settle

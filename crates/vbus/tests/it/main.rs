@@ -17,4 +17,5 @@ mod sched;
 mod serve;
 mod state;
 mod support;
+mod take_over;
 mod top;

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What the two buses tell each other (spec/take-over.md, "Offer" and "State").
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vbus_core::DeviceState;
+use vbus_pci::Options;
+use vbus_vfio_user::{SavedData, SavedServer};
+
+use super::steps::Parcel;
+use crate::access::SocketSpec;
+use crate::config::DeviceSpec;
+
+/// The format of the messages. Both buses must have the same, and the same format of the states of
+/// devices (`vbus_core::state::FORMAT`).
+pub const FORMAT: u32 = 1;
+
+/// What the new bus prepares with. Descriptors: the lock of the directory, the sockets in their
+/// order, the port, the socket of the service manager.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Offer {
+    /// The version of the leaving program.
+    pub version: String,
+    /// Its process.
+    pub pid: i32,
+    /// The sockets that belong to no device, and those that the service manager has made.
+    pub sockets: Vec<Socket>,
+    /// The TCP port of the metrics.
+    pub port: Option<SocketAddr>,
+    /// The service manager is told of the new process.
+    pub manager: Option<ManagerPart>,
+    /// The devices. They may change no more.
+    pub devices: Vec<Spec>,
+}
+
+/// A socket that listens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Socket {
+    pub path: PathBuf,
+    /// The service manager has made it.
+    pub inherited: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ManagerPart {
+    /// The longest time between two signs of life, in microseconds.
+    pub watchdog: Option<u64>,
+}
+
+impl ManagerPart {
+    /// The longest time between two signs of life.
+    pub fn watchdog(&self) -> Option<Duration> {
+        self.watchdog.map(Duration::from_micros)
+    }
+}
+
+/// How a device was made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    pub name: String,
+    pub class: String,
+    pub msix: bool,
+    pub express: bool,
+    pub pic: Option<String>,
+    pub socket: SocketSpec,
+    pub settings: Value,
+    /// The device is in the configuration file, and was not added by hand.
+    pub configured: bool,
+}
+
+impl Spec {
+    pub fn new(spec: &DeviceSpec, configured: bool) -> Spec {
+        let DeviceSpec { name, class, options, pic, socket, settings } = spec.clone();
+        let Options { msix, express } = options;
+        Spec { name, class, msix, express, pic, socket, settings, configured }
+    }
+
+    pub fn device(&self) -> DeviceSpec {
+        let Spec { name, class, msix, express, pic, socket, settings, .. } = self.clone();
+        DeviceSpec { name, class, options: Options { msix, express }, pic, socket, settings }
+    }
+}
+
+/// The state of all devices.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// When the leaving bus stopped, in nanoseconds of CLOCK_MONOTONIC.
+    pub stopped: u64,
+    /// As many as the offer has, in the same order.
+    pub devices: Vec<DevicePart>,
+}
+
+/// A device. Descriptors: those of its back end, then those of its server.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DevicePart {
+    pub name: String,
+    /// The names of its back end's descriptors.
+    pub opened: Vec<String>,
+    /// The number of its server's descriptors.
+    pub descriptors: u32,
+    pub state: StatePart,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "lowercase")]
+pub enum StatePart {
+    /// A device with a socket.
+    Served(Box<SavedData>),
+    /// A device that takes no drivers.
+    Alone(Box<DeviceState>),
+}
+
+/// What a new bus has of the leaving one before it makes its devices.
+#[derive(Debug)]
+pub struct Handed {
+    pub offer: Offer,
+    pub lock: OwnedFd,
+    /// In the order of [`Offer::sockets`].
+    pub sockets: Vec<OwnedFd>,
+    pub port: Option<OwnedFd>,
+    pub manager: Option<OwnedFd>,
+}
+
+/// A device's state, with what belongs to it.
+pub struct DeviceParcel {
+    pub name: String,
+    pub opened: Vec<(String, OwnedFd)>,
+    pub state: DeviceContent,
+}
+
+pub enum DeviceContent {
+    Served(Box<SavedServer>),
+    Alone(Box<DeviceState>),
+}
+
+/// A message as a parcel.
+pub fn pack(content: &impl Serialize, descriptors: Vec<OwnedFd>) -> Result<Parcel> {
+    Ok(Parcel { body: serde_json::to_vec(content)?, descriptors })
+}
+
+fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
+    Ok(serde_json::from_slice(body)?)
+}
+
+/// Reads an offer.
+///
+/// # Errors
+/// It is none, or its descriptors are not those that it counts.
+pub fn read_offer(parcel: Parcel) -> Result<Handed> {
+    let offer: Offer = read(&parcel.body)?;
+    let mut rest = parcel.descriptors.into_iter();
+    let Some(lock) = rest.next() else { bail!("the offer has no lock") };
+    let sockets: Vec<_> = rest.by_ref().take(offer.sockets.len()).collect();
+    let port = offer.port.and_then(|_| rest.next());
+    let manager = offer.manager.as_ref().and_then(|_| rest.next());
+    if sockets.len() != offer.sockets.len()
+        || port.is_some() != offer.port.is_some()
+        || manager.is_some() != offer.manager.is_some()
+        || rest.next().is_some()
+    {
+        bail!("the offer has too many or too few descriptors");
+    }
+    Ok(Handed { offer, lock, sockets, port, manager })
+}
+
+/// Reads a state. Returns when the leaving bus stopped, and its devices.
+///
+/// # Errors
+/// It is none, or its descriptors are not those that it counts.
+pub fn read_state(parcel: Parcel) -> Result<(u64, Vec<DeviceParcel>)> {
+    let State { stopped, devices } = read(&parcel.body)?;
+    let mut rest = parcel.descriptors.into_iter();
+    let mut take = |count: usize| -> Result<Vec<OwnedFd>> {
+        let taken: Vec<_> = rest.by_ref().take(count).collect();
+        if taken.len() == count { Ok(taken) } else { bail!("the state lacks descriptors") }
+    };
+    let mut parcels = Vec::new();
+    for DevicePart { name, opened, descriptors, state } in devices {
+        let of_back_end = take(opened.len())?;
+        let of_server = take(descriptors as usize)?;
+        let state = match state {
+            StatePart::Served(data) => {
+                let saved = SavedServer { data: *data, descriptors: of_server };
+                DeviceContent::Served(Box::new(saved))
+            }
+            StatePart::Alone(state) if of_server.is_empty() => DeviceContent::Alone(state),
+            StatePart::Alone(_) => bail!("the state of device {name:?} has descriptors"),
+        };
+        let opened = opened.into_iter().zip(of_back_end).collect();
+        parcels.push(DeviceParcel { name, opened, state });
+    }
+    if rest.next().is_some() {
+        bail!("the state has too many descriptors");
+    }
+    Ok((stopped, parcels))
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC, which all processes share.
+pub fn now() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec.unsigned_abs().wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec.unsigned_abs())
+}

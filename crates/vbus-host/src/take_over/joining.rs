@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The new bus: it finds the one that is there, and takes its place.
+
+use std::io::{Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::{Value, json};
+use vbus_cli::rundir::{self, CONTROL};
+use vbus_control::Peer;
+
+use super::content::{self, DeviceParcel, FORMAT, Handed};
+use super::steps::{LIMITS, Taking};
+
+/// How long the bus that is there may take to answer the request.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest answer, in bytes.
+const ANSWER_MAX: usize = 64 << 10;
+
+/// A bus that is about to take another's place.
+pub struct Joining {
+    socket: UnixStream,
+}
+
+impl Joining {
+    /// Asks the bus that serves in `dir` for its place. Returns what it hands over already. It goes
+    /// on serving.
+    ///
+    /// # Errors
+    /// No bus serves there, it is that of another user, or it cannot be handed over.
+    pub fn connect(dir: &Path) -> Result<(Joining, Handed)> {
+        rundir::check(dir)?;
+        let path = dir.join(CONTROL);
+        rundir::check_socket_path(&path)?;
+        let mut socket = UnixStream::connect(&path).with_context(|| {
+            format!(
+                "no bus to take over serves in {}; start one without --take-over, or name its \
+                 directory with --dir",
+                dir.display()
+            )
+        })?;
+        let owner = Peer::of(&socket)?.uid;
+        let own = rustix::process::geteuid().as_raw();
+        ensure!(
+            owner == own || owner == 0,
+            "the bus in {} belongs to another user (uid {owner})",
+            dir.display()
+        );
+        socket.set_read_timeout(Some(TIMEOUT))?;
+        socket.set_write_timeout(Some(TIMEOUT))?;
+        let request = json!({
+            "op": "take-over",
+            "format": FORMAT,
+            "state-format": vbus_core::state::FORMAT,
+            "version": env!("CARGO_PKG_VERSION"),
+        });
+        socket.write_all(format!("{request}\n").as_bytes())?;
+        let answer = line(&socket).context("the bus does not answer")?;
+        let answer: Value = serde_json::from_slice(&answer)
+            .map_err(|error| anyhow!("the bus sent an answer that is no JSON: {error}"))?;
+        if let Some(error) = answer["error"].as_str() {
+            bail!("the bus cannot be taken over: {error}");
+        }
+        ensure!(
+            answer["item"]["format"] == FORMAT,
+            "the bus cannot be taken over: it gave an unknown answer"
+        );
+        let joining = Joining { socket };
+        let handed = joining.taking().offer().and_then(content::read_offer)?;
+        Ok((joining, handed))
+    }
+
+    fn taking(&self) -> Taking<'_> {
+        Taking::new(self.socket.as_fd(), LIMITS)
+    }
+
+    /// Says that everything is prepared. The other bus then stops. Returns when it did (in
+    /// nanoseconds of CLOCK_MONOTONIC), and its devices.
+    ///
+    /// # Errors
+    /// It does not, for this reason.
+    pub fn ready(&self) -> Result<(u64, Vec<DeviceParcel>)> {
+        content::read_state(self.taking().ready()?)
+    }
+
+    /// Says that this bus has taken over. From here on it is the only one.
+    ///
+    /// # Errors
+    /// The other bus did not wait, and goes on.
+    pub fn taken(&self) -> Result<()> {
+        self.taking().taken()
+    }
+
+    /// Says why this bus does not take over.
+    pub fn fail(&self, error: &anyhow::Error) {
+        self.taking().fail(error);
+    }
+}
+
+/// Reads a line, and nothing behind it.
+fn line(mut socket: &UnixStream) -> Result<Vec<u8>> {
+    let mut line = Vec::new();
+    loop {
+        let mut byte = [0];
+        ensure!(socket.read(&mut byte)? == 1, "it has closed the connection");
+        if byte == *b"\n" {
+            return Ok(line);
+        }
+        ensure!(line.len() < ANSWER_MAX, "its answer has no end");
+        line.extend(byte);
+    }
+}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The bus that leaves: it stops, gives everything away, and ends. Or it goes on.
+
+use std::convert::Infallible;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::content::{self, DevicePart, ManagerPart, Offer, Socket, Spec, State};
+use super::steps::{LIMITS, Leaves, Parcel, leave};
+use crate::serve::host::Host;
+use crate::serve::reload::Reloader;
+use crate::serve::systemd::Notifier;
+use vbus_cli::log;
+
+/// How long the bus waits for the end of a change of its devices before it refuses to leave.
+const CHANGE_WAIT: Duration = Duration::from_secs(20);
+
+/// What it takes to hand this bus over.
+pub struct Departure {
+    host: Arc<Host>,
+    reloader: Arc<Reloader>,
+    /// The TCP port of the metrics.
+    port: Option<(SocketAddr, OwnedFd)>,
+    manager: Option<Notifier>,
+}
+
+impl Departure {
+    /// For this bus. `port` is that of the metrics, if there is one.
+    ///
+    /// # Errors
+    /// This process has as many descriptors as it may have.
+    pub fn new(
+        host: Arc<Host>,
+        reloader: Arc<Reloader>,
+        port: Option<&TcpListener>,
+        manager: Option<Notifier>,
+    ) -> Result<Departure> {
+        let port = match port {
+            None => None,
+            Some(port) => Some((port.local_addr()?, port.as_fd().try_clone_to_owned()?)),
+        };
+        Ok(Departure { host, reloader, port, manager })
+    }
+
+    /// Hands the bus over to process `pid` at the other end of `socket`. `accepted` tells it that
+    /// it may begin. If all goes well, this process ends.
+    ///
+    /// # Errors
+    /// The other process has not taken over, for this reason. This bus serves as before.
+    pub fn leave(
+        &self,
+        socket: BorrowedFd<'_>,
+        pid: i32,
+        accepted: impl FnOnce() -> Result<()>,
+    ) -> Result<Infallible> {
+        let Some(_turn) = self.host.stand_still(Instant::now() + CHANGE_WAIT) else {
+            bail!("a change of the devices is under way; try again when it has ended");
+        };
+        accepted()?;
+        tracing::info!("process {pid} wants to take over");
+        let mut leaving = Leaving { bus: self, specs: Vec::new() };
+        if let Err(error) = leave(socket, &mut leaving, &LIMITS) {
+            tracing::warn!("process {pid} has not taken over, and this bus goes on: {error:#}");
+            return Err(error);
+        }
+        if let Some(manager) = &self.manager {
+            manager.moved_to(pid);
+        }
+        tracing::info!("process {pid} has taken over; this one ends");
+        log::flush();
+        // Nothing is dropped: all of it is the other's.
+        std::process::exit(0)
+    }
+}
+
+/// One attempt.
+struct Leaving<'a> {
+    bus: &'a Departure,
+    specs: Vec<Spec>,
+}
+
+impl Leaves for Leaving<'_> {
+    fn offer(&mut self) -> Result<Parcel> {
+        let Departure { host, reloader, port, manager } = self.bus;
+        let configured = reloader.names();
+        let spec = |spec| Spec::new(&spec, configured.contains(&spec.name));
+        self.specs = host.specs().into_iter().map(spec).collect();
+        let mut descriptors = vec![host.lock_of_directory().try_clone_to_owned()?];
+        let mut sockets = Vec::new();
+        for (path, descriptor, inherited) in host.sockets()? {
+            sockets.push(Socket { path, inherited });
+            descriptors.push(descriptor);
+        }
+        if let Some((_, port)) = port {
+            descriptors.push(port.try_clone()?);
+        }
+        if let Some(manager) = manager {
+            descriptors.push(manager.duplicate()?);
+        }
+        let offer = Offer {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: rustix::process::getpid().as_raw_nonzero().get(),
+            sockets,
+            port: port.as_ref().map(|(address, _)| *address),
+            manager: manager.as_ref().map(|manager| ManagerPart {
+                watchdog: manager
+                    .watchdog()
+                    .map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
+            }),
+            devices: self.specs.clone(),
+        };
+        // If this process is killed after it has stopped, the sockets stay for the other one.
+        host.supervisor().set_leaving(true).context("the supervisor does not answer")?;
+        content::pack(&offer, descriptors)
+    }
+
+    fn stop(&mut self, by: Instant) -> Result<Parcel> {
+        let stopped = content::now();
+        let host = &self.bus.host;
+        host.hold(by)?;
+        let (mut devices, mut descriptors) = (Vec::new(), Vec::new());
+        for Spec { name, .. } in &self.specs {
+            let (opened, of_server, state) = host.save(name)?;
+            let (names, of_back_end): (Vec<_>, Vec<_>) = opened.into_iter().unzip();
+            devices.push(DevicePart {
+                name: name.clone(),
+                opened: names,
+                descriptors: u32::try_from(of_server.len()).unwrap_or(u32::MAX),
+                state,
+            });
+            descriptors.extend(of_back_end);
+            descriptors.extend(of_server);
+        }
+        content::pack(&State { stopped, devices }, descriptors)
+    }
+
+    fn go_on(&mut self) {
+        self.bus.host.go_on();
+    }
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.bus.host.supervisor().set_leaving(false) {
+            tracing::error!(%error, "the supervisor leaves the sockets behind at the end");
+        }
+    }
+}
