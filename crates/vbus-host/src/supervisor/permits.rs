@@ -137,6 +137,7 @@ pub struct Permits {
     /// The path of the configuration file, which may be read again. It need not be UTF-8.
     pub config: Option<OsString>,
     /// The sockets of the bus whose place this one takes. It may get charge of each once.
+    #[serde(default)]
     pub former: BTreeSet<PathBuf>,
 }
 
