@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The bus's side: starts the supervisor, and asks it.
 
-use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
@@ -38,8 +37,6 @@ pub struct Supervisor {
     ends: [OwnedFd; 2],
     child: Mutex<Child>,
     threads: Threads,
-    /// What a former bus has handed over for its devices' back ends.
-    handed_over: Mutex<HashMap<String, Vec<(String, OwnedFd)>>>,
 }
 
 /// A socket to the supervisor.
@@ -79,8 +76,7 @@ impl Supervisor {
         let (quick, slow) = (Mutex::new(Link::Open(quick)), Mutex::new(Link::Open(slow)));
         let unknown = Threads { is_privileged: false, tells_time: false };
         let child = Mutex::new(child);
-        let handed_over = Mutex::default();
-        let mut supervisor = Supervisor { quick, slow, ends, child, threads: unknown, handed_over };
+        let mut supervisor = Supervisor { quick, slow, ends, child, threads: unknown };
         supervisor.threads = serde_json::from_value(supervisor.ask(&Verb::Threads)?.0)?;
         Ok(Arc::new(supervisor))
     }
@@ -163,12 +159,6 @@ impl Supervisor {
     pub fn inherit(self: &Arc<Self>, path: &Path) -> io::Result<SocketFile> {
         self.ask(&Verb::Inherit { path: text(path)? })?;
         Ok(SocketFile { path: path.to_owned(), supervisor: self.clone() })
-    }
-
-    /// Keeps what a former bus has handed over for the back end of a device, until the device is
-    /// made.
-    pub fn keep(&self, device: &str, descriptors: Vec<(String, OwnedFd)>) {
-        lock(&self.handed_over).insert(device.to_owned(), descriptors);
     }
 
     /// Reads the configuration file again. Returns its text and what the bus cannot find out
@@ -277,10 +267,6 @@ impl vbus_net::Opener for Supervisor {
     fn listen(&self, path: &Path) -> io::Result<OwnedFd> {
         let verb = Verb::Listen { path: text(path)?, backlog: 1, access: Access::default() };
         Ok(plain(self.descriptor(&verb)?))
-    }
-
-    fn handed_over(&self, device: &str) -> Option<Vec<(String, OwnedFd)>> {
-        lock(&self.handed_over).remove(device)
     }
 
     fn remove(&self, path: &Path) {
@@ -411,7 +397,6 @@ mod tests {
             ends,
             child: Mutex::new(child),
             threads: Threads { is_privileged: false, tells_time: false },
-            handed_over: Mutex::default(),
         };
         (Arc::new(supervisor), [theirs_quick, theirs])
     }
