@@ -40,6 +40,12 @@ pub trait DeviceClass: Send + Sync {
         self.create(name, config).map(drop)
     }
 
+    /// Whether drivers of vbus open the devices of this class. Otherwise each has a
+    /// [front](Device::front) for drivers of another kind.
+    fn has_vbus_drivers(&self) -> bool {
+        true
+    }
+
     /// What the numbers in [`Device::inspect`] of this class's devices mean. `vbus stats`, `vbus
     /// top` and the metrics for Prometheus show the numbers that are in this table with their
     /// texts. The provided method has none; `vbus stats --all` shows the numbers all the same.

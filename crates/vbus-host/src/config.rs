@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 use vbus_core::settings::{changed, meant};
-use vbus_core::{CreateError, Tuning};
+use vbus_core::{BusError, CreateError, DeviceClass, Tuning};
 use vbus_pci::Options;
 
 use crate::access::{Accounts, SocketSpec};
@@ -128,6 +128,24 @@ impl DeviceSpec {
             ));
         }
         Ok(DeviceSpec { name, class, options, pic, socket, settings: Value::Object(settings) })
+    }
+
+    /// Checks the settings that every device has against the class, which one of `classes` is. A
+    /// class that is not there is not this method's business.
+    ///
+    /// # Errors
+    /// A device of the class cannot have such a setting. The text begins with the key.
+    pub fn check_class<'a>(
+        &self,
+        mut classes: impl Iterator<Item = &'a dyn DeviceClass>,
+    ) -> Result<(), BusError> {
+        let class = classes.find(|class| class.name() == self.class);
+        if self.pic.is_none() || class.is_none_or(DeviceClass::has_vbus_drivers) {
+            return Ok(());
+        }
+        let class = &self.class;
+        let text = format!("\"pic\" is for drivers of vbus; a device of class {class} has others");
+        Err(BusError::Create(self.name.clone(), CreateError(text)))
     }
 
     /// The keys in which this differs from `old`, and whether the class's own settings are all of

@@ -53,7 +53,8 @@ pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
 /// A setting is wrong. The text points to its place.
 pub fn check(config: &Config, source: &Source, bus: &Bus) -> Result<(), ConfigError> {
     for (number, spec) in config.devices.iter().enumerate() {
-        bus.check(&spec.name, &spec.class, &spec.settings)
+        spec.check_class(bus.classes())
+            .and_then(|()| bus.check(&spec.name, &spec.class, &spec.settings))
             .map_err(|error| source.device_error(number, &error.to_string()))?;
     }
     Ok(())

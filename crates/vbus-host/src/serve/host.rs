@@ -204,15 +204,9 @@ impl Host {
     pub fn add(&self, spec: DeviceSpec) -> Result<Arc<Endpoint>> {
         let path = self.dir().join(spec.socket_path());
         rundir::check_socket_path(&path)?;
+        spec.check_class(self.bus.classes())?;
         let endpoint = self.bus.create(&spec.name, &spec.class, &spec.settings)?;
         if let Some(pic) = &spec.pic {
-            if endpoint.device().front().is_some() {
-                let _ = self.bus.remove(&spec.name);
-                bail!(
-                    "\"pic\" is for drivers of vbus; a device of class {} has others",
-                    spec.class
-                );
-            }
             endpoint.set_router(pic);
         }
         if !endpoint.device().takes_drivers() {
@@ -241,6 +235,7 @@ impl Host {
     /// be on the bus already.
     pub fn check(&self, spec: &DeviceSpec) -> Result<()> {
         rundir::check_socket_path(&self.dir().join(spec.socket_path()))?;
+        spec.check_class(self.bus.classes())?;
         match self.bus.get(&spec.name) {
             Ok(_) => self.bus.check_settings(&spec.name, &spec.class, &spec.settings)?,
             Err(_) => self.bus.check(&spec.name, &spec.class, &spec.settings)?,

@@ -92,6 +92,10 @@ impl DeviceClass for VirtioNetClass {
         Ok(Arc::new(OnBus { nic, function, news: Default::default() }))
     }
 
+    fn has_vbus_drivers(&self) -> bool {
+        false
+    }
+
     fn metrics(&self) -> Vec<Metric> {
         [METRICS, BACKEND_METRICS].concat()
     }

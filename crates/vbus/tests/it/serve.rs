@@ -111,6 +111,11 @@ fn errors_of_a_configuration_show_the_line() {
              4 | pages = [{ name = \"a\", bytes = 8, owner = \"n\" }]\n   |                                   ^^^^^",
         ),
         (
+            "[[device]]\nname = \"n\"\nclass = \"virtio-net\"\npic = \"p\"\n",
+            ":4:1: device \"n\": \"pic\" is for drivers of vbus; a device of class virtio-net has \
+             others\n 4 | pic",
+        ),
+        (
             "[[device]]\nname = \"control\"\nclass = \"venet\"\n",
             ":2:1: \"name\" is \"control\", but",
         ),
