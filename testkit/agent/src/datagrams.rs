@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! UDP: messages that the network segments on the way, datagrams of many flows, and what comes.
-#![allow(unsafe_code)] // The standard library does not set UDP_SEGMENT.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::c_int;
 use std::io::{self, Error, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
-use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use crate::option;
 use crate::stream::number;
 
 const IPPROTO_UDP: c_int = 17;
@@ -18,11 +17,6 @@ const MESSAGE_MAX: usize = 60_000;
 
 /// How long an end waits for the other one.
 const LIMIT: Duration = Duration::from_secs(120);
-
-unsafe extern "C" {
-    /// A function of the C library, which the standard library links.
-    fn setsockopt(fd: c_int, level: c_int, name: c_int, value: *const c_void, bytes: u32) -> c_int;
-}
 
 /// The bytes of message `index`: no two places in it and in the next ones are the same for long.
 fn message(index: u64, bytes: usize) -> Vec<u8> {
@@ -46,13 +40,7 @@ pub fn send(address: &str, count: &str, bytes: &str, segment: &str) -> io::Resul
     socket.connect(address)?;
     socket.set_read_timeout(Some(LIMIT))?;
     let segment = c_int::try_from(segment).map_err(Error::other)?;
-    // SAFETY: the value is an integer, and valid during the call.
-    let result = unsafe {
-        setsockopt(socket.as_raw_fd(), IPPROTO_UDP, UDP_SEGMENT, (&raw const segment).cast(), 4)
-    };
-    if result != 0 {
-        return Err(Error::last_os_error());
-    }
+    option::set(&socket, (IPPROTO_UDP, UDP_SEGMENT), &segment.to_ne_bytes())?;
     for index in 0..count {
         socket.send(&message(index, bytes))?;
         let mut answer = [0; 8];

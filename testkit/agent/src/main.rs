@@ -28,6 +28,7 @@ mod latency;
 mod lie;
 mod map;
 mod nonsense;
+mod option;
 mod page;
 mod qstats;
 mod random;

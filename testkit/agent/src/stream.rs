@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A stream over TCP. Both ends must compute the same hash: a lost, changed or misplaced byte
 //! shows.
-#![allow(unsafe_code)] // The standard library sets no options of IPv6.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::c_int;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+
+use crate::option;
 
 const BLOCK: usize = 64 * 1024;
 
@@ -15,23 +15,13 @@ const IPV6: (c_int, c_int) = (41, 54);
 /// Bytes of the hop-by-hop options that [`send`] adds.
 const OPTIONS: u8 = 136;
 
-unsafe extern "C" {
-    fn setsockopt(fd: c_int, level: c_int, name: c_int, value: *const c_void, length: u32)
-    -> c_int;
-}
-
 /// Has the stream send each packet with hop-by-hop options of [`OPTIONS`] bytes.
 fn add_options(stream: &TcpStream) -> io::Result<()> {
     let mut header = [0u8; OPTIONS as usize];
     // The units of 8 bytes behind the first, and an option that whoever does not know it skips,
     // with its length.
     header[1..4].copy_from_slice(&[OPTIONS / 8 - 1, 0x1e, OPTIONS - 4]);
-    let (level, name) = IPV6;
-    // SAFETY: the option has as many bytes, and the kernel copies them.
-    let result = unsafe {
-        setsockopt(stream.as_raw_fd(), level, name, header.as_ptr().cast(), OPTIONS.into())
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    option::set(stream, IPV6, &header)
 }
 
 /// A 64-bit hash. It is cheap on an emulated CPU: one multiplication for eight bytes.

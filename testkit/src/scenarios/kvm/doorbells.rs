@@ -144,10 +144,12 @@ pub fn kinds(l1: &L1, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// Loads the Linux driver with these parameters. It finds that doorbells of this kind are the
-/// cheapest, and rings them. Returns whether the guest has the driver.
+/// Loads the Linux driver with these parameters. It chooses the kind of doorbell that it has found
+/// to be the cheapest, and rings such doorbells. `kind` is the cheapest on a quiet machine. Returns
+/// whether the guest has the driver.
 fn drive(l1: &L1, bus: &L1Bus, l2: &L2, parameters: &str, kind: &str) -> Result<bool> {
-    /// How often the driver measures. The machine's other work may disturb a measurement.
+    /// How often the driver measures at the most, until it finds `kind`. On a machine with other
+    /// work another kind may be the cheapest each time, and then the driver rings that.
     const TRIES: u32 = 5;
     let guest = &l2.guest;
     if guest.run(&format!("test -e {}", linux::MODULE))?.code != 0 {
@@ -159,24 +161,43 @@ fn drive(l1: &L1, bus: &L1Bus, l2: &L2, parameters: &str, kind: &str) -> Result<
          echo > $f/driver_override; echo $f > unbind; done",
     )?;
     let file = |name: &str| guest.ok(&format!("cat /sys/bus/pci/drivers/vbus/*/vbus/{name}"));
-    for _ in 0..TRIES {
+    for tries in 1..=TRIES {
         linux::insert(guest, parameters)?;
         let (chosen, costs) = (file("doorbell")?, file("costs")?);
         let allowed = parameters.contains("hypercalls");
         ensure!(costs.contains("hypercall") == allowed, "with {parameters:?}: {costs}");
-        if chosen.lines().all(|chosen| chosen == kind) {
+        check_choice(guest)?;
+        if tries == TRIES || chosen.lines().all(|chosen| chosen == kind) {
             let interface = linux::only_interface(guest)?;
             nic::set_up(guest, &interface, &format!("{}/24", net::INNER))?;
             let before = rung(bus, "net")?;
-            exchange(l1, guest, MIB).with_context(|| format!("with doorbells by {kind}"))?;
-            ensure!(rung(bus, "net")? > before, "no doorbell rang by {kind}");
+            exchange(l1, guest, MIB).with_context(|| format!("with doorbells by {chosen}"))?;
+            ensure!(rung(bus, "net")? > before, "no doorbell rang by {chosen}");
             linux::check_kernel(guest)?;
             return linux::remove(guest).map(|()| true);
         }
         eprintln!("the driver has chosen {chosen:?}: {costs:?}");
         linux::remove(guest)?;
     }
-    bail!("{kind} was never the cheapest kind of doorbell")
+    bail!("the driver was never loaded")
+}
+
+/// Checks that each function has the doorbell that cost the least when the driver measured.
+fn check_choice(guest: &Guest) -> Result<()> {
+    let functions = guest.ok("ls -d /sys/bus/pci/drivers/vbus/*/vbus")?;
+    for function in functions.lines() {
+        let chosen = guest.ok(&format!("cat {function}/doorbell"))?;
+        let costs = guest.ok(&format!("cat {function}/costs"))?;
+        let cost = |line: &str| line.split_once(' ')?.1.parse::<u64>().ok();
+        let least = costs.lines().filter_map(cost).min().context("no costs")?;
+        let of_chosen = costs.lines().find(|line| line.split(' ').next() == Some(chosen.trim()));
+        ensure!(
+            of_chosen.and_then(cost) == Some(least),
+            "{function}: the driver has chosen {chosen:?} of {costs:?}"
+        );
+    }
+    ensure!(functions.lines().count() == 2, "the driver has {functions:?}");
+    Ok(())
 }
 
 /// The guest rings doorbells of all functions without end, by each kind that user space can ring.
