@@ -183,7 +183,7 @@ fn deliver(
     on_full: OnFull,
 ) -> Delivery {
     let delivery = sink.deliver(packet, on_full);
-    if delivery == Delivery::Delivered {
+    if let Delivery::Delivered { .. } = delivery {
         file.record(packet);
     }
     delivery

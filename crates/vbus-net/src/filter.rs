@@ -12,13 +12,13 @@ use crate::frame::Packet;
 pub type Vlans = [u64; 64];
 
 const VLAN_TAG: u16 = 0x8100;
-/// A flag in the word of the address: the filter checks VLAN ids.
-const BY_VLAN: u64 = 1 << 48;
+/// A flag in the word of the address: a frame to it passes only if the rules say so.
+const BY_RULES: u64 = 1 << 48;
 
 /// The receive filter of a driver. Back ends read it while the driver changes it.
 #[derive(Debug)]
 pub struct Filter {
-    /// The driver's address in the low 48 bits, first byte lowest, and the flag [`BY_VLAN`]. Most
+    /// The driver's address in the low 48 bits, first byte lowest, and the flag [`BY_RULES`]. Most
     /// frames go to this address, and need no lock. The word depends on no other memory, so all
     /// accesses are relaxed.
     own: AtomicU64,
@@ -31,13 +31,23 @@ struct Rules {
     vlans: Option<Box<Vlans>>,
 }
 
-/// The addresses that pass, besides the driver's own and the broadcast address.
+/// The addresses that pass. Unless a rule says otherwise, the driver's own and the broadcast
+/// address do.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Addresses {
-    /// All addresses.
+    /// All addresses, whatever the other rules are.
     pub promiscuous: bool,
+    /// All unicast addresses.
+    pub all_unicast: bool,
     /// All multicast addresses.
     pub all_multicast: bool,
+    /// No unicast address, not even the driver's own. It counts before the addresses that pass.
+    pub no_unicast: bool,
+    /// No multicast address. It counts before the addresses that pass, and does not concern the
+    /// broadcast address.
+    pub no_multicast: bool,
+    /// Not the broadcast address.
+    pub no_broadcast: bool,
     /// These addresses.
     pub listed: Vec<Mac>,
 }
@@ -63,7 +73,9 @@ impl Filter {
 
     /// Replaces the addresses that pass.
     pub fn set_addresses(&self, addresses: Addresses) {
-        self.write().addresses = addresses;
+        let mut rules = self.write();
+        rules.addresses = addresses;
+        self.set_own(self.mac(), &mut rules);
     }
 
     /// Replaces the VLAN ids that pass; `None`: all. Frames without a tag, or with a tag of id 0,
@@ -76,10 +88,7 @@ impl Filter {
 
     /// Whether frames to `mac` pass.
     pub fn accepts(&self, mac: Mac) -> bool {
-        if mac == self.mac() || mac == BROADCAST {
-            return true;
-        }
-        self.read().addresses.pass(mac)
+        self.own.load(Ordering::Relaxed) == word(mac) || self.read().addresses.pass(mac, self.mac())
     }
 
     /// Whether the frame passes: its address and its VLAN must both pass.
@@ -89,13 +98,14 @@ impl Filter {
             return true;
         }
         let rules = self.read();
-        let by_address = to == self.mac() || to == BROADCAST || rules.addresses.pass(to);
-        by_address && rules.vlans.as_deref().is_none_or(|vlans| in_vlans(packet, vlans))
+        rules.addresses.pass(to, self.mac())
+            && rules.vlans.as_deref().is_none_or(|vlans| in_vlans(packet, vlans))
     }
 
     /// The caller holds the lock of the rules, so that address and flag stay consistent.
     fn set_own(&self, mac: Mac, rules: &mut Rules) {
-        let flag = if rules.vlans.is_some() { BY_VLAN } else { 0 };
+        let by_rules = rules.vlans.is_some() || !rules.addresses.pass(mac, mac);
+        let flag = if by_rules { BY_RULES } else { 0 };
         self.own.store(word(mac) | flag, Ordering::Relaxed);
     }
 
@@ -109,8 +119,17 @@ impl Filter {
 }
 
 impl Addresses {
-    fn pass(&self, mac: Mac) -> bool {
-        self.promiscuous || self.all_multicast && is_group(mac) || self.listed.contains(&mac)
+    /// Whether frames to `mac` pass, if the driver's own address is `own`.
+    fn pass(&self, mac: Mac, own: Mac) -> bool {
+        if self.promiscuous {
+            return true;
+        }
+        let (none, all) = match is_group(mac) {
+            _ if mac == BROADCAST => return !self.no_broadcast,
+            true => (self.no_multicast, self.all_multicast),
+            false => (self.no_unicast, self.all_unicast || mac == own),
+        };
+        !none && (all || self.listed.contains(&mac))
     }
 }
 
@@ -163,6 +182,17 @@ mod tests {
         assert_eq!(passes(&filter), [true, true, true, false]);
         filter.set_addresses(Addresses { promiscuous: true, ..Addresses::default() });
         assert_eq!(passes(&filter), [true; 4]);
+        let all_unicast = Addresses { all_unicast: true, ..Addresses::default() };
+        filter.set_addresses(all_unicast.clone());
+        assert_eq!(passes(&filter), [true, true, false, true]);
+        let no_unicast = Addresses { no_unicast: true, ..all_unicast };
+        filter.set_addresses(no_unicast.clone());
+        assert_eq!(passes(&filter), [false, true, false, false]);
+        filter.set_addresses(Addresses { promiscuous: true, ..no_unicast });
+        assert_eq!(passes(&filter), [true; 4]);
+        let no_groups = Addresses { no_multicast: true, no_broadcast: true, ..listed(GROUP) };
+        filter.set_addresses(no_groups);
+        assert_eq!(passes(&filter), [true, false, false, false]);
         filter.set_addresses(Addresses::default());
         filter.set_mac(OTHER);
         assert_eq!((filter.mac(), passes(&filter)), (OTHER, [false, true, false, true]));

@@ -89,7 +89,7 @@ impl Inbound {
     }
 
     /// Delivers the frame by `deliver`, in pieces if the driver cannot get it as it is. Each
-    /// delivery takes one of `left`, which must not be 0.
+    /// delivery takes its units of work from `left`, which must not be 0.
     pub fn deliver(
         &mut self,
         sink: &mut dyn RxSink,
@@ -103,7 +103,11 @@ impl Inbound {
                 *left = left.saturating_sub(1);
                 let packet = Packet { hash, ..self.frame.packet() };
                 match deliver(sink, &packet, on_full) {
-                    Delivery::Delivered | Delivery::Dropped => return self.done(),
+                    Delivery::Delivered { units } => {
+                        *left = left.saturating_sub(units - 1);
+                        return self.done();
+                    }
+                    Delivery::Dropped => return self.done(),
                     Delivery::Full { .. } => return Step::Full,
                     Delivery::NeedsCut => {}
                 }
@@ -123,8 +127,10 @@ impl Inbound {
             match Packet::plain(self.plain.piece(next)) {
                 Some(piece) => {
                     let piece = Packet { hash, ..piece };
-                    if let Delivery::Full { .. } = deliver(sink, &piece, on_full) {
-                        return Step::Full;
+                    match deliver(sink, &piece, on_full) {
+                        Delivery::Full { .. } => return Step::Full,
+                        Delivery::Delivered { units } => *left = left.saturating_sub(units - 1),
+                        _ => {}
                     }
                 }
                 None => sink.count_drop(RxDrop::BadFrame),

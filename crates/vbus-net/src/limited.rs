@@ -232,7 +232,7 @@ impl RxSink for LentLimit<'_> {
             return Delivery::Full { until: self.until };
         }
         let delivery = self.sink.deliver(packet, on_full);
-        if delivery == Delivery::Delivered {
+        if let Delivery::Delivered { .. } = delivery {
             self.bucket.charge(packet.bytes() as u64, Instant::now());
         }
         delivery
@@ -293,7 +293,7 @@ fn limit_shared(sink: &SharedSink, bucket: &Arc<Bucket>) -> SharedSink {
             return Delivery::Dropped;
         }
         let delivery = sink.deliver(packet, on_full);
-        if delivery == Delivery::Delivered {
+        if let Delivery::Delivered { .. } = delivery {
             bucket.charge(packet.bytes() as u64, now);
         }
         delivery

@@ -112,12 +112,17 @@ impl Queue for NullQueue {
         }
         self.frame[..6].copy_from_slice(&self.port.filter.mac());
         let Some(packet) = Packet::plain(&self.frame) else { return Ok(0) };
-        for n in 0..budget {
-            if let Delivery::Full { .. } = sink.deliver(&packet, OnFull::Wait) {
-                sink.wait(&self.waiter);
-                return Ok(n);
+        let mut done = 0;
+        while done < budget {
+            match sink.deliver(&packet, OnFull::Wait) {
+                Delivery::Full { .. } => {
+                    sink.wait(&self.waiter);
+                    break;
+                }
+                Delivery::Delivered { units } => done += units,
+                _ => done += 1,
             }
         }
-        Ok(budget)
+        Ok(done)
     }
 }

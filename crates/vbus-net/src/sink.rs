@@ -126,7 +126,10 @@ pub enum OnFull {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivery {
     /// The frame is in the driver's buffers.
-    Delivered,
+    Delivered {
+        /// The work done, in frames: 1, and more if the buffers lie in very many parts.
+        units: u32,
+    },
     /// The queue did not deliver the frame, and has counted it.
     Dropped,
     /// There are too few buffers, and nothing has changed. The sender delivers the frame again when

@@ -426,12 +426,14 @@ impl StreamQueue {
                 None => sink.count_drop(RxDrop::BadFrame),
                 // The wait delays only the peer. Its frames wait in the socket, without a limit of
                 // time.
-                Some(packet) => {
-                    if let Delivery::Full { .. } = sink.deliver(&packet, OnFull::Wait) {
+                Some(packet) => match sink.deliver(&packet, OnFull::Wait) {
+                    Delivery::Full { .. } => {
                         sink.wait(&self.waiter);
                         break;
                     }
-                }
+                    Delivery::Delivered { units } => done += units - 1,
+                    _ => {}
+                },
             }
             peer.from = end;
             done += 1;

@@ -343,7 +343,7 @@ impl RxSink for Line {
         self.bytes += len;
         self.frames.push_back(Frame { header: packet.header, bytes, len });
         self.is_news = true;
-        Delivery::Delivered
+        Delivery::Delivered { units: 1 }
     }
 
     fn has_room(&mut self, _bytes: usize) -> bool {
@@ -475,7 +475,8 @@ impl RxSink for Entrance<'_> {
         self.inlet.is_pending = !self.inlet.send(self.inside, packet);
         match self.inlet.is_pending {
             true => Delivery::Full { until: self.inlet.until },
-            false => Delivery::Delivered,
+            // The inlet counts the work by itself.
+            false => Delivery::Delivered { units: 1 },
         }
     }
 
@@ -646,7 +647,8 @@ mod tests {
                 // By turns as a stream does, and as an interface does.
                 if n % 2 == 0 {
                     let packet = Packet::plain(&[2; 60]).unwrap();
-                    return sink.deliver(&packet, OnFull::Wait) == Delivery::Delivered;
+                    let delivery = sink.deliver(&packet, OnFull::Wait);
+                    return matches!(delivery, Delivery::Delivered { .. });
                 }
                 sink.reserve(&mut |_| Ok(HEADER_BYTES + 60)) == Reserved::Frame
             };

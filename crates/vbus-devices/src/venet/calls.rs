@@ -152,6 +152,7 @@ pub fn filter(mut buffer: &[u8]) -> Result<Addresses, ErrorCode> {
         promiscuous: flags & FILTER_PROMISCUOUS != 0,
         all_multicast: flags & FILTER_ALL_MULTICAST != 0,
         listed: bytes.chunks_exact(6).map(mac).collect(),
+        ..Addresses::default()
     })
 }
 

@@ -123,29 +123,6 @@ impl VenetConnection {
         Ok(())
     }
 
-    /// Lets the back end set itself up for this many queues and these offloads, and then ends
-    /// `call`. If that fails later, on another thread, `undo` runs there first.
-    ///
-    /// # Errors
-    /// The back end cannot begin. The call has failed, and `undo` does not run.
-    fn configure(
-        &self,
-        call: Call,
-        (queues, offloads): (u16, Offloads),
-        undo: impl FnOnce() + Send + 'static,
-    ) -> Result<(), ErrorCode> {
-        let running = self.running()?;
-        let tasks: Vec<_> = running.tasks().cloned().collect();
-        let done = move |result: Result<(), ErrorCode>| {
-            if result.is_err() {
-                undo();
-            }
-            tasks.iter().for_each(TaskHandle::wake); // Each checks whether it is in use now.
-            call.finish(result.map(|()| 0));
-        };
-        running.plug().configure(queues, offloads, Box::new(done))
-    }
-
     /// Gives the running pair `i` its transmit ring or its receive ring. The pair has no such ring
     /// if the driver has registered none.
     fn serve(&self, running: &Pairs, i: usize, is_rx: bool) -> Result<(), ErrorCode> {
@@ -191,17 +168,16 @@ impl VenetConnection {
         self.running.iter().for_each(Pairs::settle);
     }
 
-    /// SET_QUEUES. Returns the former number of queues.
-    fn set_queues(&self, queues: u16) -> Result<u16, ErrorCode> {
+    /// SET_QUEUES.
+    fn set_queues(&self, queues: u16) -> Result<(), ErrorCode> {
         let running = self.running()?;
         let used = &self.rings[..usize::from(queues)];
         let whole = used.iter().all(|rings| rings.tx.is_some() && rings.rx.is_some());
-        let before = self.receiver.steering.queues();
         if !whole || !self.receiver.steering.set_queues(queues) {
             return Err(ErrorCode::BAD_ARGUMENT);
         }
         running.queues_changed();
-        Ok(before)
+        Ok(())
     }
 
     /// SET_COALESCE.
@@ -329,53 +305,44 @@ impl Connection for VenetConnection {
         Ok(())
     }
 
-    /// START, SET_OFFLOADS and SET_QUEUES end when the back end has set itself up.
+    /// START, SET_OFFLOADS and SET_QUEUES end when the back end has set itself up. If it fails, the
+    /// driver's choices are what they were.
     fn start_call(&mut self, mut call: Call) {
         if call.flags() != 0 {
             return call.finish(Err(ErrorCode::BAD_ARGUMENT));
         }
-        let function = call.function();
+        let (function, before) = (call.function(), self.receiver.choices());
         let begun = match function {
             abi::CALL_START if !call.buffer().is_empty() => Err(ErrorCode::BAD_LENGTH),
-            abi::CALL_START => self.start().map(|()| None),
+            abi::CALL_START => self.start(),
             abi::CALL_SET_OFFLOADS => calls::offloads(call.buffer(), self.open.features)
-                .map(|offloads| self.set_offloads(offloads))
-                .map(|()| None),
+                .map(|offloads| self.set_offloads(offloads)),
             abi::CALL_SET_QUEUES => {
                 calls::queues(call.buffer(), self.device.nic.config.queue_pairs)
                     .and_then(|queues| self.set_queues(queues))
-                    .map(Some)
             }
             _ => {
                 let result = self.call(function, 0, call.buffer());
                 return call.finish(result);
             }
         };
-        let before = match begun {
-            Ok(before) => before,
-            Err(error) => return call.finish(Err(error)),
-        };
-        if self.running.is_none() {
-            return call.finish(Ok(0)); // The back end gets the offloads with START.
+        if let Err(error) = begun {
+            return call.finish(Err(error));
         }
-        let (receiver, fail) = (self.receiver.clone(), self.open.fail.clone());
-        let state = (receiver.steering.queues(), receiver.offloads());
-        let later = receiver.clone();
-        let undo = move || match before {
-            // The back end goes on with the queues that it had.
-            Some(before) => drop(later.steering.set_queues(before)),
-            // The rings are served already.
-            None if function == abi::CALL_START => fail.fail(ErrorCode::FAILED),
-            None => {}
+        let Some(running) = &self.running else {
+            return call.finish(Ok(0)); // The back end gets the offloads with START.
         };
-        if self.configure(call, state, undo).is_err() {
-            match before {
-                Some(before) => drop(receiver.steering.set_queues(before)),
-                None if function == abi::CALL_START => {
-                    self.running = None;
-                }
-                None => {}
+        let (is_start, fail) = (function == abi::CALL_START, self.open.fail.clone());
+        let done = move |result: Result<(), ErrorCode>| {
+            if let (true, Err(error)) = (is_start, result) {
+                fail.fail(error); // The rings are served already.
             }
+            call.finish(result.map(|()| 0));
+        };
+        // If the back end cannot begin, the call has failed.
+        let begun = running.configure(before, Box::new(done));
+        if is_start && begun.is_err() {
+            self.running = None;
         }
     }
 

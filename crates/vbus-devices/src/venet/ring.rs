@@ -119,6 +119,10 @@ impl RxRing for RxEntries {
         entry.len as usize
     }
 
+    fn parts(_entry: &Entry) -> usize {
+        1
+    }
+
     fn slices<'v>(
         entry: &Entry,
         view: &'v View<'_>,

@@ -24,4 +24,4 @@ pub use counters::{Gauge, METRICS, PairCounters, RxCounters, RxDrops, TxCounters
 pub use nic::Nic;
 pub use pairs::{Pairs, Setup};
 pub use ring::{Ring, RxRing, TxRing};
-pub use rx::{HEAD_MAX, Receiver};
+pub use rx::{Choices, HEAD_MAX, Receiver};

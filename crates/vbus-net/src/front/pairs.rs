@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The queue pairs of a driver that has started.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use vbus_core::{ConnectionCounters, ErrorCode, Executor, MemoryContext, Task, TaskHandle, lock};
 use vbus_tap::Offloads;
@@ -10,9 +10,9 @@ use super::coalesce::Setting;
 use super::nic::Nic;
 use super::pair::{Pair, PairTask, Rx};
 use super::ring::{RxRing, TxRing};
-use super::rx::{Receiver, RxQueue, RxSlot};
+use super::rx::{Choices, Receiver, RxQueue, RxSlot};
 use super::tx::TxQueue;
-use crate::backend::{Plug, Port};
+use crate::backend::{Done, Plug, Port};
 use crate::sink::SharedSink;
 
 /// What the queue pairs of a driver are made from.
@@ -110,6 +110,27 @@ impl<T: TxRing + 'static, R: RxRing + 'static> Pairs<T, R> {
         &self.plug
     }
 
+    /// Lets the back end set itself up for the queues and the offloads as they are now. Then it
+    /// wakes all tasks and calls `done`, at once or on another thread. If the back end fails, the
+    /// driver's choices are `before` again by then, also if nobody waits for `done` any more.
+    ///
+    /// # Errors
+    /// The back end cannot begin. The choices are `before` again, and `done` is dropped.
+    pub fn configure(&self, before: Choices, done: Done) -> Result<(), ErrorCode> {
+        let pairs = self.pairs.iter().map(|running| Arc::downgrade(&running.pair)).collect();
+        let undo = Arc::new(Undo { receiver: self.receiver.clone(), pairs, before });
+        let (tasks, later): (Vec<_>, _) = (self.tasks().cloned().collect(), undo.clone());
+        let done = move |result: Result<(), ErrorCode>| {
+            if result.is_err() {
+                later.undo();
+            }
+            tasks.iter().for_each(TaskHandle::wake); // Each checks whether it is in use now.
+            done(result);
+        };
+        let (queues, offloads) = (self.receiver.steering.queues(), self.receiver.offloads());
+        self.plug.configure(queues, offloads, Box::new(done)).inspect_err(|_| undo.undo())
+    }
+
     /// The task of pair `number`. The doorbells of its rings wake it.
     pub fn task(&self, number: usize) -> Option<&TaskHandle> {
         self.pairs.get(number).map(|running| &running.task)
@@ -159,6 +180,24 @@ impl<T: TxRing + 'static, R: RxRing + 'static> Pairs<T, R> {
     }
 }
 
+/// How the choices of a driver become what they were. The back end may hold it for longer than the
+/// driver is there.
+struct Undo<T: TxRing, R: RxRing> {
+    receiver: Arc<Receiver>,
+    pairs: Vec<Weak<Mutex<Pair<T, R>>>>,
+    before: Choices,
+}
+
+impl<T: TxRing, R: RxRing> Undo<T, R> {
+    fn undo(&self) {
+        self.receiver.choose(&self.before);
+        for pair in self.pairs.iter().filter_map(Weak::upgrade) {
+            // It also waits for deliveries by the choices that do not count any more.
+            lock(&pair).queues_changed();
+        }
+    }
+}
+
 impl<T: TxRing, R: RxRing> Pairs<T, R> {
     /// Ends the tasks. Afterwards nothing touches the driver's memory: neither they, nor other
     /// devices that deliver to the receive rings.
@@ -175,5 +214,235 @@ impl<T: TxRing, R: RxRing> Pairs<T, R> {
 impl<T: TxRing, R: RxRing> Drop for Pairs<T, R> {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+    use std::time::Duration;
+
+    use serde_json::{Value, json};
+    use vbus_core::memory::{DriverSlice, View};
+    use vbus_core::settings::Settings;
+    use vbus_core::shm::signal::Armed;
+    use vbus_core::{ConnectionCounters, Tuning};
+    use vbus_tap::Mac;
+
+    use super::super::config::Config;
+    use super::*;
+    use crate::backend::{Backend, Queue, Sent};
+    use crate::filter::Filter;
+    use crate::frame::Packet;
+    use crate::front::Ring;
+    use crate::steering::Steering;
+
+    /// A back end that is slow to set itself up, or cannot.
+    #[derive(Clone, Default)]
+    struct Slow(Arc<Mutex<SlowState>>);
+
+    #[derive(Default)]
+    struct SlowState {
+        cannot_begin: bool,
+        wanted: Vec<(u16, Offloads)>,
+        done: Option<Done>,
+    }
+
+    impl Backend for Slow {
+        fn tx_offloads(&self) -> Offloads {
+            Offloads::ALL
+        }
+
+        fn rx_offloads(&self) -> Offloads {
+            Offloads::ALL
+        }
+
+        fn steers(&self) -> bool {
+            true
+        }
+
+        fn plug(&self, _port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
+            Ok(Arc::new(self.clone()))
+        }
+
+        fn inspect(&self) -> Value {
+            Value::Null
+        }
+    }
+
+    impl Plug for Slow {
+        fn queue(&self, _index: u16, _task: &TaskHandle) -> Result<Box<dyn Queue>, ErrorCode> {
+            Ok(Box::new(NoQueue))
+        }
+
+        fn configure(&self, queues: u16, offloads: Offloads, done: Done) -> Result<(), ErrorCode> {
+            let mut state = lock(&self.0);
+            if state.cannot_begin {
+                return Err(ErrorCode::FAILED);
+            }
+            state.wanted.push((queues, offloads));
+            state.done = Some(done);
+            Ok(())
+        }
+
+        fn set_mac(&self, _mac: Mac) -> bool {
+            true
+        }
+    }
+
+    struct NoQueue;
+
+    impl Queue for NoQueue {
+        fn send(&mut self, _packet: &Packet<'_>) -> Sent {
+            Sent::Done { units: 1 }
+        }
+    }
+
+    /// A ring that no pair here has.
+    enum NoRing {}
+
+    impl Ring for NoRing {
+        fn post(&mut self) -> bool {
+            match *self {}
+        }
+
+        fn interrupt(&self, _wanted: bool) {
+            match *self {}
+        }
+
+        fn arm(&mut self, _after: u32) -> Armed {
+            match *self {}
+        }
+
+        fn disarm(&mut self) {
+            match *self {}
+        }
+
+        fn pending(&self) -> u32 {
+            match *self {}
+        }
+    }
+
+    impl TxRing for NoRing {
+        fn take(&mut self, _view: &View<'_>) -> Result<Option<usize>, ErrorCode> {
+            match *self {}
+        }
+
+        fn slices<'v>(
+            &self,
+            _view: &'v View<'_>,
+            _each: impl FnMut(DriverSlice<'v>),
+        ) -> Result<(), ErrorCode> {
+            match *self {}
+        }
+
+        fn took(&mut self) -> bool {
+            match *self {}
+        }
+
+        fn done(&mut self, _view: &View<'_>) -> Result<(), ErrorCode> {
+            match *self {}
+        }
+    }
+
+    impl RxRing for NoRing {
+        type Buffer = NoRing;
+
+        fn buffers_max(&self) -> usize {
+            match *self {}
+        }
+
+        fn take(&mut self, _view: &View<'_>) -> Result<Option<NoRing>, ErrorCode> {
+            match *self {}
+        }
+
+        fn bytes(buffer: &NoRing) -> usize {
+            match *buffer {}
+        }
+
+        fn parts(buffer: &NoRing) -> usize {
+            match *buffer {}
+        }
+
+        fn slices<'v>(
+            buffer: &NoRing,
+            _view: &'v View<'_>,
+            _len: usize,
+            _each: impl FnMut(DriverSlice<'v>),
+        ) -> Result<(), ErrorCode> {
+            match *buffer {}
+        }
+
+        fn give_back(
+            &mut self,
+            _view: &View<'_>,
+            buffer: NoRing,
+            _len: usize,
+            _more: bool,
+        ) -> Result<(), ErrorCode> {
+            match buffer {}
+        }
+
+        fn holds_all(&self) -> bool {
+            match *self {}
+        }
+    }
+
+    #[test]
+    fn what_the_back_end_cannot_do_is_taken_back() {
+        let slow = Slow::default();
+        let mut settings = Settings::new(&json!({ "backend": "null", "queue-pairs": 2 })).unwrap();
+        let config = Config::take(&mut settings).unwrap();
+        let pairs = (0..2).map(|_| Arc::default()).collect();
+        let (name, backend) = ("n".to_owned(), Box::new(slow.clone()));
+        let nic = Nic { name, config, link: Arc::default(), backend, pairs };
+        let receiver = Arc::new(Receiver {
+            mtu: 1500,
+            filter: Arc::new(Filter::new([2, 0, 0, 0, 0, 1])),
+            offloads: AtomicU64::new(Offloads::CSUM.bits()),
+            steering: Arc::new(Steering::new(2)),
+            hash: false,
+            backpressure: Duration::ZERO,
+            moved: Box::new(|| {}),
+        });
+        let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
+        let counters = Arc::new(ConnectionCounters::of("n"));
+        let pairs: Pairs<NoRing, NoRing> = Pairs::start(&Setup {
+            nic: &nic,
+            receiver: &receiver,
+            by_hash: false,
+            tx_offloads: Offloads::NONE,
+            memory: &Arc::new(MemoryContext::new()),
+            place: (&executor, 0, &counters),
+            fail: Arc::new(|_| {}),
+        })
+        .unwrap();
+        let results = Arc::new(Mutex::new(Vec::new()));
+        let change = || {
+            let before = receiver.choices();
+            assert!(receiver.steering.set_queues(1));
+            receiver.set_offloads(Offloads::ALL);
+            let results = results.clone();
+            pairs.configure(before, Box::new(move |result| lock(&results).push(result)))
+        };
+        let now = || (receiver.steering.queues(), receiver.offloads());
+        let (old, new) = ((2, Offloads::CSUM), (1, Offloads::ALL));
+
+        lock(&slow.0).cannot_begin = true;
+        assert_eq!((change(), now()), (Err(ErrorCode::FAILED), old));
+        assert!(lock(&results).is_empty());
+        lock(&slow.0).cannot_begin = false;
+        for (result, after) in [(Err(ErrorCode::FAILED), old), (Ok(()), new)] {
+            assert_eq!((change(), now()), (Ok(()), new));
+            let done = lock(&slow.0).done.take().unwrap();
+            done(result);
+            assert_eq!((lock(&results).pop(), now()), (Some(result), after));
+        }
+        // The driver has left before the end.
+        assert_eq!(change(), Ok(()));
+        let done = lock(&slow.0).done.take().unwrap();
+        drop(pairs);
+        done(Err(ErrorCode::FAILED));
+        assert_eq!(lock(&slow.0).wanted, [new; 3]);
     }
 }

@@ -75,6 +75,9 @@ pub trait RxRing: Ring {
     /// Bytes of a buffer.
     fn bytes(buffer: &Self::Buffer) -> usize;
 
+    /// The parts of a buffer in the driver's memory. Each is looked up and copied by itself.
+    fn parts(buffer: &Self::Buffer) -> usize;
+
     /// Calls `each` with the first `len` bytes of a buffer, in order. `len` is not above
     /// [`bytes`](Self::bytes).
     ///

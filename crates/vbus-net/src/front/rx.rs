@@ -19,9 +19,11 @@ use super::counters::{PairCounters, RxCounters};
 use super::ring::RxRing;
 use crate::filter::Filter;
 use crate::frame::{
-    Body, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Hash, Header, PIECES_MAX, Packet, TAG_BYTES,
+    Body, CHAIN_MAX, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Hash, Header, PIECES_MAX, Packet,
+    TAG_BYTES,
 };
 use crate::offload::dhcp_checksum;
+use crate::rss::Rss;
 use crate::sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, Waiter};
 use crate::steering::Steering;
 
@@ -52,6 +54,13 @@ pub struct Receiver {
     pub moved: Box<dyn Fn() + Send + Sync>,
 }
 
+/// What a driver has chosen of the things for which the back end sets itself up.
+pub struct Choices {
+    queues: u16,
+    rss: Option<Rss>,
+    offloads: Offloads,
+}
+
 impl Receiver {
     /// Bytes of the header before each frame.
     pub fn header_bytes(&self) -> usize {
@@ -73,6 +82,18 @@ impl Receiver {
         }
         head[at..at + FRONT_MAX].copy_from_slice(&packet.front());
         (head, at + packet.front_bytes())
+    }
+
+    /// What the driver has chosen now.
+    pub fn choices(&self) -> Choices {
+        let (queues, rss) = self.steering.state();
+        Choices { queues, rss, offloads: self.offloads() }
+    }
+
+    /// Takes back what the driver has chosen since [`choices`](Self::choices).
+    pub(super) fn choose(&self, choices: &Choices) {
+        self.steering.replace(choices.queues, choices.rss.clone());
+        self.set_offloads(choices.offloads);
     }
 
     /// The offloads that the driver accepts now.
@@ -155,12 +176,15 @@ impl<R: RxRing> RxQueue<R> {
         match self.gather(view, len) {
             Gathered::Buffers(count) => {
                 self.backpressure.fed(count);
-                if let Err(error) = self.fill(view, packet, count, len) {
-                    self.fail(error);
-                    return self.refused(RxDrop::NoLink);
-                }
+                let units = match self.fill(view, packet, count, len) {
+                    Ok(parts) => 1 + u32::try_from(parts / CHAIN_MAX).unwrap_or(u32::MAX - 1),
+                    Err(error) => {
+                        self.fail(error);
+                        return self.refused(RxDrop::NoLink);
+                    }
+                };
                 self.count(&packet.header, packet.bytes());
-                Delivery::Delivered
+                Delivery::Delivered { units }
             }
             // The driver posts no more buffers. They may hold the segments.
             Gathered::TooFew if self.holds_all() && packet.header.leaves_segmentation() => {
@@ -228,6 +252,9 @@ impl<R: RxRing> RxQueue<R> {
             if let Err(error) = R::slices(buffer, view, len, |slice| slices.push(slice)) {
                 self.fail(error);
                 return Reserved::Nothing;
+            }
+            if slices.len() > PIECES_MAX {
+                return Reserved::Unfit; // The delivery says what the parts cost.
             }
             room += len;
         }
@@ -439,20 +466,22 @@ impl<R: RxRing> RxQueue<R> {
         Gathered::TooMany
     }
 
-    /// Writes the frame to the first `count` buffers and returns them to the driver.
+    /// Writes the frame to the first `count` buffers and returns them to the driver. Returns how
+    /// many parts they had.
     fn fill(
         &mut self,
         view: &View<'_>,
         packet: &Packet<'_>,
         count: usize,
         len: usize,
-    ) -> Result<(), ErrorCode> {
+    ) -> Result<usize, ErrorCode> {
         let (head, head_bytes) = self.receiver.head(packet, count);
         let mut head = &head[..head_bytes];
         let mut source = Source { body: packet.body, part: 0, at: 0 };
-        let mut left = len;
+        let (mut left, mut parts) = (len, 0);
         for i in 0..count {
             let Some(buffer) = self.stash.pop_front() else { break };
+            parts += R::parts(&buffer);
             let filled = left.min(R::bytes(&buffer));
             R::slices(&buffer, view, filled, |slice| {
                 let copied = slice.copy_from(head);
@@ -462,7 +491,7 @@ impl<R: RxRing> RxQueue<R> {
             left -= filled;
             self.ring.give_back(view, buffer, filled, i + 1 < count)?;
         }
-        Ok(())
+        Ok(parts)
     }
 
     /// Makes the delivered frames visible, and interrupts the driver if it has armed.

@@ -199,13 +199,14 @@ impl SwitchQueue {
         self.waiting = Some(lane.clone());
     }
 
-    /// Delivers the frame to one port, as it is or in pieces. Each delivery takes one of `left`.
+    /// Delivers the frame to one port, as it is or in pieces. Each delivery adds its units of work
+    /// to `spent`.
     fn deliver(
         &mut self,
         seat: &Seat,
         packet: &Packet<'_>,
         on_full: OnFull,
-        left: &mut u32,
+        spent: &mut u32,
     ) -> Step {
         let port = &seat.port;
         let (lane, hash) = port.steering.choose(packet);
@@ -216,9 +217,13 @@ impl SwitchQueue {
         }
         let mut sink = lock(lane);
         if self.pieces.of != port.id() {
-            *left = left.saturating_sub(1);
+            *spent += 1;
             match sink.deliver(&packet, on_full) {
-                Delivery::Delivered | Delivery::Dropped => return Step::Done,
+                Delivery::Delivered { units } => {
+                    *spent = spent.saturating_add(units - 1);
+                    return Step::Done;
+                }
+                Delivery::Dropped => return Step::Done,
                 Delivery::Full { until } => {
                     return match self.be_patient(port.id(), until) {
                         Some(until) => {
@@ -240,24 +245,26 @@ impl SwitchQueue {
         };
         let first = self.pieces.next;
         while self.pieces.next < count {
-            if *left == 0 {
+            if *spent >= DELIVERIES {
                 return Step::Part;
             }
-            *left -= 1;
+            *spent += 1;
             let Some(piece) = Packet::plain(self.pieces.plain.piece(self.pieces.next)) else {
                 sink.count_drop(RxDrop::BadFrame);
                 break;
             };
             let piece = Packet { hash, ..piece };
-            if let Delivery::Full { until } = sink.deliver(&piece, on_full) {
-                match self.be_patient(port.id(), until) {
+            match sink.deliver(&piece, on_full) {
+                Delivery::Full { until } => match self.be_patient(port.id(), until) {
                     Some(until) => {
                         let moved = self.pieces.next != first;
                         self.wait_for(lane, &mut *sink);
                         return Step::Wait { until, moved };
                     }
                     None => sink.count_drop(RxDrop::TooSlow),
-                }
+                },
+                Delivery::Delivered { units } => *spent = spent.saturating_add(units - 1),
+                _ => {}
             }
             self.pieces.next += 1;
         }
@@ -275,15 +282,15 @@ impl SwitchQueue {
 
     /// Delivers the frame to the ports of the route, from number [`next`](Self::next) on.
     fn forward(&mut self, packet: &Packet<'_>, class: Class, to: &[Arc<Seat>]) -> Sent {
-        let mut left = DELIVERIES;
+        let mut spent = 0;
         let on_full = if to.len() == 1 { OnFull::WaitBounded } else { OnFull::Drop };
         while let Some(seat) = to.get(self.next) {
-            if left == 0 {
+            if spent >= DELIVERIES {
                 return Sent::Part;
             }
             match seat.rules.vlan.leave(packet, class) {
                 None => self.count_bad(seat),
-                Some(out) => match self.deliver(seat, &out, on_full, &mut left) {
+                Some(out) => match self.deliver(seat, &out, on_full, &mut spent) {
                     Step::Done => {}
                     Step::Part => return Sent::Part,
                     Step::Wait { until, moved } => return Sent::Wait { until, moved },
@@ -296,7 +303,7 @@ impl SwitchQueue {
             [only] => Some(only.port.id()),
             _ => None,
         });
-        Sent::Done { units: (DELIVERIES - left).max(1) }
+        Sent::Done { units: spent.max(1) }
     }
 
     /// Counts a frame that could not get its tag.

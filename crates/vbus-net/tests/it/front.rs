@@ -43,7 +43,7 @@ impl RxSink for Sink {
         let mut bytes = Vec::new();
         packet.append_to(&mut bytes, usize::MAX);
         self.frames.send(bytes).unwrap();
-        Delivery::Delivered
+        Delivery::Delivered { units: 1 }
     }
 
     fn has_room(&mut self, _bytes: usize) -> bool {

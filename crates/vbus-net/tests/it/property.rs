@@ -51,7 +51,7 @@ impl RxSink for Sink {
         let mut bytes = Vec::new();
         packet.append_to(&mut bytes, usize::MAX);
         self.events.push(Event::Delivered(bytes));
-        Delivery::Delivered
+        Delivery::Delivered { units: 1 }
     }
 
     fn has_room(&mut self, _bytes: usize) -> bool {

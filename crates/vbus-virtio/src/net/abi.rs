@@ -38,6 +38,8 @@ pub mod feature {
     pub const CTRL_RX: u64 = 1 << 18;
     /// The driver chooses which VLANs it gets.
     pub const CTRL_VLAN: u64 = 1 << 19;
+    /// The driver chooses frames by more modes.
+    pub const CTRL_RX_EXTRA: u64 = 1 << 20;
     /// The device can ask the driver to announce its addresses.
     pub const GUEST_ANNOUNCE: u64 = 1 << 21;
     /// There may be several queue pairs.
@@ -101,6 +103,14 @@ pub mod command {
     pub const RX_PROMISCUOUS: (u8, u8) = (0, 0);
     /// All multicast addresses.
     pub const RX_ALL_MULTICAST: (u8, u8) = (0, 1);
+    /// All unicast addresses.
+    pub const RX_ALL_UNICAST: (u8, u8) = (0, 2);
+    /// No multicast address.
+    pub const RX_NO_MULTICAST: (u8, u8) = (0, 3);
+    /// No unicast address.
+    pub const RX_NO_UNICAST: (u8, u8) = (0, 4);
+    /// Not the broadcast address.
+    pub const RX_NO_BROADCAST: (u8, u8) = (0, 5);
     /// The tables of addresses.
     pub const MAC_TABLE_SET: (u8, u8) = (1, 0);
     /// The driver's own address.

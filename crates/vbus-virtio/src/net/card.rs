@@ -70,6 +70,7 @@ impl VirtioNic {
         features |= offloads::bits(wanted & backend.tx_offloads(), wanted & backend.rx_offloads());
         features |= feature::MAC | feature::MTU | feature::STATUS | feature::MRG_RXBUF;
         features |= feature::CTRL_VQ | feature::CTRL_RX | feature::CTRL_VLAN;
+        features |= feature::CTRL_RX_EXTRA;
         features |= feature::GUEST_ANNOUNCE | feature::CTRL_GUEST_OFFLOADS;
         features |= feature::NOTF_COAL | feature::VQ_NOTF_COAL;
         features |= if config.mac_changes { feature::CTRL_MAC_ADDR } else { 0 };

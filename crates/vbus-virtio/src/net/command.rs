@@ -4,7 +4,7 @@
 use vbus_net::rss::{KEY_BYTES, kinds};
 use vbus_net::{Addresses, Mac, Rss, Vlans};
 
-use super::abi::command as number;
+use super::abi::{command as number, feature};
 
 /// The most addresses of one kind that a driver can list. More, and all of that kind pass.
 const LISTED_MAX: usize = 64;
@@ -18,10 +18,8 @@ pub const BYTES_MAX: usize = 64 << 10;
 /// A command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Whether all addresses pass.
-    Promiscuous(bool),
-    /// Whether all multicast addresses pass.
-    AllMulticast(bool),
+    /// Whether a mode of the receive filter is on.
+    Mode(Mode, bool),
     /// The unicast and the multicast addresses that pass.
     Table(Listed, Listed),
     /// The driver's own address.
@@ -42,6 +40,33 @@ pub enum Command {
     Coalesce(Which, Coalesce),
     /// Asks how the interrupts of this queue are held back.
     CoalesceOf(u16),
+}
+
+/// A mode of the receive filter: which addresses pass, whatever else does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// All of them.
+    Promiscuous,
+    /// All multicast addresses.
+    AllMulticast,
+    /// All unicast addresses.
+    AllUnicast,
+    /// No multicast address.
+    NoMulticast,
+    /// No unicast address.
+    NoUnicast,
+    /// Not the broadcast address.
+    NoBroadcast,
+}
+
+impl Mode {
+    /// The feature that the driver needs for it.
+    pub fn feature(self) -> u64 {
+        match self {
+            Mode::Promiscuous | Mode::AllMulticast => feature::CTRL_RX,
+            _ => feature::CTRL_RX_EXTRA,
+        }
+    }
 }
 
 /// A list of addresses. `None`: it is too long.
@@ -71,8 +96,12 @@ pub struct Coalesce {
 pub fn parse(bytes: &[u8]) -> Option<Command> {
     let (&[class, command], data) = bytes.split_first_chunk::<2>()?;
     Some(match (class, command) {
-        number::RX_PROMISCUOUS => Command::Promiscuous(flag(data)?),
-        number::RX_ALL_MULTICAST => Command::AllMulticast(flag(data)?),
+        number::RX_PROMISCUOUS => Command::Mode(Mode::Promiscuous, flag(data)?),
+        number::RX_ALL_MULTICAST => Command::Mode(Mode::AllMulticast, flag(data)?),
+        number::RX_ALL_UNICAST => Command::Mode(Mode::AllUnicast, flag(data)?),
+        number::RX_NO_MULTICAST => Command::Mode(Mode::NoMulticast, flag(data)?),
+        number::RX_NO_UNICAST => Command::Mode(Mode::NoUnicast, flag(data)?),
+        number::RX_NO_BROADCAST => Command::Mode(Mode::NoBroadcast, flag(data)?),
         number::MAC_TABLE_SET => {
             let (unicast, rest) = table(data)?;
             let (multicast, _) = table(rest)?;
@@ -168,8 +197,8 @@ fn table(data: &[u8]) -> Option<(Listed, &[u8])> {
 /// Which frames the driver wants. A driver that says nothing wants all.
 #[derive(Clone, Debug)]
 pub struct Wanted {
-    promiscuous: bool,
-    all_multicast: bool,
+    /// The modes. No address is listed here.
+    modes: Addresses,
     unicast: Listed,
     multicast: Listed,
     /// The VLANs that pass; `None`: all.
@@ -180,8 +209,7 @@ impl Wanted {
     /// All frames; those with a tag only if the driver does not choose VLANs (`by_vlan`).
     pub fn new(by_vlan: bool) -> Wanted {
         Wanted {
-            promiscuous: true,
-            all_multicast: false,
+            modes: Addresses { promiscuous: true, ..Addresses::default() },
             unicast: Some(Vec::new()),
             multicast: Some(Vec::new()),
             vlans: by_vlan.then(|| Box::new([0; 64])),
@@ -191,8 +219,18 @@ impl Wanted {
     /// Takes a command. Returns false if it is about something else, or names no VLAN.
     pub fn change(&mut self, command: &Command) -> bool {
         match command {
-            Command::Promiscuous(on) => self.promiscuous = *on,
-            Command::AllMulticast(on) => self.all_multicast = *on,
+            Command::Mode(mode, on) => {
+                let modes = &mut self.modes;
+                let flag = match mode {
+                    Mode::Promiscuous => &mut modes.promiscuous,
+                    Mode::AllMulticast => &mut modes.all_multicast,
+                    Mode::AllUnicast => &mut modes.all_unicast,
+                    Mode::NoMulticast => &mut modes.no_multicast,
+                    Mode::NoUnicast => &mut modes.no_unicast,
+                    Mode::NoBroadcast => &mut modes.no_broadcast,
+                };
+                *flag = *on;
+            }
             Command::Table(unicast, multicast) => {
                 (self.unicast, self.multicast) = (unicast.clone(), multicast.clone());
             }
@@ -210,9 +248,10 @@ impl Wanted {
     pub fn addresses(&self) -> Addresses {
         let listed = [&self.unicast, &self.multicast].into_iter().flatten().flatten();
         Addresses {
-            promiscuous: self.promiscuous || self.unicast.is_none(),
-            all_multicast: self.all_multicast || self.multicast.is_none(),
+            all_unicast: self.modes.all_unicast || self.unicast.is_none(),
+            all_multicast: self.modes.all_multicast || self.multicast.is_none(),
             listed: listed.copied().collect(),
+            ..self.modes.clone()
         }
     }
 
@@ -233,8 +272,12 @@ mod tests {
         short[..2].copy_from_slice(&[5, 6]);
         let table = [&[1, 0, 1, 0, 0, 0][..], &mac, &[0, 0, 0, 0]].concat();
         for (bytes, command) in [
-            (&[0, 0, 1][..], Command::Promiscuous(true)),
-            (&[0, 1, 0], Command::AllMulticast(false)),
+            (&[0, 0, 1][..], Command::Mode(Mode::Promiscuous, true)),
+            (&[0, 1, 0], Command::Mode(Mode::AllMulticast, false)),
+            (&[0, 2, 1], Command::Mode(Mode::AllUnicast, true)),
+            (&[0, 3, 1], Command::Mode(Mode::NoMulticast, true)),
+            (&[0, 4, 1], Command::Mode(Mode::NoUnicast, true)),
+            (&[0, 5, 1], Command::Mode(Mode::NoBroadcast, true)),
             (&table, Command::Table(Some(vec![mac]), Some(vec![]))),
             (&[1, 1, 2, 0, 0, 0, 0, 7], Command::Address(mac)),
             (&[2, 0, 5, 1], Command::Vlan(0x105, true)),
@@ -301,11 +344,17 @@ mod tests {
     fn a_driver_gets_what_it_wants() {
         let mut wanted = Wanted::new(true);
         assert!(wanted.addresses().promiscuous);
-        assert!(wanted.change(&Command::Promiscuous(false)));
+        assert!(wanted.change(&Command::Mode(Mode::Promiscuous, false)));
         assert_eq!(wanted.addresses(), Addresses::default());
         assert!(wanted.change(&Command::Table(Some(vec![[2; 6]]), None)));
-        let listed = Addresses { all_multicast: true, listed: vec![[2; 6]], promiscuous: false };
+        let listed =
+            Addresses { all_multicast: true, listed: vec![[2; 6]], ..Addresses::default() };
         assert_eq!(wanted.addresses(), listed);
+        assert!(wanted.change(&Command::Mode(Mode::NoUnicast, true)));
+        assert_eq!(wanted.addresses(), Addresses { no_unicast: true, ..listed });
+        assert!(wanted.change(&Command::Mode(Mode::NoUnicast, false)));
+        assert!(wanted.change(&Command::Table(None, Some(vec![]))));
+        assert_eq!(wanted.addresses(), Addresses { all_unicast: true, ..Addresses::default() });
         assert!(wanted.change(&Command::Vlan(70, true)));
         assert_eq!(wanted.vlans().map(|vlans| vlans[1]), Some(1 << 6));
         assert!(wanted.change(&Command::Vlan(70, false)));

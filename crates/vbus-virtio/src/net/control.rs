@@ -1,23 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The control queue: its task carries out the driver's commands, one after another.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::task::Poll;
 
 use vbus_core::memory::View;
 use vbus_core::shm::signal::Armed;
-use vbus_core::{ErrorCode, Progress, Task, TaskHandle, lock};
+use vbus_core::{ErrorCode, Progress, Task, TaskHandle};
+use vbus_net::front::Choices;
 use vbus_net::is_group;
 
 use super::abi::{command as number, feature};
 use super::command::{BYTES_MAX, Command, Which, parse};
 use super::offloads;
 use super::ring::code;
-use super::work::{Choices, Work};
+use super::work::Work;
 use crate::device::{Call, Enabled};
 use crate::queue::{Chain, Queue};
-
-/// The result of a command that takes time: set by the back end.
-type Outcome = Arc<Mutex<Option<Result<(), ErrorCode>>>>;
 
 /// The control queue of a session.
 pub struct Control {
@@ -26,16 +25,9 @@ pub struct Control {
     call: Call,
     chain: Chain,
     /// The back end is at work for the command in `chain`.
-    waits: Option<Waiting>,
+    waits: bool,
     /// The task of this queue.
     task: TaskHandle,
-}
-
-/// A command whose result is not known yet.
-struct Waiting {
-    outcome: Outcome,
-    /// What the driver had chosen before.
-    before: Choices,
 }
 
 /// What is known of a command.
@@ -49,27 +41,23 @@ enum Answer {
 impl Control {
     pub fn new(work: Arc<Work>, enabled: Enabled, task: TaskHandle) -> Control {
         let Enabled { queue, call, .. } = enabled;
-        Control { work, queue, call, chain: Chain::new(), waits: None, task }
+        work.wake_when_set_up(&task);
+        Control { work, queue, call, chain: Chain::new(), waits: false, task }
     }
 
-    /// Carries out the commands that are there, `budget` at most. Returns how many.
+    /// Carries out the commands that are there, `budget` at most. Returns how many. None begins
+    /// while the back end is at work for a former one, also of before a reset of the queue.
     fn serve(&mut self, budget: u32) -> Result<u32, ErrorCode> {
         let memory = self.work.driver.memory.clone();
         let view = memory.view();
         let mut served = 0;
         while served < budget {
-            let answer = match self.waits.take() {
-                Some(waiting) => {
-                    let Some(result) = *lock(&waiting.outcome) else {
-                        self.waits = Some(waiting);
-                        break;
-                    };
-                    if result.is_err() {
-                        self.work.restore(waiting.before);
-                    }
+            let answer = match self.work.take_set_up() {
+                Poll::Pending => break,
+                Poll::Ready(Some(result)) if std::mem::take(&mut self.waits) => {
                     Answer::Now(result.is_ok(), Vec::new())
                 }
-                None => {
+                Poll::Ready(_) => {
                     let taken =
                         self.queue.turn(&view).and_then(|mut turn| turn.next(&mut self.chain));
                     if !taken.map_err(code)? {
@@ -114,9 +102,8 @@ impl Control {
     fn carry_out(&mut self, command: Option<Command>) -> Answer {
         let Some(command) = command else { return Answer::Now(false, Vec::new()) };
         let ok = match command {
-            Command::Promiscuous(_) | Command::AllMulticast(_) | Command::Table(..) => {
-                self.has(feature::CTRL_RX) && self.work.filter(&command)
-            }
+            Command::Mode(mode, _) => self.has(mode.feature()) && self.work.filter(&command),
+            Command::Table(..) => self.has(feature::CTRL_RX) && self.work.filter(&command),
             Command::Vlan(..) => self.has(feature::CTRL_VLAN) && self.work.filter(&command),
             Command::Address(mac) => {
                 self.has(feature::CTRL_MAC_ADDR)
@@ -132,14 +119,14 @@ impl Control {
                 may
             }
             Command::Pairs(queues) => {
-                let before = self.work.choices();
+                let before = self.work.receiver.choices();
                 if !self.has(feature::MQ) || !self.work.set_queues(queues) {
                     return Answer::Now(false, Vec::new());
                 }
                 return self.configure(before);
             }
             Command::Scale(rss, tx) => {
-                let before = self.work.choices();
+                let before = self.work.receiver.choices();
                 if !self.has(feature::RSS) || !self.work.set_scale(rss, tx) {
                     return Answer::Now(false, Vec::new());
                 }
@@ -153,7 +140,7 @@ impl Control {
                 if !self.has(feature::CTRL_GUEST_OFFLOADS) || bits & !may != 0 {
                     return Answer::Now(false, Vec::new());
                 }
-                let before = self.work.choices();
+                let before = self.work.receiver.choices();
                 self.work.set_offloads(offloads::to_driver(bits));
                 return self.configure(before);
             }
@@ -180,18 +167,10 @@ impl Control {
 impl Control {
     /// Lets the back end set itself up for what a command has changed. `before`: what it was.
     fn configure(&mut self, before: Choices) -> Answer {
-        let outcome = Outcome::default();
-        let told = outcome.clone();
-        let task = self.task.clone();
-        let done = move |result| {
-            *lock(&told) = Some(result);
-            task.wake();
-        };
-        if self.work.configure(Box::new(done)).is_err() {
-            self.work.restore(before);
+        if self.work.set_up(before, &self.task).is_err() {
             return Answer::Now(false, Vec::new());
         }
-        self.waits = Some(Waiting { outcome, before });
+        self.waits = true;
         Answer::Later
     }
 }
@@ -227,7 +206,7 @@ impl Task for ControlTask {
 
     fn arm(&mut self) -> Result<Armed, ErrorCode> {
         let control = &mut self.0;
-        if control.waits.is_some() {
+        if control.work.is_setting_up() {
             return Ok(Armed::Waiting); // The back end wakes the task.
         }
         let memory = control.work.driver.memory.clone();

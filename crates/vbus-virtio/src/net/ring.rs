@@ -219,6 +219,10 @@ impl RxRing for RxFrames {
         chain.writable_bytes() as usize
     }
 
+    fn parts(chain: &Chain) -> usize {
+        chain.writable().len()
+    }
+
     fn slices<'v>(
         chain: &Chain,
         view: &'v View<'_>,

@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 
 use vbus_core::{ErrorCode, Task, TaskHandle};
 use vbus_net::front::{Pairs, Receiver, Setup};
@@ -15,7 +15,7 @@ use super::command::Wanted;
 use super::control::{Control, ControlTask};
 use super::offloads;
 use super::ring::{RxFrames, TxFrames};
-use super::work::{Coalescing, Work};
+use super::work::Work;
 use crate::device::{Driver, Enabled, Kind, Session, Transport, VirtioDevice, feature as common};
 
 impl VirtioDevice for VirtioNic {
@@ -68,16 +68,11 @@ impl NicSession {
             place: (&driver.executor, driver.worker, &driver.counters),
             fail: driver.fail.clone(),
         })?;
-        let coalescing = Mutex::new(Coalescing::new(nic.config.queue_pairs));
-        let wanted = Mutex::new(wanted);
-        let work = Arc::new(Work { nic: card, driver, receiver, pairs, coalescing, wanted });
+        let work = Arc::new(Work::new((card, driver), receiver, pairs, wanted));
         let fail = work.driver.fail.clone();
         // The rings come next. The back end may take longer to set itself up.
-        work.configure(Box::new(move |done| {
-            if let Err(code) = done {
-                fail(code);
-            }
-        }))?;
+        let done = move |done: Result<(), ErrorCode>| done.unwrap_or_else(|code| fail(code));
+        work.pairs.configure(work.receiver.choices(), Box::new(done))?;
         Ok(NicSession { work, control: None })
     }
 
@@ -151,5 +146,207 @@ impl Drop for NicSession {
             task.stop();
         }
         self.work.pairs.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::time::{Duration, Instant};
+
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use serde_json::{Value, json};
+    use vbus_core::memory::PAGE;
+    use vbus_core::settings::Settings;
+    use vbus_core::{Access, Executor, Host, MemoryContext, Tuning, lock};
+    use vbus_net::front::{Config, Nic};
+    use vbus_net::{Backend, Done, Mac, Offloads, Packet, Plug, Port, Queue as BackendQueue, Sent};
+
+    use super::*;
+    use crate::device::Call;
+    use crate::net::card::Offer;
+    use crate::queue::{Format, Layout, Queue, RingFeatures};
+
+    /// A back end that tells of its end when the test says so.
+    #[derive(Clone, Default)]
+    struct Slow(Arc<Mutex<Vec<Done>>>);
+
+    impl Backend for Slow {
+        fn tx_offloads(&self) -> Offloads {
+            Offloads::ALL
+        }
+
+        fn rx_offloads(&self) -> Offloads {
+            Offloads::ALL
+        }
+
+        fn steers(&self) -> bool {
+            true
+        }
+
+        fn plug(&self, _port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
+            Ok(Arc::new(self.clone()))
+        }
+
+        fn inspect(&self) -> Value {
+            Value::Null
+        }
+    }
+
+    impl Plug for Slow {
+        fn queue(
+            &self,
+            _index: u16,
+            _task: &TaskHandle,
+        ) -> Result<Box<dyn BackendQueue>, ErrorCode> {
+            Ok(Box::new(NoQueue))
+        }
+
+        fn configure(&self, _: u16, _: Offloads, done: Done) -> Result<(), ErrorCode> {
+            lock(&self.0).push(done);
+            Ok(())
+        }
+
+        fn set_mac(&self, _mac: Mac) -> bool {
+            true
+        }
+    }
+
+    struct NoQueue;
+
+    impl BackendQueue for NoQueue {
+        fn send(&mut self, _packet: &Packet<'_>) -> Sent {
+            Sent::Done { units: 1 }
+        }
+    }
+
+    struct NoTransport;
+
+    impl Transport for NoTransport {
+        fn queue_used(&self, _index: u16) {}
+
+        fn config_changed(&self, _config: Vec<u8>, _tell: bool) {}
+    }
+
+    const OFFLOADS: u64 = feature::GUEST_CSUM | feature::CTRL_GUEST_OFFLOADS | feature::CTRL_VQ;
+
+    /// The control queue: its areas, and a command that gives the offloads up, with its answer.
+    const LAYOUT: Layout = Layout {
+        format: Format::Split,
+        size: 8,
+        descriptors: 0,
+        driver_area: 0x400,
+        device_area: 0x800,
+    };
+    const COMMAND: u64 = 0xc00;
+    const ANSWER: u64 = 0xd00;
+
+    /// A session whose driver has a control queue.
+    struct Lab {
+        memory: Arc<MemoryContext>,
+        host: Host,
+        slow: Slow,
+        session: NicSession,
+    }
+
+    impl Lab {
+        fn new() -> Lab {
+            let slow = Slow::default();
+            let mut settings = Settings::new(&json!({ "backend": "null" })).unwrap();
+            let config = Config::take(&mut settings).unwrap();
+            let (name, backend) = ("n".to_owned(), Box::new(slow.clone()));
+            let (link, pairs) = (Arc::default(), Arc::new([Arc::default()]));
+            let nic = Nic { name, config, link, backend, pairs };
+            let card = Arc::new(VirtioNic::new(nic, Offer { packed: true, rss: false }));
+            let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
+            let host = Host::new("n", executor, 1, 3);
+            let memory = host.memory().clone();
+            let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+            ftruncate(&file, PAGE).unwrap();
+            memory.map(0, PAGE, Some((file, 0)), Access::BOTH).unwrap();
+            let view = memory.view();
+            for (at, addr, second) in
+                [(0, COMMAND, 10 | 1 << 32 | 1 << 48), (16, ANSWER, 1 | 2 << 32)]
+            {
+                view.write(at, &addr.to_le_bytes()).unwrap();
+                view.write(at + 8, &u64::to_le_bytes(second)).unwrap();
+            }
+            view.write(COMMAND, &[5, 0]).unwrap();
+            drop(view);
+            let driver = Driver {
+                features: OFFLOADS,
+                memory: memory.clone(),
+                executor: host.executor().clone(),
+                worker: 0,
+                counters: host.counters().clone(),
+                fail: Arc::new(|code| panic!("the session failed: {code}")),
+            };
+            let session = NicSession::start(card, driver).unwrap();
+            let begun = lock(&slow.0).pop().unwrap();
+            begun(Ok(()));
+            Lab { memory, host, slow, session }
+        }
+
+        /// Enables the control queue anew, with the command in it.
+        fn enable(&mut self) {
+            self.memory.view().write(LAYOUT.driver_area, &[0, 0, 1, 0, 0, 0]).unwrap();
+            self.memory.view().write(LAYOUT.device_area, &[0; 4]).unwrap();
+            self.memory.view().write(ANSWER, &[0xff]).unwrap();
+            let queue = Queue::new(LAYOUT, RingFeatures::default()).unwrap();
+            let doorbell = self.host.doorbells().doorbell(2);
+            let call = Call::new(Arc::new(NoTransport), 2, self.host.counters().clone());
+            self.session.enable(2, Enabled { queue, doorbell, call }).unwrap();
+        }
+
+        /// Waits until the back end is told to set itself up.
+        fn set_up(&self) -> Done {
+            wait(|| lock(&self.slow.0).pop())
+        }
+
+        fn offloads(&self) -> Offloads {
+            self.session.work.receiver.offloads()
+        }
+
+        fn answer(&self) -> u8 {
+            let mut answer = [0];
+            self.memory.view().read(ANSWER, &mut answer).unwrap();
+            answer[0]
+        }
+    }
+
+    fn wait<T>(mut done: impl FnMut() -> Option<T>) -> T {
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(value) = done() {
+                return value;
+            }
+            assert!(Instant::now() < end, "waited in vain");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_reset_of_the_control_queue_does_not_lose_the_end_of_a_command() {
+        let mut lab = Lab::new();
+        lab.enable();
+        let first = lab.set_up();
+        assert_eq!(lab.offloads(), Offloads::NONE);
+        lab.session.disable(2);
+        assert_eq!(lab.answer(), 0xff, "nothing touches the queue that was reset");
+        // The next command waits for the back end, which cannot do what the first one wanted.
+        lab.enable();
+        first(Err(ErrorCode::FAILED));
+        let second = lab.set_up();
+        assert_eq!((lab.answer(), lock(&lab.slow.0).len()), (0xff, 0));
+        second(Err(ErrorCode::FAILED));
+        wait(|| (lab.answer() == 1).then_some(()));
+        assert_eq!(lab.offloads(), Offloads::CSUM, "as before both");
+        // Nobody waits any more, and all is as before nevertheless.
+        lab.enable();
+        let third = lab.set_up();
+        assert_eq!(lab.offloads(), Offloads::NONE);
+        lab.session.disable(2);
+        third(Err(ErrorCode::FAILED));
+        assert_eq!(lab.offloads(), Offloads::CSUM);
     }
 }

@@ -2,10 +2,11 @@
 //! What the parts of a session share, and what the driver's commands change there.
 
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 
 use vbus_core::{ErrorCode, TaskHandle, lock};
-use vbus_net::front::{Pairs, Receiver, Setting};
-use vbus_net::{Done, Offloads, Rss};
+use vbus_net::front::{Choices, Pairs, Receiver, Setting};
+use vbus_net::{Offloads, Rss};
 
 use super::card::VirtioNic;
 use super::command::{Coalesce, Command, Wanted, Which};
@@ -21,6 +22,17 @@ pub struct Work {
     pub coalescing: Mutex<Coalescing>,
     /// Which frames the driver wants. A reset of the control queue does not change it.
     pub wanted: Mutex<Wanted>,
+    /// The setting-up of the back end that is under way. A reset of the control queue does not end
+    /// it.
+    setting_up: Mutex<Option<Arc<Mutex<SettingUp>>>>,
+}
+
+/// A setting-up of the back end, for a command of the control queue.
+#[derive(Default)]
+struct SettingUp {
+    result: Option<Result<(), ErrorCode>>,
+    /// The task to wake at the end.
+    task: Option<TaskHandle>,
 }
 
 /// How the interrupts of the pairs' queues are held back.
@@ -71,28 +83,61 @@ impl Coalescing {
     }
 }
 
-/// What the driver has chosen of the things for which the back end sets itself up.
-pub struct Choices {
-    queues: u16,
-    rss: Option<Rss>,
-    offloads: Offloads,
-}
-
 impl Work {
+    /// The state of a session that begins.
+    pub fn new(
+        (nic, driver): (Arc<VirtioNic>, Driver),
+        receiver: Arc<Receiver>,
+        pairs: Pairs<TxFrames, RxFrames>,
+        wanted: Wanted,
+    ) -> Work {
+        let coalescing = Mutex::new(Coalescing::new(nic.nic().config.queue_pairs));
+        let (wanted, setting_up) = (Mutex::new(wanted), Mutex::default());
+        Work { nic, driver, receiver, pairs, coalescing, wanted, setting_up }
+    }
+
+    /// Lets the back end set itself up for what a command has changed since `before`. Wakes `task`
+    /// at the end.
+    ///
+    /// # Errors
+    /// The back end cannot begin. Nothing has changed.
+    pub fn set_up(&self, before: Choices, task: &TaskHandle) -> Result<(), ErrorCode> {
+        let begun = SettingUp { result: None, task: Some(task.clone()) };
+        let begun = Arc::new(Mutex::new(begun));
+        *lock(&self.setting_up) = Some(begun.clone());
+        let done = move |result| {
+            let mut setting_up = lock(&begun);
+            setting_up.result = Some(result);
+            setting_up.task.iter().for_each(TaskHandle::wake);
+        };
+        self.pairs.configure(before, Box::new(done)).inspect_err(|_| *lock(&self.setting_up) = None)
+    }
+
+    /// The result of the setting-up, once, when it has ended. `Pending`: it goes on. `None`: there
+    /// is none.
+    pub fn take_set_up(&self) -> Poll<Option<Result<(), ErrorCode>>> {
+        let mut setting_up = lock(&self.setting_up);
+        let Some(begun) = &*setting_up else { return Poll::Ready(None) };
+        let Some(result) = lock(begun).result else { return Poll::Pending };
+        *setting_up = None;
+        Poll::Ready(Some(result))
+    }
+
+    /// Whether a setting-up is under way, or its result was not taken.
+    pub fn is_setting_up(&self) -> bool {
+        lock(&self.setting_up).is_some()
+    }
+
+    /// Wakes `task` at the end of a setting-up that is under way, in place of a former task.
+    pub fn wake_when_set_up(&self, task: &TaskHandle) {
+        if let Some(begun) = &*lock(&self.setting_up) {
+            lock(begun).task = Some(task.clone());
+        }
+    }
+
     /// The most queue pairs.
     pub fn queue_pairs(&self) -> u16 {
         self.nic.nic().config.queue_pairs
-    }
-
-    /// Lets the back end set itself up for the queues and the offloads as they are now.
-    pub fn configure(&self, done: Done) -> Result<(), ErrorCode> {
-        let (queues, offloads) = (self.receiver.steering.queues(), self.receiver.offloads());
-        let tasks: Vec<_> = self.pairs.tasks().cloned().collect();
-        let done = move |result: Result<(), ErrorCode>| {
-            tasks.iter().for_each(TaskHandle::wake); // Each checks whether it is in use now.
-            done(result);
-        };
-        self.pairs.plug().configure(queues, offloads, Box::new(done))
     }
 
     /// Changes the offloads that the driver accepts. No frame is delivered by the old ones after
@@ -136,19 +181,6 @@ impl Work {
             self.pairs.plug().filter_changed();
         }
         changed
-    }
-
-    /// What [`restore`](Self::restore) goes back to.
-    pub fn choices(&self) -> Choices {
-        let (queues, rss) = self.receiver.steering.state();
-        Choices { queues, rss, offloads: self.receiver.offloads() }
-    }
-
-    /// The back end could not set itself up for what the driver has changed: all is as before.
-    pub fn restore(&self, before: Choices) {
-        let Choices { queues, rss, offloads } = before;
-        self.steer(queues, rss);
-        self.set_offloads(offloads);
     }
 
     /// The driver has enabled queue `number`. Returns how its interrupts are held back. `None`: no

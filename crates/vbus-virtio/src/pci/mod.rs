@@ -28,7 +28,7 @@ use vbus_pci::vbus_pci_config::{
 use vbus_pci::{BarHandler, Interrupts, IoEventFd, Options, PciFunction};
 
 use crate::device::{Call, Driver, Enabled, Kind, Session, Transport, VirtioDevice, status};
-use crate::queue::{Layout, Queue, RingFeatures};
+use crate::queue::{BadLayout, Layout, Queue, RingFeatures};
 use registers::{NO_VECTOR, Registers, Request, at as field};
 
 const VENDOR: u16 = 0x1af4;
@@ -228,13 +228,14 @@ impl Shared {
         if running.number != number || !self.end(&mut running) {
             return;
         }
-        self.broken(code);
+        self.broken(&code.into());
         drop(running);
         self.interrupt_config();
     }
 
     /// The device needs a reset.
-    fn broken(&self, code: ErrorCode) {
+    fn broken(&self, fault: &Fault) {
+        let code = fault.code();
         let device = self.host().name();
         self.needs_reset.store(true, Ordering::Relaxed);
         // A driver that leaves may give its memory back before the device is told.
@@ -248,7 +249,27 @@ impl Shared {
         if self.host().memory().is_lost() {
             tracing::debug!(device, "{}", vbus_core::MEMORY_LOST);
         } else {
-            tracing::warn!(device, error = %code, "a fault ends the session; the device needs a reset");
+            tracing::warn!(device, error = %fault, "a fault ends the session; the device needs a reset");
+        }
+    }
+}
+
+/// What ends a session.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    /// The device or the driver has failed.
+    #[error("{0}")]
+    Failed(#[from] ErrorCode),
+    /// The driver has enabled a queue that cannot be one.
+    #[error("queue {0} cannot be used: {1}")]
+    Layout(u16, BadLayout),
+}
+
+impl Fault {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Fault::Failed(code) => *code,
+            Fault::Layout(..) => ErrorCode::BAD_LAYOUT,
         }
     }
 }
@@ -348,7 +369,8 @@ impl VirtioFunction {
                 }
             }),
         };
-        let begun = self.device.clone().start(driver).and_then(|mut session| {
+        let begun = self.device.clone().start(driver).map_err(Fault::from);
+        let begun = begun.and_then(|mut session| {
             for (index, layout) in self.registers.enabled() {
                 self.give(&mut *session, index, layout)?;
             }
@@ -366,9 +388,9 @@ impl VirtioFunction {
                     "a driver has started"
                 );
             }
-            Err(code) => {
+            Err(fault) => {
                 shared.end(&mut running);
-                shared.broken(code);
+                shared.broken(&fault);
                 drop(running);
                 shared.interrupt_config();
             }
@@ -380,25 +402,22 @@ impl VirtioFunction {
         let Some(layout) = self.registers.layout(index) else { return };
         let mut running = lock(&self.shared.running);
         let Some(session) = &mut running.session else { return };
-        if let Err(code) = self.give(&mut **session, index, layout) {
+        if let Err(fault) = self.give(&mut **session, index, layout) {
             self.shared.end(&mut running);
-            self.shared.broken(code);
+            self.shared.broken(&fault);
             drop(running);
             self.shared.interrupt_config();
         }
     }
 
     /// Gives queue `index` to the session.
-    fn give(&self, session: &mut dyn Session, index: u16, layout: Layout) -> Result<(), ErrorCode> {
+    fn give(&self, session: &mut dyn Session, index: u16, layout: Layout) -> Result<(), Fault> {
         let host = self.shared.host();
         let features = RingFeatures::of(self.registers.features());
-        let queue = Queue::new(layout, features).map_err(|error| {
-            tracing::warn!(device = host.name(), queue = index, %error, "a queue cannot be used");
-            ErrorCode::BAD_LAYOUT
-        })?;
+        let queue = Queue::new(layout, features).map_err(|error| Fault::Layout(index, error))?;
         let doorbell = host.doorbells().doorbell(u32::from(index));
         let call = Call::new(self.shared.clone(), index, host.counters().clone());
-        session.enable(index, Enabled { queue, doorbell, call })
+        Ok(session.enable(index, Enabled { queue, doorbell, call })?)
     }
 
     /// Ends the session, and forgets what the driver has set up. Returns whether it had started.

@@ -216,12 +216,38 @@ impl Queue {
             bytes[14..].copy_from_slice(&(head + i + 1).to_le_bytes());
             memory.write(self.desc + 16 * u64::from(head + i), &bytes);
         }
+        self.publish(memory);
+    }
+
+    /// Makes the next chain available.
+    fn publish(&mut self, memory: &Memory) {
+        let head = self.next % (self.size / CHAIN) * CHAIN;
         let slot = u64::from(self.next % self.size);
         memory.write(self.driver + 4 + 2 * slot, &head.to_le_bytes());
         self.next = self.next.wrapping_add(1);
         // The device may run at any time: the entry is there before the index.
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         memory.write(self.driver + 2, &self.next.to_le_bytes());
+    }
+
+    /// Makes a chain of these parts available, by an indirect table: address and bytes. `write`:
+    /// the device may write them.
+    pub fn add_table(&mut self, memory: &mut Memory, parts: &[(u64, u32)], write: bool) {
+        const WRITE: u64 = 2;
+        const INDIRECT: u64 = 4;
+        let mut table = Vec::new();
+        for (i, &(addr, len)) in (1..).zip(parts) {
+            let more = u64::from(i < parts.len() as u64);
+            let flags = more | if write { WRITE } else { 0 };
+            table.extend(addr.to_le_bytes());
+            table.extend((u64::from(len) | flags << 32 | i << 48).to_le_bytes());
+        }
+        let place = memory.alloc(table.len());
+        memory.write(place, &table);
+        let head = self.desc + 16 * u64::from(self.next % (self.size / CHAIN) * CHAIN);
+        let parts = [place.to_le_bytes(), (table.len() as u64 | INDIRECT << 32).to_le_bytes()];
+        memory.write(head, &parts.concat());
+        self.publish(memory);
     }
 
     /// The next chain that came back: the number of its first descriptor, and the bytes written.

@@ -21,6 +21,7 @@ const MRG_RXBUF: u64 = 1 << 15;
 const CTRL_VQ: u64 = 1 << 17;
 const CTRL_RX: u64 = 1 << 18;
 const CTRL_VLAN: u64 = 1 << 19;
+const CTRL_RX_EXTRA: u64 = 1 << 20;
 const ANNOUNCE: u64 = 1 << 21;
 const MQ: u64 = 1 << 22;
 const CTRL_MAC: u64 = 1 << 23;
@@ -221,24 +222,47 @@ fn a_frame_in_many_parts_is_gathered() {
     let mut b = lab.card(1, json!({}), 0);
     let addr = b.post(2048, false);
     let sent = frame(MACS[1], MACS[0], 86);
-    // An indirect table with a descriptor for each byte of the frame.
+    // A descriptor for each byte of the frame.
     let at = a.driver.memory.alloc(HEADER + sent.len());
     a.driver.memory.write(at + 12, &sent);
-    let mut table = Vec::new();
-    for i in 0..=sent.len() as u64 {
-        let (offset, len) = if i == 0 { (0, 12) } else { (11 + i, 1) };
-        let flags = u64::from(i < sent.len() as u64);
-        table.extend((at + offset).to_le_bytes());
-        table.extend((len | flags << 32 | (i + 1) << 48).to_le_bytes());
-    }
-    let place = a.driver.memory.alloc(table.len());
-    a.driver.memory.write(place, &table);
-    let head = [place.to_le_bytes(), (table.len() as u64 | 4 << 32).to_le_bytes()].concat();
-    a.tx.add(&a.driver.memory, &[(place, 16, false)]);
-    a.driver.memory.write(a.tx.desc, &head);
+    let parts: Vec<_> = (0..=sent.len() as u64).map(|i| byte_by_byte(at, 12, i)).collect();
+    a.tx.add_table(&mut a.driver.memory, &parts, false);
     a.driver.notify(&a.tx);
     a.tx.wait(&a.driver.memory);
     assert_eq!(b.receive(addr).1, sent);
+}
+
+/// Part `i` of the buffer at `addr`: `first` bytes, or a single byte after them.
+fn byte_by_byte(addr: u64, first: u32, i: u64) -> (u64, u32) {
+    if i == 0 { (addr, first) } else { (addr + u64::from(first) - 1 + i, 1) }
+}
+
+/// A poll does less if the receiver's buffers lie in many parts.
+#[test]
+fn a_frame_costs_what_its_buffers_parts_cost() {
+    const FRAMES: u64 = 16;
+    let lab = Lab::new();
+    let mut a = lab.card(0, json!({}), 0);
+    let mut b = lab.card(1, json!({}), 1 << 28);
+    let sent = frame(MACS[1], MACS[0], 986);
+    let mut buffers = Vec::new();
+    for _ in 0..FRAMES {
+        let addr = b.driver.memory.alloc(1100);
+        let parts: Vec<_> = (0..1000).map(|i| byte_by_byte(addr, 100, i)).collect();
+        b.rx.add_table(&mut b.driver.memory, &parts, true);
+        buffers.push(addr);
+        let addr = a.driver.memory.alloc(HEADER + sent.len());
+        a.driver.memory.write(addr + 12, &sent);
+        let len = u32::try_from(HEADER + sent.len()).unwrap();
+        a.tx.add(&a.driver.memory, &[(addr, len, false)]);
+    }
+    b.driver.notify(&b.rx);
+    a.driver.notify(&a.tx);
+    for addr in buffers {
+        assert_eq!(b.receive(addr).1, sent);
+    }
+    // A poll has 64 units. A frame costs one, and one more for 20 parts.
+    assert!(a.counter("tx", "batches") >= FRAMES / 2);
 }
 
 #[test]
@@ -296,7 +320,7 @@ fn a_segment_does_not_wait_for_buffers_that_a_driver_may_keep() {
 fn the_driver_chooses_its_frames() {
     let lab = Lab::new();
     let mut a = lab.card(0, json!({ "learn": true }), 0);
-    let features = CTRL_VQ | CTRL_RX | CTRL_VLAN | CTRL_MAC;
+    let features = CTRL_VQ | CTRL_RX | CTRL_RX_EXTRA | CTRL_VLAN | CTRL_MAC;
     let mut b = lab.card(1, json!({}), features);
     let other = [2, 0, 0, 0, 0, 9];
     let mut filtered = 0;
@@ -311,7 +335,7 @@ fn the_driver_chooses_its_frames() {
         filtered = b.counter("rx", "filtered");
         assert_eq!(is_here, expected, "{to:?}");
     };
-    for _ in 0..8 {
+    for _ in 0..12 {
         b.post(2048, false);
     }
     arrives(&mut a, &mut b, other, true);
@@ -320,6 +344,15 @@ fn the_driver_chooses_its_frames() {
     let table = [&[1, 0, 1, 0, 0, 0][..], &other, &[0; 4]].concat();
     assert!(b.command(&table));
     arrives(&mut a, &mut b, other, true);
+    // Modes.
+    assert!(b.command(&[0, 4, 1]), "no unicast");
+    // What passes is there before the sender gets its buffer back.
+    a.send(&[0; HEADER], &frame(MACS[1], MACS[0], 60));
+    assert_eq!(b.rx.used(&b.driver.memory), None);
+    arrives(&mut a, &mut b, [0xff; 6], true);
+    assert!(b.command(&[0, 5, 1]), "no broadcast");
+    assert!(b.command(&[0, 4, 0]));
+    arrives(&mut a, &mut b, MACS[1], true);
     // VLANs.
     let mut tagged = frame(MACS[1], MACS[0], 60);
     tagged.splice(12..12, [0x81, 0, 0, 5]);

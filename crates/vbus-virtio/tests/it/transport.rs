@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The transport, in front of a device that only notes what it is told.
 
+use std::io;
 use std::sync::{Arc, Mutex, Weak};
 
 use proptest::prelude::*;
@@ -301,6 +302,34 @@ fn a_queue_is_reset_alone() {
     assert_eq!(rig.events(), all);
 }
 
+/// The lines of warnings and errors that this thread writes to the log while `work` runs.
+fn warnings(work: impl FnOnce()) -> Vec<String> {
+    let log = LogFile::default();
+    let to = log.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_max_level(tracing::Level::WARN)
+        .with_writer(move || to.clone())
+        .finish();
+    tracing::subscriber::with_default(subscriber, work);
+    let bytes = log.0.lock().unwrap().clone();
+    String::from_utf8(bytes).unwrap().lines().map(str::to_owned).collect()
+}
+
+/// A log in memory.
+#[derive(Clone, Default)]
+struct LogFile(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for LogFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 #[test]
 fn an_error_needs_a_reset() {
     let mut rig = Rig::new(false);
@@ -311,7 +340,8 @@ fn an_error_needs_a_reset() {
     driver.set(field::SELECT, 0);
     driver.set(field::DESC, 8);
     driver.set(field::ENABLE, 1);
-    driver.start();
+    let log = warnings(|| driver.start());
+    assert!(log.len() == 1 && log[0].contains("queue 0 cannot be used"), "{log:?}");
     assert_eq!(driver.status() & NEEDS_RESET, NEEDS_RESET);
     assert_eq!(driver.endpoint.state(), ConnectionState::Broken(ErrorCode::BAD_LAYOUT));
     assert!(signal.take());
