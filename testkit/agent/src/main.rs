@@ -13,6 +13,7 @@
 //! - `guest-agent fifo PRIORITY COMMAND` runs a command as a real-time task;
 //! - `guest-agent scribble` writes random values over the memory that a driver shares with its
 //!   device;
+//! - `guest-agent virtio` drives a virtio network card against all rules;
 //! - `guest-agent nonsense` makes random accesses to configuration spaces;
 //! - `guest-agent map-read|map-write` reads and writes a state page by a mapping of its file;
 //! - `guest-agent watch` fills memory and checks later that nobody has written it;
@@ -37,6 +38,7 @@ mod scribble;
 mod serve;
 mod stream;
 mod switches;
+mod virtio;
 mod watch;
 mod xdp;
 
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
         ["nonsense", seed, count, how, ref functions @ ..] if !functions.is_empty() => {
             nonsense::nonsense(seed, count, how == "wild", functions)
         }
+        ["virtio", seed, rounds, function] => virtio::virtio(seed, rounds, function),
         ["scribble", pid, count, seed, what] => scribble::scribble(pid, count, seed, what == "all"),
         _ => {
             eprintln!(
@@ -81,7 +84,7 @@ fn main() -> ExitCode {
                  latency MICROSECONDS COUNT | hold-kvm | spin | \
                  switches COUNT PRIORITY | fifo PRIORITY COMMAND | \
                  scribble PID COUNT SEED all|memory | map-read PATH COUNT | \
-                 map-write PATH VALUE... | \
+                 map-write PATH VALUE... | virtio SEED ROUNDS FUNCTION | \
                  nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME | \
                  watch MIB SECONDS | xdp INTERFACE pass|drop|back|around | qstats INTERFACE | \
                  datagrams send|receive ADDRESS:PORT COUNT BYTES SEGMENT | \

@@ -93,7 +93,7 @@ pub const SCENARIOS: &[Scenario] = &[
     in_guests("vm::reopen", "the driver is opened 100 times, without a leak", vm::deaths::reopen),
     in_guests(
         "vm::hostile_guest",
-        "random writes of one guest beside the traffic of two others",
+        "random writes and a hostile virtio driver of one guest beside the traffic of two others",
         vm::hostile::scribbler,
     ),
     in_guests(
