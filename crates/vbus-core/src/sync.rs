@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The atomics of [`wake`](super::wake), of [`alarm_flag`](super::alarm_flag) and of
-//! [`page_bits`](super::page_bits), and the mutex of [`hand_over`](super::hand_over). A model checker
-//! replaces this file with its own.
+//! [`page_bits`](super::page_bits), and the mutex of [`hand_over`](super::hand_over). A model
+//! checker replaces this file with its own.
 
 pub use std::sync::Mutex;
 pub use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

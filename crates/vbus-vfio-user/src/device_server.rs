@@ -9,15 +9,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Instant;
 
+use crate::migration::{Migration, log_errno};
 use crate::saved::{self, SavedServer};
 use rustix::io::Errno;
-use vbus_core::memory::Resource;
+use vbus_core::memory::{PAGE, Resource};
 use vbus_core::{
     Access, ConnectionCounters, Endpoint, ErrorCode, Executor, Interest, MEMORY_LOST, MapError,
     Progress, Task, TaskHandle, lock,
 };
 use vbus_eventfd::Signaller;
 use vbus_pci::{IrqError, IrqIndex, Options, PciFunction, device_function};
+use vfio_user_protocol::message::{DmaRange, LoggingReport, MigrationFlags};
+use vfio_user_protocol::migration::{ArcFailure, MigrationArc};
 use vfio_user_protocol::{
     DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, Peer, RegionInfo, Server, Stats, Target,
 };
@@ -149,11 +152,13 @@ impl DeviceServer {
 
     /// Stops the server between two messages, for a process that takes this one's place. Until
     /// [`release`](Self::release) the client waits. What it has asked for and is under way is
-    /// finished first. While a server is held, dropping it, or the end of this process, does not
+    /// finished first. A client that is moving its device to another server has to be finished with
+    /// that. While a server is held, dropping it, or the end of this process, does not
     /// end the connection: it belongs to the other process.
     ///
     /// # Errors
-    /// The operation that is under way has not ended at `by`. The server goes on.
+    /// The operation that is under way has not ended at `by`, or the client is moving its device.
+    /// The server goes on.
     pub fn hold(&self, by: Instant) -> Result<(), HoldError> {
         let mut state = lock(&self.place.state);
         state.held = true;
@@ -170,6 +175,11 @@ impl DeviceServer {
         if let Some(server) = &mut state.server {
             end_if_lost(server);
             server.settle(Instant::now());
+            if server.is_migrating() {
+                drop(state);
+                self.release();
+                return Err(HoldError);
+            }
             server.target_mut().held = true;
         }
         Ok(())
@@ -375,18 +385,20 @@ impl Task for ServerTask {
 pub(crate) struct Served {
     function: PciFunction,
     endpoint: Arc<Endpoint>,
+    migration: Migration,
     /// Another process may go on with the client: see [`DeviceServer::hold`].
     held: bool,
 }
 
 impl Served {
     fn new(endpoint: Arc<Endpoint>, options: Options) -> Served {
-        Served { function: device_function(endpoint.clone(), options), endpoint, held: false }
+        let function = device_function(endpoint.clone(), options);
+        Served { function, endpoint, migration: Migration::default(), held: false }
     }
 
     /// A target that is held, with the function of a device that was restored.
     pub(crate) fn held(function: PciFunction, endpoint: Arc<Endpoint>) -> Served {
-        Served { function, endpoint, held: true }
+        Served { function, endpoint, migration: Migration::default(), held: true }
     }
 
     fn doorbells(&mut self, region: u32) -> Vec<vbus_pci::IoEventFd> {
@@ -501,7 +513,51 @@ impl Target for Served {
 
     fn reset(&mut self) -> Result<(), Errno> {
         self.function.reset();
+        self.migration.end(&self.endpoint);
         Ok(())
+    }
+
+    fn migration(&mut self) -> Option<MigrationFlags> {
+        self.migration.flags(&mut self.function, &self.endpoint)
+    }
+
+    fn migrate(&mut self, arc: MigrationArc) -> Result<(), ArcFailure> {
+        self.migration.go(arc, &mut self.function, &self.endpoint)
+    }
+
+    fn migration_read(&mut self, data: &mut [u8]) -> Result<usize, Errno> {
+        Ok(self.migration.read(data))
+    }
+
+    fn migration_write(&mut self, data: &[u8]) -> Result<(), Errno> {
+        self.migration.write(data, &self.endpoint)
+    }
+
+    fn logs_dma(&self) -> bool {
+        true
+    }
+
+    fn dma_logging_start(&mut self, page_size: u64, ranges: &[DmaRange]) -> Result<u64, Errno> {
+        let ranges: Vec<_> =
+            ranges.iter().map(|range| range.iova..range.iova + range.length).collect();
+        let started = self.endpoint.memory().start_log(&ranges);
+        started.map_err(|error| log_errno(&error, self.endpoint.name()))?;
+        // A report has any page size. The log itself has pages of 4 KiB.
+        Ok(page_size.max(PAGE))
+    }
+
+    fn dma_logging_stop(&mut self) {
+        self.endpoint.memory().stop_log();
+    }
+
+    fn dma_logging_report(
+        &mut self,
+        report: LoggingReport,
+        bitmap: &mut [u64],
+    ) -> Result<(), Errno> {
+        let LoggingReport { iova, length, page_size } = report;
+        let reported = self.endpoint.memory().report_log(iova, length, page_size, bitmap);
+        reported.map_err(|error| log_errno(&error, self.endpoint.name()))
     }
 
     fn io_eventfd_count(&mut self, region: u32) -> usize {
@@ -519,6 +575,7 @@ impl Target for Served {
     fn disconnected(&mut self) {
         self.function.disconnected();
         self.endpoint.unmap_all();
+        self.migration.end(&self.endpoint);
     }
 }
 

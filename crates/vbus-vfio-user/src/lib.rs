@@ -52,6 +52,7 @@
 //! ```
 
 mod device_server;
+mod migration;
 mod saved;
 
 pub use device_server::{DeviceServer, HoldError};

@@ -691,8 +691,8 @@ impl Client {
         })
     }
 
-    /// Writes the next bytes of a device's state, in the state `RESUMING`. It sends as many messages
-    /// as are needed.
+    /// Writes the next bytes of a device's state, in the state `RESUMING`. It sends as many
+    /// messages as are needed.
     ///
     /// # Errors
     /// See [`Client::device_info`].
@@ -787,8 +787,8 @@ impl Client {
     }
 }
 
-/// A feature that the server does not have. The kernel's VFIO and this crate say ENOTTY, libvfio-user
-/// says EINVAL, and servers without features ENOSYS or EOPNOTSUPP.
+/// A feature that the server does not have. The kernel's VFIO and this crate say ENOTTY,
+/// libvfio-user says EINVAL, and servers without features ENOSYS or EOPNOTSUPP.
 fn absent<R>(found: Result<R, ClientError>) -> Result<Option<R>, ClientError> {
     const ABSENT: [Errno; 4] = [Errno::NOTTY, Errno::INVAL, Errno::NOSYS, Errno::OPNOTSUPP];
     match found {

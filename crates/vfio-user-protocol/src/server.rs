@@ -271,6 +271,13 @@ impl<T: Target> Server<T> {
         self.client.as_ref().is_some_and(|c| c.session.negotiated().is_some())
     }
 
+    /// Whether the client is moving the device to another server: the device is not in the state
+    /// `RUNNING`, or the log of written pages is on.
+    #[must_use]
+    pub fn is_migrating(&self) -> bool {
+        self.client.as_ref().is_some_and(|client| client.session.is_migrating())
+    }
+
     /// Whether anybody is connected, the silent ones included.
     #[must_use]
     pub fn has_client(&self) -> bool {

@@ -318,8 +318,8 @@ pub trait Target {
     }
 
     /// Reads the next bytes of the stream of the device's state, 0 to 1 MiB, in the state
-    /// `PRE_COPY` or `STOP_COPY`. Returns their number. Fewer than `data` has room for: there are no
-    /// more, or in `PRE_COPY` no more before `STOP_COPY`.
+    /// `PRE_COPY` or `STOP_COPY`. Returns their number. Fewer than `data` has room for: there are
+    /// no more, or in `PRE_COPY` no more before `STOP_COPY`.
     ///
     /// # Errors
     /// An errno for the client.
@@ -346,9 +346,9 @@ pub trait Target {
     /// Begins to log the pages that the device writes, within these ranges, or all if there are
     /// none. A write that is not logged is visible to the client when this returns. `page_size` is
     /// a power of two. The ranges do not wrap around and do not overlap, and there are at most
-    /// [`MAX_LOGGING_RANGES`](crate::migration::MAX_LOGGING_RANGES). Returns the size of a page that
-    /// the target logs. The log is off before, and [`disconnected`](Self::disconnected) turns it
-    /// off.
+    /// [`MAX_LOGGING_RANGES`](crate::migration::MAX_LOGGING_RANGES). Returns the size of a page
+    /// that the target logs. The log is off before, and [`disconnected`](Self::disconnected) turns
+    /// it off.
     ///
     /// # Errors
     /// An errno for the client. The log stays off.

@@ -238,6 +238,14 @@ impl Account {
         Ok(share)
     }
 
+    /// Takes what stands for `bytes` of this process's memory: as many maps as cost that.
+    ///
+    /// # Errors
+    /// As for [`take`](Self::take).
+    pub fn charge(self: &Arc<Self>, bytes: u64) -> Result<Charge, Exceeded> {
+        self.take(Resource::Maps, bytes.div_ceil(MAP_COST)).map(|share| Charge { _share: share })
+    }
+
     /// A share of nothing, which can grow.
     pub fn nothing(self: &Arc<Self>, resource: Resource) -> Share {
         Share { account: self.clone(), resource, amount: 0 }
@@ -289,6 +297,12 @@ impl Account {
         };
         Resource::ALL.into_iter().map(each).collect::<serde_json::Map<_, _>>().into()
     }
+}
+
+/// Memory of this process that a peer is charged with. Dropping it gives it back.
+#[derive(Debug)]
+pub struct Charge {
+    _share: Share,
 }
 
 /// A part of a budget. Dropping it gives it back.

@@ -11,15 +11,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::PAGE;
-use super::budget::{Account, Exceeded, Resource, Share};
+use super::budget::{Account, Charge, Exceeded};
 use crate::lock::lock;
 use crate::page_bits::{MarkSwitch, PageBits};
 
 /// Pages of a chunk: 128 MiB of the driver's addresses.
 const CHUNK: u64 = 512 * 64;
-/// What a chunk takes of the budget of maps, which stands for memory of this process: its 4 KiB,
-/// and its place in the tree.
-const CHUNK_MAPS: u64 = 33;
+/// Bytes of memory of a chunk, and of its place in the tree.
+const CHUNK_COST: u64 = CHUNK / 8 + 128;
 
 /// Why there is no log, or no report.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -53,7 +52,7 @@ pub enum LogError {
 /// The bits of [`CHUNK`] pages.
 struct Chunk {
     words: Box<[PageBits]>,
-    _share: Share,
+    _charge: Charge,
 }
 
 /// A log.
@@ -133,8 +132,8 @@ impl Log {
         if self.is_lost.load(Ordering::Relaxed) {
             return false;
         }
-        let share = match self.account.take(Resource::Maps, CHUNK_MAPS) {
-            Ok(share) => share,
+        let charge = match self.account.charge(CHUNK_COST) {
+            Ok(charge) => charge,
             Err(exceeded) => {
                 *lock(&self.exceeded) = Some(exceeded);
                 // Pairs with the load in `take`, which is in the thread of a report: the report
@@ -147,14 +146,14 @@ impl Log {
         let mut chunks = self.chunks.write().unwrap_or_else(PoisonError::into_inner);
         chunks.entry(number).or_insert_with(|| Chunk {
             words: (0..CHUNK / 64).map(|_| PageBits::new()).collect(),
-            _share: share,
+            _charge: charge,
         });
         true
     }
 
     /// Takes the pages that were marked within `start..start + len`, and sets a bit of `bitmap` for
-    /// each: bit `n % 64` of word `n / 64` stands for `page_size` bytes from `start + n * page_size`
-    /// on. `start` and `len` must be multiples of [`PAGE`].
+    /// each: bit `n % 64` of word `n / 64` stands for `page_size` bytes from
+    /// `start + n * page_size` on. `start` and `len` must be multiples of [`PAGE`].
     pub(super) fn report(
         &self,
         start: u64,
@@ -208,8 +207,8 @@ impl Log {
 }
 
 impl Chunk {
-    /// Calls `each` with the words that have the bits of `count` pages from `from` on: the word, its
-    /// first page in the chunk, and the bits.
+    /// Calls `each` with the words that have the bits of `count` pages from `from` on: the word,
+    /// its first page in the chunk, and the bits.
     fn each(&self, from: u64, count: u64, mut each: impl FnMut(&PageBits, u64, u64)) {
         let (mut at, end) = (from, from + count);
         while at < end {
@@ -279,7 +278,7 @@ impl LogSlot {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Budget;
+    use super::super::{Budget, Resource};
     use super::*;
 
     #[test]
@@ -292,7 +291,7 @@ mod tests {
             log.mark(chunk * CHUNK * PAGE + 5, 1);
             report(&log).unwrap();
         }
-        assert_eq!(account.left(Resource::Maps), 4096 - 124 * CHUNK_MAPS);
+        assert_eq!(account.left(Resource::Maps), 4096 - 124 * 33);
         log.mark(1 << 50, 1);
         let error = report(&log).unwrap_err();
         assert!(matches!(error, LogError::Lost(_)), "{error}");

@@ -16,12 +16,12 @@
 //! are parts of that mapping. It stays until the last of these maps and the last window have gone.
 //! A thread of its own then unmaps it.
 //!
-//! While a peer's machine is moved, the context has a *log* ([`MemoryContext::start_log`]): the pages
-//! that the device has written. Each way of writing has its place in it. A view logs its writes if it
-//! was taken after the start. A window asks after each call of an end. Both mark a page after they
-//! have written it (`page_bits.rs` says why that is the right order). Without a log, a write through
-//! a view costs one load that is not atomic and a branch, and a call of a window's end a relaxed
-//! load and a branch.
+//! While a peer's machine is moved, the context has a *log* ([`MemoryContext::start_log`]): the
+//! pages that the device has written. Each way of writing has its place in it. A view logs its
+//! writes if it was taken after the start. A window asks after each call of an end. Both mark a
+//! page after they have written it (`page_bits.rs` says why that is the right order). Without a
+//! log, a write through a view costs one load that is not atomic and a branch, and a call of a
+//! window's end a relaxed load and a branch.
 //!
 //! The peer may truncate its file, or punch holes into it. An access to what is gone reads zeros,
 //! and [`MemoryContext::is_lost`] becomes true (see `vbus_mapping`). The bus then ends the peer's
@@ -53,7 +53,7 @@ use vbus_shm::ErrorCode;
 
 pub(crate) use self::budget::Budget;
 use self::budget::{Account, Share};
-pub use self::budget::{Exceeded, METRICS, Resource};
+pub use self::budget::{Charge, Exceeded, METRICS, Resource};
 pub use self::file::IOCTLS;
 use self::file::{FileKey, Found, SharedFile};
 pub use self::integer::SharedInteger;
@@ -306,8 +306,8 @@ impl MemoryContext {
         bytes
     }
 
-    /// Takes away all maps, and waits until no view has them. The log ends. A loss is forgotten: the
-    /// next peer has other memory.
+    /// Takes away all maps, and waits until no view has them. The log ends. A loss is forgotten:
+    /// the next peer has other memory.
     pub(crate) fn unmap_all(&self) {
         let mut changes = lock(&self.changes);
         changes.maps.shrink(0);
@@ -353,8 +353,9 @@ impl MemoryContext {
     }
 
     /// Sets the bit of each page that the device has written since the log began or since the
-    /// page's last report, within `start..start + len`. Both are multiples of [`PAGE`]. Bit `n % 64`
-    /// of word `n / 64` of `bitmap` stands for `page_size` bytes from `start + n * page_size` on.
+    /// page's last report, within `start..start + len`. Both are multiples of [`PAGE`]. Bit
+    /// `n % 64` of word `n / 64` of `bitmap` stands for `page_size` bytes from
+    /// `start + n * page_size` on.
     ///
     /// What the device wrote before this call, so that the caller knows of it, is in the report, or
     /// was in an earlier one. A write of which the peer reads the old bytes after this call is in a
@@ -419,6 +420,14 @@ impl MemoryContext {
     /// (`all_used`) and may have (`all_of`), by the name of the [`Resource`].
     pub fn inspect(&self) -> Value {
         self.account.inspect()
+    }
+
+    /// Charges the peer with `bytes` of this process's memory, which a connector keeps for it.
+    ///
+    /// # Errors
+    /// The peer would have too much.
+    pub fn charge(&self, bytes: u64) -> Result<Charge, Exceeded> {
+        self.account.charge(bytes)
     }
 
     /// A lasting window on `addr..addr + len`, for reading and writing. `addr` and `len` must be

@@ -13,6 +13,10 @@ use super::log::LogSlot;
 
 /// A lasting mapping of a region of the driver's memory, as words; see
 /// [`MemoryContext::window`](super::MemoryContext::window). Clones share the mapping.
+///
+/// The ends of `vbus_shm` say where they store. A device that stores in the words itself calls
+/// [`stored`](vbus_shm::memory::stored) afterwards. Otherwise the store is lost when the driver's
+/// machine is moved.
 #[derive(Clone)]
 pub struct Window {
     _keep: Keep,

@@ -8,6 +8,7 @@ mod device;
 #[path = "../../examples/fairness/echo.rs"]
 mod echo;
 mod fairness;
+mod migration;
 mod pic;
 mod saved;
 #[path = "../../examples/fairness/stage.rs"]

@@ -39,7 +39,7 @@ impl<T: Target> Server<T> {
     /// as it may have.
     pub fn save(&mut self, now: Instant) -> io::Result<ServerState> {
         self.settle(now);
-        if self.client.as_ref().is_some_and(|client| client.session.is_migrating()) {
+        if self.is_migrating() {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         let mut descriptors = vec![self.listener.try_clone()?];
