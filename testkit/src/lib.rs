@@ -61,6 +61,7 @@ pub mod bus;
 pub mod exits;
 pub mod faults;
 pub mod flat;
+mod flood;
 pub mod guest;
 pub mod initramfs;
 pub mod iperf;

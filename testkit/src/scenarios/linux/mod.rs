@@ -2,7 +2,6 @@
 //! Scenarios with the Linux driver, the kernel module `vbus`.
 
 mod copybreak;
-mod flood;
 pub(super) mod liars;
 pub(super) mod lives;
 pub(super) mod load;

@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use super::flood::{self, Flood};
 use crate::bus::{Bus, device};
+use crate::flood::{self, Flood};
 use crate::guest::Guest;
 use crate::initramfs::Archive;
 use crate::lab::Scene;
