@@ -87,6 +87,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Checks, in a guest without a driver of the NIC, that no frame comes into memory: it watches so
+/// many MiB of it for so many seconds.
+///
+/// # Errors
+/// Memory has changed, or the NIC has received a frame.
+pub fn silence(guest: &Guest, bus: &Bus, nic: &str, (mib, seconds): (u32, u32)) -> Result<()> {
+    let before = bus.received_frames(nic)?;
+    let watch = format!("guest-agent watch {mib} {seconds}");
+    guest.ok(&watch).context("memory of the new kernel")?;
+    let now = bus.received_frames(nic)?;
+    ensure!(now == before, "{} frames came while no driver had {nic}", now - before);
+    Ok(())
+}
+
 /// Waits until the NIC of a guest has received `frames` more frames.
 ///
 /// # Errors

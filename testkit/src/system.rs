@@ -117,6 +117,21 @@ impl System {
         initramfs::add_modules(archive, &modules.dir, names, |path| modules.unxz(path))
     }
 
+    /// As [`extend`](Self::extend), with the kernel and the root file system themselves in `/boot`,
+    /// for [`KEXEC`].
+    ///
+    /// # Errors
+    /// A file cannot be read or written.
+    pub fn extend_with_itself(&self, mut archive: Archive, dir: &Path) -> Result<Self> {
+        for (name, path) in [("kernel", self.kernel()), ("initramfs", self.initramfs())] {
+            let bytes =
+                fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+            archive.file(&format!("boot/{name}"), 0o644, &bytes)?;
+        }
+        fs::create_dir_all(dir)?;
+        self.extend(archive, dir)
+    }
+
     /// The same kernel with the files of `archive` added to the root file system, which is written
     /// into the folder `dir`.
     ///
@@ -132,6 +147,11 @@ impl System {
         Ok(Self { initramfs, ..self.clone() })
     }
 }
+
+/// Starts the kernel of [`System::extend_with_itself`] at once. kexec would set interfaces down,
+/// and drivers would have nothing to shut down.
+pub const KEXEC: &str = "kexec -s -l /boot/kernel --initrd=/boot/initramfs --reuse-cmdline && \
+    exec kexec --exec --no-ifdown";
 
 impl Modules {
     /// Decompresses a module with the kit's busybox, or with this machine's xzcat.

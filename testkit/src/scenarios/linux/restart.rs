@@ -2,10 +2,9 @@
 //! Another kernel starts, or the system sleeps, while frames flood the NIC. No frame comes into
 //! memory that the driver has given up.
 
-use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::json;
 
 use crate::bus::{Bus, device};
@@ -14,6 +13,7 @@ use crate::guest::Guest;
 use crate::initramfs::Archive;
 use crate::lab::Scene;
 use crate::linux;
+use crate::system::KEXEC;
 use crate::vm::{Vm, VmSpec};
 
 /// How often each of them happens if nobody says how often.
@@ -51,18 +51,10 @@ impl Flooded {
         let settings = format!("backend = \"stream\"\nlisten = \"{}\"", stream.display());
         let bus = Bus::start(scene, &device(NIC, "venet", &settings))?;
         let system = linux::chosen_system(scene)?;
-        // What a kernel starts with kexec.
-        let mut archive = Archive::default();
-        for (name, path) in [("kernel", system.kernel()), ("initramfs", system.initramfs())] {
-            let bytes =
-                fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-            archive.file(&format!("boot/{name}"), 0o644, &bytes)?;
-        }
         let folder = scene.dir().join("system");
-        fs::create_dir_all(&folder)?;
         let mut machine = VmSpec::new("a").device(bus.socket(NIC));
         machine.memory_mib = MEMORY;
-        machine.system = Some(system.extend(archive, &folder)?);
+        machine.system = Some(system.extend_with_itself(Archive::default(), &folder)?);
         let vm = machine.boot(scene)?;
         let flooded = Self { _flood: Flood::start(&stream)?, vm, bus };
         flooded.receive()?;
@@ -80,16 +72,6 @@ impl Flooded {
         self.guest().ok(&format!("ip link set {interface} up"))?;
         flood::wait(self.guest(), &self.bus, NIC, FRAMES)
     }
-
-    /// Checks in a fresh kernel, in which no driver has the NIC, that no frame comes into memory.
-    fn check_silence(&self) -> Result<()> {
-        let before = self.bus.received_frames(NIC)?;
-        let watch = format!("guest-agent watch {WATCHED} {SECONDS}");
-        self.guest().ok(&watch).context("memory of the new kernel")?;
-        let now = self.bus.received_frames(NIC)?;
-        ensure!(now == before, "{} frames came while no driver had the NIC", now - before);
-        Ok(())
-    }
 }
 
 /// kexec and reboot under a flood of frames.
@@ -97,21 +79,13 @@ pub fn kernel(scene: &Scene) -> Result<()> {
     let flooded = Flooded::start(scene)?;
     let mut boots = 1;
     for time in 1..=scene.lab.times().unwrap_or(TIMES) {
-        for (what, command) in [
-            // kexec would set the interface down, and the driver would have nothing to shut down.
-            (
-                "kexec",
-                "kexec -s -l /boot/kernel --initrd=/boot/initramfs --reuse-cmdline && \
-                 exec kexec --exec --no-ifdown",
-            ),
-            ("reboot", "exec reboot -f"),
-        ] {
+        for (what, command) in [("kexec", KEXEC), ("reboot", "exec reboot -f")] {
             let mut once = || -> Result<()> {
                 linux::check_kernel(flooded.guest())?;
                 let starts = flooded.guest().start(command)?;
                 boots += 1;
                 flooded.vm.wait_boot(boots).with_context(|| format!("{:?}", starts.said()))?;
-                flooded.check_silence()?;
+                flood::silence(flooded.guest(), &flooded.bus, NIC, (WATCHED, SECONDS))?;
                 flooded.receive()
             };
             once().with_context(|| format!("{what}, time {time}"))?;
