@@ -240,8 +240,7 @@ pub fn add_ours(archive: &mut Archive, agent: &Path, guest: &Path) -> Result<()>
     archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n")
 }
 
-/// The guest's init: it prepares the system and starts the agent. A module that `late=` on the
-/// kernel's command line names is left to others to load. People use `ttyS0` as the
+/// The guest's init: it prepares the system and starts the agent. People use `ttyS0` as the
 /// console; the agent uses `ttyS1`.
 const INIT: &str = r"#!/bin/busybox sh
 export PATH=/root:/usr/local/bin:/bin:/sbin HOME=/root TERM=vt100
@@ -254,11 +253,7 @@ mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /tmp
 mount -t hugetlbfs hugetlbfs /dev/hugepages
-late=$(sed -n 's/.* late=\([^ ]*\).*/\1/p' /proc/cmdline)
-for module in /modules/*.ko; do
-    case $module in *-$late.ko) continue ;; esac
-    [ -e $module ] && insmod $module
-done
+for module in /modules/*.ko; do [ -e $module ] && insmod $module; done
 ip link set lo up
 cd /root
 stty -F /dev/ttyS1 raw -echo

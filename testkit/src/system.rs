@@ -118,7 +118,7 @@ impl System {
     }
 
     /// As [`extend`](Self::extend), with the kernel and the root file system themselves in `/boot`,
-    /// for [`KEXEC`].
+    /// for [`kexec`].
     ///
     /// # Errors
     /// A file cannot be read or written.
@@ -148,10 +148,15 @@ impl System {
     }
 }
 
-/// Starts the kernel of [`System::extend_with_itself`] at once. kexec would set interfaces down,
-/// and drivers would have nothing to shut down.
-pub const KEXEC: &str = "kexec -s -l /boot/kernel --initrd=/boot/initramfs --reuse-cmdline && \
-    exec kexec --exec --no-ifdown";
+/// The command that starts the kernel of [`System::extend_with_itself`] at once, with `words` more
+/// on its command line. kexec would set interfaces down, and drivers would have nothing to shut
+/// down.
+pub fn kexec(words: &str) -> String {
+    format!(
+        "kexec -s -l /boot/kernel --initrd=/boot/initramfs --reuse-cmdline --append='{words}' && \
+         exec kexec --exec --no-ifdown"
+    )
+}
 
 impl Modules {
     /// Decompresses a module with the kit's busybox, or with this machine's xzcat.

@@ -13,7 +13,7 @@ use crate::guest::Guest;
 use crate::initramfs::Archive;
 use crate::lab::Scene;
 use crate::linux;
-use crate::system::KEXEC;
+use crate::system::kexec;
 use crate::vm::{Vm, VmSpec};
 
 /// How often each of them happens if nobody says how often.
@@ -79,7 +79,7 @@ pub fn kernel(scene: &Scene) -> Result<()> {
     let flooded = Flooded::start(scene)?;
     let mut boots = 1;
     for time in 1..=scene.lab.times().unwrap_or(TIMES) {
-        for (what, command) in [("kexec", KEXEC), ("reboot", "exec reboot -f")] {
+        for (what, command) in [("kexec", &*kexec("")), ("reboot", "exec reboot -f")] {
             let mut once = || -> Result<()> {
                 linux::check_kernel(flooded.guest())?;
                 let starts = flooded.guest().start(command)?;
