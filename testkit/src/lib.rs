@@ -74,6 +74,7 @@ pub mod linux;
 pub mod lost;
 pub mod module;
 pub mod netbench;
+pub mod netboot;
 pub mod nic;
 pub mod pair;
 pub mod process;

@@ -50,6 +50,8 @@ pub struct VmSpec {
     pub system: Option<System>,
     /// The unit that translates the addresses of devices, if there is one.
     pub iommu: Option<Iommu>,
+    /// QEMU's words for what the machine boots, in place of a kernel with a root file system.
+    pub boot: Option<Vec<String>>,
 }
 
 /// A unit that translates the addresses of devices. The guest decides what they reach.
@@ -103,6 +105,7 @@ impl VmSpec {
             processor: Processor::Lab,
             system: None,
             iommu: None,
+            boot: None,
         }
     }
 
@@ -179,9 +182,17 @@ impl VmSpec {
         command.arg("-qmp").arg(format!("unix:{}", control.path.display()));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", qmp.display()));
         let system = self.system.as_ref().unwrap_or(lab.system());
-        command.arg("-kernel").arg(system.kernel()).arg("-initrd").arg(system.initramfs());
         let iommu = if self.iommu == Some(Iommu::Intel) { "intel_iommu=on" } else { "" };
-        command.arg("-append").arg(format!("{KERNEL_WORDS} {iommu} {}", self.append));
+        match &self.boot {
+            Some(words) => command.args(words),
+            None => command
+                .arg("-kernel")
+                .arg(system.kernel())
+                .arg("-initrd")
+                .arg(system.initramfs())
+                .arg("-append")
+                .arg(format!("{KERNEL_WORDS} {iommu} {}", self.append)),
+        };
         // It must be there before the devices that it is for.
         if let Some(iommu) = self.iommu {
             command.arg("-device").arg(iommu.device());

@@ -8,8 +8,8 @@
 //! root is needed.
 //!
 //! What only some scenarios need is in parts of their own, which are fetched when they are first
-//! needed: [other kernels](kernels), [more tools](Kit::tools), [compilers](toolchain), and
-//! [kernels that check themselves](debug_kernel).
+//! needed: [other kernels](kernels), [more tools](Kit::tools), [firmware](Kit::firmware),
+//! [compilers](toolchain), and [kernels that check themselves](debug_kernel).
 
 pub mod apt;
 pub mod debug_kernel;
@@ -41,6 +41,18 @@ const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 
 /// The packages of the tools that users of a Linux driver have, and only some guests need.
 const TOOLS: [&str; 3] = ["iproute2", "bpftool", "kexec-tools"];
+
+/// The edition of the firmware's part, and its packages.
+const FIRMWARE_EDITION: u32 = 1;
+const FIRMWARE: [&str; 2] = ["ipxe", "ovmf"];
+
+/// Firmware with network drivers of its own.
+pub struct Firmware {
+    /// iPXE as a Linux kernel image.
+    pub ipxe: PathBuf,
+    /// UEFI: its code, and its variables as they are at first.
+    pub ovmf: [PathBuf; 2],
+}
 
 /// The dynamic loader of unpacked packages, below the folder that they are unpacked in.
 pub const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
@@ -146,6 +158,23 @@ impl Kit {
             Ok(Unpacked { packages })
         })?;
         Ok(root)
+    }
+
+    /// Firmware with network drivers. It is fetched if it is not here yet.
+    ///
+    /// # Errors
+    /// apt cannot fetch it. The error is a [`Skip`](crate::report::Skip) if the mirror lacks it.
+    pub fn firmware(&self) -> Result<Firmware> {
+        let (root, ..) = part::open(&self.dir.join("firmware"), FIRMWARE_EDITION, |fresh| {
+            let source = Source::with_qemu(self.mirror.as_deref())?;
+            let packages = apt::fetch(fresh, &source, "iPXE and OVMF for guests come", |_| {
+                Ok(Packages { alone: FIRMWARE.map(str::to_owned).into(), ..Packages::default() })
+            })?;
+            Ok(Unpacked { packages })
+        })?;
+        let ovmf =
+            ["CODE", "VARS"].map(|name| root.join(format!("usr/share/OVMF/OVMF_{name}_4M.fd")));
+        Ok(Firmware { ipxe: root.join("usr/lib/ipxe/ipxe.lkrn"), ovmf })
     }
 
     /// The version of QEMU.

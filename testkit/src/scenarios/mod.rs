@@ -97,6 +97,11 @@ pub const SCENARIOS: &[Scenario] = &[
         vm::hostile::scribbler,
     ),
     in_guests(
+        "vm::virtio_firmware",
+        "iPXE boots Linux over a virtio card, and UEFI gets a file over one",
+        vm::firmware::netboot,
+    ),
+    in_guests(
         "vm::flat",
         "a guest without an operating system: MSI and MSI-X, frames and state pages",
         vm::flat::drives_devices,

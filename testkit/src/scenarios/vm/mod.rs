@@ -4,6 +4,7 @@
 pub(super) mod backends;
 pub(super) mod command;
 pub(super) mod deaths;
+pub(super) mod firmware;
 pub(super) mod flat;
 pub(super) mod harness;
 pub(super) mod hostile;
