@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use crate::bus::Bus;
+use crate::bus::{Bus, device};
 use crate::flat::{Report, device_names, devices};
 use crate::lab::{Accel, Scene};
 use crate::process::Process;
@@ -16,13 +16,22 @@ const LIMIT: Duration = Duration::from_secs(240);
 const FRAMES: u64 = 2000;
 const UPDATES: u64 = 5;
 
+/// The virtio cards, which have a switch of their own.
+const CARDS: [&str; 2] = ["virt-a", "virt-b"];
+
+fn card(settings: &str) -> String {
+    format!("backend = \"switch\"\nswitch = \"virtio\"\n{settings}")
+}
+
 /// The guest finds its devices, exchanges frames and values, and powers off: once with MSI and
-/// x2APIC, once with MSI-X and xAPIC.
+/// x2APIC, once with MSI-X and xAPIC. It drives two virtio cards with the crate `virtio-drivers`.
 pub fn drives_devices(scene: &Scene) -> Result<()> {
     let image = scene.lab.flat()?;
     for (settings, processor) in [("", "max"), ("msix = true", "max,-x2apic")] {
         let config = devices(settings);
-        let (bus, names) = (Bus::start(scene, &config)?, device_names(&config));
+        let cards = CARDS.map(|name| device(name, "virtio-net", &card(settings))).concat();
+        let bus = Bus::start(scene, &format!("{config}{cards}"))?;
+        let names = device_names(&config);
         let mut command = scene.lab.qemu();
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.args(["-M", "q35,memory-backend=ram,vmport=off,hpet=off", "-m", "128M"]);
@@ -43,9 +52,10 @@ pub fn drives_devices(scene: &Scene) -> Result<()> {
             Accel::Tcg => command.args(["-accel", "tcg", "-cpu", processor]),
         };
         command.arg("-kernel").arg(&image).arg("-append");
-        command
-            .arg(format!("test=list,state,venet,pic,interrupts count={FRAMES} updates={UPDATES}"));
-        for (slot, name) in names.iter().enumerate() {
+        command.arg(format!(
+            "test=list,state,venet,virtio,pic,interrupts count={FRAMES} updates={UPDATES}"
+        ));
+        for (slot, name) in names.iter().chain(&CARDS).enumerate() {
             command.args([
                 "-device",
                 &format!("pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0"),
@@ -94,6 +104,10 @@ pub fn drives_devices(scene: &Scene) -> Result<()> {
             report.of("interrupts").any(|round| round["pic"] == true),
             "no round with the interrupt controller"
         );
+        let frames = report.of("virtio").next().map(|report| report["frames"].clone());
+        ensure!(frames == Some(FRAMES.into()), "the driver of virtio tells of {frames:?} frames");
+        let sent = bus.traffic(&CARDS)?;
+        ensure!(sent.packets == FRAMES && sent.drops == 0, "{} frames between cards", sent.packets);
         let traffic = bus.traffic(&["net-a", "net-b"])?;
         eprintln!(
             "{settings:11} {} frames, {} doorbells, {} interrupts",

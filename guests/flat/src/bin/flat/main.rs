@@ -32,6 +32,7 @@ mod start;
 mod state;
 mod stream;
 mod traps;
+mod virtio;
 mod ways;
 
 use core::{fmt, mem};
@@ -125,6 +126,7 @@ pub fn main(start_info: u64) -> ! {
             "processors" => processors::run(&setting),
             "state" => state::run(&setting),
             "venet" => net::run(&setting),
+            "virtio" => virtio::run(&setting),
             other => Err(report::Failure::Unknown(other)),
         };
         if let Err(error) = outcome {
