@@ -3,14 +3,19 @@
 
 use std::sync::Arc;
 
+use kvm_ioctls::VmFd;
 use serde_json::Value;
 
 use crate::counters::VcpuCounters;
 use crate::cpus::Cpus;
 use crate::events::EventSender;
+use crate::irqchip::IrqChip;
 use crate::marks::Marks;
+use crate::memory::Ram;
 use crate::pci::PciRoot;
 use crate::power::Power;
+use crate::serial::SerialPort;
+use crate::snapshot::description::Description;
 
 /// The components.
 pub struct Components {
@@ -18,6 +23,12 @@ pub struct Components {
     pub cpus: Cpus,
     /// The counters of the virtual CPUs, by number.
     pub counters: Arc<[VcpuCounters]>,
+    /// The guest's memory.
+    pub ram: Ram,
+    /// The interrupt controllers.
+    pub irqchip: Arc<IrqChip>,
+    /// The serial ports.
+    pub serial: Vec<Arc<SerialPort>>,
     /// PCI with its devices.
     pub pci: Arc<PciRoot>,
     /// The power button and the power management registers.
@@ -28,4 +39,13 @@ pub struct Components {
     pub events: EventSender,
     /// The answer to the control request `info`, which never changes.
     pub info: Value,
+    /// The description of the machine without its devices and its frequency, if it is saved.
+    pub(crate) description: Description,
+}
+
+impl Components {
+    /// KVM's virtual machine.
+    pub fn vm(&self) -> &VmFd {
+        self.irqchip.routes().vm()
+    }
 }

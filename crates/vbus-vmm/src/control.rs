@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The requests of control clients (`spec/vmm.md`), and the thread that accepts clients.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -16,6 +17,7 @@ use crate::components::Components;
 use crate::counters::VcpuCounters;
 use crate::events::VmEvent;
 use crate::seccomp::{self, Thread};
+use crate::snapshot::save::{self, Plan};
 
 /// Limits on the cost of clients.
 const LIMITS: Limits = Limits { clients: 16, line: 64 << 10 };
@@ -43,6 +45,10 @@ enum Request {
     /// Stops the virtual CPUs for a moment, and tells what they, the interrupt controllers and the
     /// devices do.
     Dump,
+    /// Copies the machine to whoever listens at the socket `to`.
+    Snapshot { to: PathBuf },
+    /// Moves the machine to the `vbus-vmm restore --listen` at the socket `to`.
+    Migrate { to: PathBuf, rounds: Option<u32>, down_time_ms: Option<u64> },
     /// Presses the power button.
     PowerButton,
     /// Resets the machine.
@@ -137,10 +143,34 @@ impl Handler for Control {
                 items.into_iter().try_for_each(|item| client.item(item))?;
                 Ok(Value::Null)
             }
+            Request::Snapshot { to } => self.save(&to, Plan::Copy, client),
+            Request::Migrate { to, rounds, down_time_ms } => {
+                let down_time = Duration::from_millis(down_time_ms.unwrap_or(save::DOWN_TIME_MS));
+                let rounds = rounds.unwrap_or(save::ROUNDS);
+                self.save(&to, Plan::Move { rounds, down_time }, client)
+            }
             Request::PowerButton => Ok(json!({ "heard": components.power.press() })),
             Request::Reset => send(components, VmEvent::Reset("by a control client".into())),
             Request::Quit => send(components, VmEvent::Quit),
         }
+    }
+}
+
+impl Control {
+    /// Saves the machine to whoever listens at `to`, as long as the client waits for it.
+    fn save(&self, to: &Path, plan: Plan, client: &Client<'_>) -> Result<Value> {
+        let socket = UnixStream::connect(to)
+            .with_context(|| format!("nobody listens at {}", to.display()))?;
+        let progress = |text: Option<&str>| {
+            if let Some(text) = text {
+                tracing::info!("{text}");
+                client.progress(text, 0, 0)?;
+            }
+            ensure!(!client.gone(), "the client that asked for this has gone");
+            Ok(())
+        };
+        let report = save::save(&self.0, socket, plan, &progress)?;
+        Ok(serde_json::to_value(report)?)
     }
 }
 

@@ -2,7 +2,7 @@
 //! The CPUID of the guest's CPUs: the features that KVM supports, without those that this machine
 //! lacks, and the machine's topology.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
@@ -20,6 +20,54 @@ const SVM: u32 = 1 << 2;
 const VMX: u32 = 1 << 5;
 /// Leaf 0xd, subleaf 1, EAX: supervisor state.
 const XSAVES: u32 = 1 << 3;
+
+/// The registers of a leaf, in this order.
+const REGISTERS: [&str; 4] = ["EAX", "EBX", "ECX", "EDX"];
+/// The registers that list features: function and index of the leaf, and the register.
+const FEATURES: [((u32, u32), usize); 14] = [
+    ((0x1, 0), 2),
+    ((0x1, 0), 3),
+    ((0x7, 0), 1),
+    ((0x7, 0), 2),
+    ((0x7, 0), 3),
+    ((0x7, 1), 0),
+    ((0xd, 0), 0),
+    ((0xd, 1), 0),
+    ((0x4000_0001, 0), 0),
+    ((0x4000_0101, 0), 0),
+    ((0x8000_0001, 0), 2),
+    ((0x8000_0001, 0), 3),
+    ((0x8000_0007, 0), 3),
+    ((0x8000_0008, 0), 1),
+];
+/// The names of some features: leaf, register, bit.
+const NAMES: [(u32, usize, u32, &str); 25] = [
+    (0x1, 2, 1, "pclmulqdq"),
+    (0x1, 2, 9, "ssse3"),
+    (0x1, 2, 12, "fma"),
+    (0x1, 2, 13, "cx16"),
+    (0x1, 2, 19, "sse4.1"),
+    (0x1, 2, 20, "sse4.2"),
+    (0x1, 2, 22, "movbe"),
+    (0x1, 2, 23, "popcnt"),
+    (0x1, 2, 24, "tsc-deadline"),
+    (0x1, 2, 25, "aes"),
+    (0x1, 2, 26, "xsave"),
+    (0x1, 2, 28, "avx"),
+    (0x1, 2, 29, "f16c"),
+    (0x1, 2, 30, "rdrand"),
+    (0x7, 1, 0, "fsgsbase"),
+    (0x7, 1, 3, "bmi1"),
+    (0x7, 1, 5, "avx2"),
+    (0x7, 1, 7, "smep"),
+    (0x7, 1, 8, "bmi2"),
+    (0x7, 1, 16, "avx512f"),
+    (0x7, 1, 18, "rdseed"),
+    (0x7, 1, 19, "adx"),
+    (0x7, 1, 20, "smap"),
+    (0x7, 1, 29, "sha"),
+    (0x8000_0007, 3, 8, "invariant-tsc"),
+];
 
 /// The CPUID leaves of a machine's CPUs.
 pub struct Model {
@@ -40,6 +88,73 @@ impl Model {
             .context("KVM does not say what CPUs it has")?;
         let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         Ok(Model::from(supported.as_slice(), cpus, hyperv, deadline))
+    }
+
+    /// Makes the leaves of a saved machine: those of [`leaves`](Self::leaves).
+    ///
+    /// # Errors
+    /// The CPUs of `kvm` lack a feature that the saved ones have, or are of another vendor. The
+    /// text names all that is missing.
+    pub fn saved(kvm: &Kvm, leaves: &[[u32; 7]], cpus: u32, hyperv: bool) -> Result<Model> {
+        let own = Model::new(kvm, cpus, hyperv)?;
+        own.check(leaves)?;
+        let entry = |[function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]| {
+            let (function, index, flags) = (*function, *index, *flags);
+            let (eax, ebx, ecx, edx) = (*eax, *ebx, *ecx, *edx);
+            kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Default::default() }
+        };
+        Ok(Model { entries: leaves.iter().map(entry).collect(), ..own })
+    }
+
+    /// The leaves without the topology: function, index, flags, EAX, EBX, ECX, EDX.
+    pub fn leaves(&self) -> Vec<[u32; 7]> {
+        let leaf = |e: &kvm_cpuid_entry2| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx];
+        self.entries.iter().map(leaf).collect()
+    }
+
+    /// Checks that these CPUs have all features of saved leaves.
+    fn check(&self, saved: &[[u32; 7]]) -> Result<()> {
+        let most = KVM_MAX_CPUID_ENTRIES - 3;
+        ensure!(saved.len() <= most, "the saved CPUs have {} CPUID leaves", saved.len());
+        let registers = |function: u32, index: u32| {
+            let own = self.entries.iter().find(|e| (e.function, e.index) == (function, index));
+            own.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
+        };
+        let mut missing = Vec::new();
+        for [function, index, _, saved @ ..] in saved {
+            let own = registers(*function, *index);
+            if *function == 0 {
+                let vendor = |[_, b, c, d]: [u32; 4]| [b, d, c].map(u32::to_le_bytes).concat();
+                let (was, is) = (vendor(*saved), vendor(own));
+                ensure!(
+                    was == is,
+                    "the saved CPUs are of {}, and those of this machine of {}",
+                    was.escape_ascii(),
+                    is.escape_ascii()
+                );
+            }
+            // Only the registers that list features, one bit for each.
+            for (register, name) in FEATURES.iter().filter_map(|(leaf, register)| {
+                (*leaf == (*function, *index)).then_some((*register, REGISTERS[*register]))
+            }) {
+                let lacks = saved[register] & !own[register];
+                missing.extend((0..32).filter(|bit| lacks & 1 << bit != 0).map(|bit| {
+                    let known = NAMES.iter().find(|(leaf, r, number, _)| {
+                        (*leaf, *r, *number) == (*function, register, bit)
+                    });
+                    known.map_or_else(
+                        || format!("leaf {function:#x}.{index} {name} bit {bit}"),
+                        |(.., name)| (*name).to_owned(),
+                    )
+                }));
+            }
+        }
+        ensure!(
+            missing.is_empty(),
+            "this machine's CPUs lack features of the saved ones: {}",
+            missing.join(", ")
+        );
+        Ok(())
     }
 
     fn from(supported: &[kvm_cpuid_entry2], cpus: u32, hyperv: bool, deadline: bool) -> Model {
@@ -199,6 +314,32 @@ mod tests {
         assert_eq!(leaf(&alone, 0, 1, 0).unwrap().edx, 0);
         assert_eq!(leaf(&alone, 0, 1, 0).unwrap().ecx & TSC_DEADLINE, 0);
         assert_eq!(leaf(&alone, 0, 0xb, 1).unwrap().eax, 0);
+    }
+
+    #[test]
+    fn features_that_are_missing_are_named() {
+        let own = Model::from(&supported(), 2, false, true);
+        let leaves = own.leaves();
+        own.check(&leaves).unwrap();
+        let with = |function: u32, register: usize, bits: u32| {
+            let mut leaves = leaves.clone();
+            let leaf = leaves.iter_mut().find(|leaf| leaf[0] == function).unwrap();
+            leaf[3 + register] |= bits;
+            own.check(&leaves).unwrap_err().to_string()
+        };
+        assert!(with(1, 2, 1 << 28 | 1 << 25).ends_with("aes, avx"));
+        assert!(with(0x8000_0001, 3, 1 << 31).ends_with("leaf 0x80000001.0 EDX bit 31"));
+        assert!(with(0, 1, u32::from_le_bytes(*b"Genu")).contains("saved CPUs are of Genu"));
+        // A leaf that this machine does not have at all.
+        let mut more = leaves.clone();
+        more.push([7, 0, 0, 0, 1 << 5, 0, 0]);
+        assert!(own.check(&more).unwrap_err().to_string().ends_with("avx2"));
+        assert!(own.check(&vec![[0; 7]; KVM_MAX_CPUID_ENTRIES]).is_err());
+        // Fewer features are no reason to refuse, nor is anything in other registers.
+        let mut fewer = leaves;
+        fewer.retain(|leaf| leaf[0] != 0x4000_0001);
+        fewer[1][3] = 0xffff_ffff;
+        own.check(&fewer).unwrap();
     }
 
     #[test]

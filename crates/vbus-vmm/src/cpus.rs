@@ -11,8 +11,9 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use kvm_bindings::kvm_run;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::thread::Pid;
@@ -26,6 +27,7 @@ use crate::lock::lock;
 use crate::seccomp::{self, Thread};
 use crate::vcpu::{Buses, Pause, Vcpu};
 use crate::vcpu_gate::VcpuGate;
+use crate::vcpu_state::VcpuState;
 
 /// The signal that brings a thread back from KVM: the first real-time signal. Its handler does
 /// nothing.
@@ -119,6 +121,43 @@ impl Cpus {
     /// KVM refuses a part of the state.
     pub fn reset(&self, start: &Start) -> Result<()> {
         self.cpus.iter().try_for_each(|cpu| lock(&cpu.vcpu).reset(start))
+    }
+
+    /// The states of all virtual CPUs, by number. They must be held.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub(crate) fn save(&self) -> Result<Vec<VcpuState>> {
+        self.cpus.iter().map(|cpu| lock(&cpu.vcpu).save()).collect()
+    }
+
+    /// Gives the virtual CPUs saved states, by number. They must be held. Their time stamp
+    /// counters, which have a frequency of `khz`, go on by `elapsed` from their saved values.
+    ///
+    /// # Errors
+    /// The number of states is not that of the CPUs, KVM refuses a part of a state, or this
+    /// processor has no such frequency.
+    pub(crate) fn restore(
+        &self,
+        states: &mut [VcpuState],
+        khz: u32,
+        elapsed: Duration,
+    ) -> Result<()> {
+        let (have, need) = (states.len(), self.cpus.len());
+        ensure!(have == need, "there are {have} states for {need} virtual CPUs");
+        let ticks = u64::try_from(elapsed.as_nanos() * u128::from(khz) / 1_000_000)?;
+        // All counters have their frequency before the first one is set: KVM keeps them together.
+        self.cpus.iter().try_for_each(|cpu| lock(&cpu.vcpu).set_tsc_khz(khz))?;
+        let mut pairs = self.cpus.iter().zip(states);
+        pairs.try_for_each(|(cpu, state)| lock(&cpu.vcpu).restore(state, ticks))
+    }
+
+    /// The frequency of the time stamp counters in kHz.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub(crate) fn tsc_khz(&self) -> Result<u32> {
+        lock(&self.cpus.first().context("no virtual CPU")?.vcpu).tsc_khz()
     }
 
     /// What each virtual CPU does, by number: all of them if they are held. One that runs all the

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The events that change the machine's life: reset, power-off, end.
 
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender};
 
 use serde_json::Value;
 
@@ -15,10 +15,22 @@ pub enum VmEvent {
     PowerOff,
     /// Somebody wants to know what the machine does.
     Dump(Sender<Vec<Value>>),
+    /// The machine must stand still while it is saved.
+    Park(Parking),
     /// The machine must end at once.
     Quit,
     /// The machine cannot go on.
     Fail(anyhow::Error),
+}
+
+/// How the main thread and the one that saves the machine talk.
+#[derive(Debug)]
+pub struct Parking {
+    /// Learns that the machine stands still, or why it does not.
+    pub told: Sender<Result<(), String>>,
+    /// Says what comes then: true, the machine runs elsewhere and ends here; false, it goes on.
+    /// If the sender ends without a word, it goes on.
+    pub then: Receiver<bool>,
 }
 
 /// Sends events to the main thread. Sending fails only when the machine is about to end.

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::event::{EventfdFlags, eventfd};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vbus_kvm::{Route, Routes, take_signal};
 
@@ -59,6 +60,18 @@ pub struct IntxSource {
     pin: u32,
     assert: OwnedFd,
     ended: Arc<OwnedFd>,
+}
+
+/// The state of an I/O APIC, as a saved machine has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SavedIoApic {
+    select: u8,
+    id: u32,
+    /// The redirection entry of each pin.
+    entries: [u64; layout::PINS as usize],
+    /// The pins that are high: bit n is pin n.
+    high: u32,
 }
 
 struct State {
@@ -206,6 +219,27 @@ impl IoApic {
         }
     }
 
+    /// The state.
+    pub(crate) fn save(&self) -> SavedIoApic {
+        let state = self.lock();
+        let high = state.pins.iter().rev().fold(0, |high, pin| high << 1 | u32::from(pin.high));
+        let entries = state.pins.map(|pin| pin.entry);
+        SavedIoApic { select: state.select, id: state.id, entries, high }
+    }
+
+    /// Gives it a saved state. It sends no message: what it had sent, the local APICs have.
+    pub(crate) fn restore(&self, saved: &SavedIoApic) {
+        let mut state = self.lock();
+        (state.select, state.id) = (saved.select, saved.id & ID_BITS);
+        for (number, entry) in (0..).zip(saved.entries) {
+            let pin = Pin { entry, high: saved.high & 1 << number != 0 };
+            state.pins[number as usize] = pin;
+            // The guest may have written a route that is none.
+            let route = pin.route().map(|(address, data)| Route::Msi { address, data });
+            let _ = self.routes.set(number, route);
+        }
+    }
+
     /// Tells a device that its interrupt has ended. The device holds the eventfd too, so an
     /// ordinary write could block.
     fn signal(&self, ended: &OwnedFd) {
@@ -234,6 +268,12 @@ impl IntxSource {
     /// The eventfd that becomes readable when the guest has ended the interrupt.
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.ended.as_fd()
+    }
+
+    /// Tells the device that its interrupt has ended although no guest has ended it. If the device
+    /// still has a reason, it asserts the pin again.
+    pub(crate) fn end(&self) {
+        self.io_apic.signal(&self.ended);
     }
 
     /// Asserts the pin if the device has written its eventfd.

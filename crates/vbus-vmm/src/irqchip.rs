@@ -2,9 +2,10 @@
 //! The interrupt controllers other than the local APICs. They are the kernel's, or (split irqchip)
 //! an I/O APIC in this process.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
@@ -12,12 +13,17 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use serde_json::Value;
 use vbus_kvm::Routes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::acpi::IO_APIC;
 use crate::bus::Bus;
 use crate::dump;
 use crate::ioapic::{IO_APIC_BYTES, IoApic};
 use crate::layout;
+
+/// The number of the PIT's state beside those of the interrupt controllers
+/// ([`IrqChip::save`]).
+const PIT: u32 = 3;
 
 /// The interrupt controllers of a virtual machine.
 pub struct IrqChip(Kind);
@@ -122,6 +128,55 @@ impl IrqChip {
             #[cfg(test)]
             Kind::Test(_) => Vec::new(),
         }
+    }
+
+    /// The states of those in the kernel: a number, and KVM's structure as bytes. The numbers are
+    /// KVM's of the interrupt controllers, and 3 for the PIT.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub(crate) fn save(&self) -> Result<Vec<(u32, Vec<u8>)>> {
+        let Kind::Kernel { routes, chips, .. } = &self.0 else { return Ok(Vec::new()) };
+        let vm = routes.vm();
+        let mut saved = Vec::new();
+        for chip in chips {
+            let mut now = kvm_irqchip { chip_id: chip.chip_id, ..Default::default() };
+            vm.get_irqchip(&mut now).context("cannot read the irqchip")?;
+            saved.push((now.chip_id, now.as_bytes().to_vec()));
+        }
+        let timer = vm.get_pit2().context("cannot read the timer")?;
+        saved.push((PIT, timer.as_bytes().to_vec()));
+        Ok(saved)
+    }
+
+    /// Gives those in the kernel the states of [`save`](Self::save).
+    ///
+    /// # Errors
+    /// A state is missing, is too much, or is none, or KVM refuses it.
+    pub(crate) fn restore(&self, saved: &BTreeMap<u32, Vec<u8>>) -> Result<()> {
+        let Kind::Kernel { routes, chips, .. } = &self.0 else {
+            ensure!(saved.is_empty(), "there are states of interrupt controllers of the kernel");
+            return Ok(());
+        };
+        let (vm, have) = (routes.vm(), saved.len());
+        ensure!(have == chips.len() + 1, "there are {have} states of interrupt controllers");
+        for (number, bytes) in saved {
+            if *number == PIT {
+                let Ok(timer) = kvm_pit_state2::read_from_bytes(bytes) else {
+                    bail!("the timer's state has {} bytes", bytes.len())
+                };
+                vm.set_pit2(&timer).context("KVM does not take the timer's state")?;
+                continue;
+            }
+            let chip = kvm_irqchip::read_from_bytes(bytes).ok();
+            let chip = chip.filter(|chip| chip.chip_id == *number && *number < PIT);
+            let Some(chip) = chip else {
+                bail!("interrupt controller {number} has a state of {} bytes", bytes.len())
+            };
+            vm.set_irqchip(&chip)
+                .with_context(|| format!("KVM does not take interrupt controller {number}"))?;
+        }
+        Ok(())
     }
 
     /// Puts the interrupt controllers into the state after a reset.

@@ -17,15 +17,17 @@ use crate::components::Components;
 use crate::control;
 use crate::cpuid::Model;
 use crate::cpus::Cpus;
-use crate::events::{EventSender, VmEvent};
+use crate::events::{EventSender, Parking, VmEvent};
 use crate::irqchip::IrqChip;
 use crate::layout;
 use crate::marks::Marks;
 use crate::memory::Ram;
-use crate::pci::{Backing, PciRoot};
+use crate::pci::{Backing, PORTS_MAX, PciRoot};
 use crate::power::Power;
 use crate::seccomp::{self, Thread};
 use crate::serial::{AttachedPort, SerialOptions, Target};
+use crate::snapshot::description::Description;
+use crate::snapshot::{Clock, SavedMachine};
 use crate::vcpu::{Buses, Vcpu};
 use crate::vcpu_gate::VcpuGate;
 
@@ -36,8 +38,9 @@ const API: i32 = 12;
 
 /// The configuration of a machine.
 pub struct Config {
-    /// The kernel, its initramfs and its command line.
-    pub image: Image,
+    /// The kernel, its initramfs and its command line. `None`, only for a machine that is restored:
+    /// it ends when it should boot again.
+    pub image: Option<Image>,
     /// The number of virtual CPUs.
     pub cpus: u32,
     /// The size of memory in MiB.
@@ -73,17 +76,19 @@ pub enum End {
     PowerOff,
     /// A signal, a key or a control client has ended the machine.
     Quit,
+    /// The machine runs on in another process.
+    Moved,
 }
 
 /// The machine.
 pub struct Machine {
     components: Arc<Components>,
-    irqchip: Arc<IrqChip>,
-    ram: Ram,
-    image: Image,
+    image: Option<Image>,
     serial: Vec<AttachedPort>,
     events: Receiver<VmEvent>,
     filter: bool,
+    /// It has a saved state, and must not boot.
+    restored: bool,
     /// Removes the control socket when it is dropped.
     control: Option<control::Socket>,
 }
@@ -95,6 +100,52 @@ impl Machine {
     /// KVM is missing or lacks a feature, a value of `config` is out of range, or a device cannot
     /// be plugged. The error says which.
     pub fn new(config: Config) -> Result<(Machine, EventSender)> {
+        Machine::make(config, None)
+    }
+
+    /// Makes a machine for a saved one, whose description determines the values of `config` that
+    /// the guest can notice. Its devices are in their slots. [`load`](Self::load) must follow.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new). Also: this machine's processor lacks a feature, or the devices are
+    /// others. A sender learns of it.
+    pub fn restore(mut config: Config, saved: &SavedMachine) -> Result<(Machine, EventSender)> {
+        let description = saved.description();
+        config.cpus = description.cpus;
+        config.memory = description.memory_mib;
+        config.split = description.split;
+        config.slots = description.slots;
+        config.mmio = description.mmio;
+        config.pio = description.pio;
+        config.hypercalls = description.hypercalls;
+        let slots = 1..=PORTS_MAX;
+        let make = || {
+            let slot = description.slots;
+            ensure!(slots.contains(&slot), "the saved machine is damaged: {slot} slots");
+            let there: Vec<_> = config.devices.iter().map(|(name, _)| &**name).collect();
+            description.check_devices(&there)?;
+            Machine::make(config, Some(description))
+        };
+        make().inspect_err(|error| saved.refuse(error))
+    }
+
+    /// Gives the machine its saved state. [`run`](Self::run) lets it go on from there.
+    ///
+    /// # Errors
+    /// The state is damaged, or KVM does not take it. A sender learns of it, and goes on.
+    pub fn load(&mut self, mut saved: SavedMachine, clock: Clock) -> Result<()> {
+        if self.filter {
+            seccomp::apply(Thread::Main)?;
+        }
+        saved.load(&self.components, clock).inspect_err(|error| saved.refuse(error))?;
+        self.restored = true;
+        Ok(())
+    }
+
+    fn make(
+        config: Config,
+        saved: Option<&Description>,
+    ) -> Result<(Machine, EventSender)> {
         let kvm = open_kvm(config.split)?;
         let (cpus, most) = (config.cpus, layout::CPUS_MAX.min(u32::try_from(kvm.get_max_vcpus())?));
         ensure!((1..=most).contains(&cpus), "there can be 1 to {most} virtual CPUs, not {cpus}");
@@ -104,8 +155,14 @@ impl Machine {
         ram.give_to(&vm)?;
         let irqchip = Arc::new(IrqChip::new(&vm, config.split)?);
         let hyperv = config.hypercalls && has_hyperv(&kvm);
-
-        let model = Model::new(&kvm, cpus, hyperv)?;
+        let model = match saved {
+            None => Model::new(&kvm, cpus, hyperv)?,
+            Some(saved) => {
+                let same = hyperv == saved.hypercalls;
+                ensure!(same, "the saved machine rings by hypercalls, which this KVM lacks");
+                Model::saved(&kvm, &saved.cpuid, cpus, hyperv)?
+            }
+        };
         let vcpus: Vec<_> =
             (0..cpus).map(|number| Vcpu::new(&kvm, &vm, number, &model)).collect::<Result<_>>()?;
         let counters: Arc<[_]> = vcpus.iter().map(Vcpu::counters).collect();
@@ -139,7 +196,7 @@ impl Machine {
             config.filter,
         )?;
         pci.attach(&mut buses.mmio, &mut buses.pio);
-        plug_all(&pci, &config.devices, config.filter)?;
+        plug_all(&pci, &config.devices, saved, config.filter)?;
 
         let cpus = Cpus::start(vcpus, &Arc::new(buses), gate, &sender, config.filter)?;
         let info = json!({
@@ -151,23 +208,41 @@ impl Machine {
             "hypercalls": hyperv,
             "slots": config.slots,
         });
+        let description = Description {
+            version: env!("CARGO_PKG_VERSION").into(),
+            cpus: config.cpus,
+            memory_mib: config.memory,
+            split: config.split,
+            slots: config.slots,
+            mmio: config.mmio,
+            pio: config.pio,
+            hypercalls: hyperv,
+            tsc_khz: 0,
+            cpuid: model.leaves(),
+            devices: Vec::new(),
+        };
         let events_of_clients = sender.clone();
         let components = Arc::new(Components {
             cpus,
             counters,
+            ram,
+            irqchip,
+            serial: serial.iter().map(|attached| attached.port.clone()).collect(),
             pci,
             power,
             marks,
             events: events_of_clients,
             info,
+            description,
         });
         let control = config
             .control
             .map(|path| control::start(&path, &components, config.filter))
             .transpose()?;
         let (image, filter) = (config.image, config.filter);
-        ram.watch(sender.clone(), filter)?;
-        let machine = Machine { components, irqchip, ram, image, serial, events, filter, control };
+        components.ram.watch(sender.clone(), filter)?;
+        let restored = false;
+        let machine = Machine { components, image, serial, events, filter, restored, control };
         Ok((machine, sender))
     }
 
@@ -177,11 +252,16 @@ impl Machine {
     /// # Errors
     /// The machine could not go on.
     pub fn run(mut self, report: &dyn Fn(&str, Value)) -> Result<End> {
-        if self.filter {
-            seccomp::apply(Thread::Main)?;
+        if self.restored {
+            self.components.cpus.run();
+            report("restored", self.components.info.clone());
+        } else {
+            if self.filter {
+                seccomp::apply(Thread::Main)?;
+            }
+            self.start()?;
+            report("started", self.components.info.clone());
         }
-        self.start()?;
-        report("started", self.components.info.clone());
         let end = loop {
             match self.events.recv().context("every thread has ended")? {
                 VmEvent::Reset(why) => {
@@ -198,6 +278,11 @@ impl Machine {
                     // The client may have gone.
                     let _ = tell.send(self.dump());
                 }
+                VmEvent::Park(parking) => {
+                    if self.park(&parking) {
+                        break Ok(End::Moved);
+                    }
+                }
                 VmEvent::PowerOff => break Ok(End::PowerOff),
                 VmEvent::Quit => break Ok(End::Quit),
                 VmEvent::Fail(error) => break Err(error),
@@ -210,7 +295,11 @@ impl Machine {
         let exits: Vec<_> =
             self.components.counters.iter().map(|counters| counters.exits().to_json()).collect();
         if let Ok(end) = end {
-            let how = if end == End::PowerOff { "power-off" } else { "quit" };
+            let how = match end {
+                End::PowerOff => "power-off",
+                End::Quit => "quit",
+                End::Moved => "moved",
+            };
             let marks = self.components.marks.as_ref().map(|marks| marks.list());
             report(how, json!({ "user_exits": exits, "marks": marks }));
         }
@@ -226,24 +315,49 @@ impl Machine {
         if let Err(error) = &held {
             items.push(json!({ "error": format!("{error:#}") }));
         }
-        let cpus = components.cpus.dump(self.ram.map());
+        let cpus = components.cpus.dump(components.ram.map());
         for (state, counters) in cpus.into_iter().zip(components.counters.iter()) {
             let mut item = counters.to_json();
             item["state"] = state;
             items.push(item);
         }
-        items.extend(self.irqchip.dump());
+        items.extend(components.irqchip.dump());
         items.extend(self.serial.iter().map(|attached| attached.port.dump()));
         items.extend(components.pci.dump());
-        // A virtual CPU that has stopped the machine has sent the reason before it came to the
-        // gate. The machine then stands still until the main thread has handled it.
-        let others: Vec<_> = self.events.try_iter().collect();
-        let stopped = others.iter().any(|event| !matches!(event, VmEvent::Dump(_)));
-        self.send_again(others);
-        if !stopped {
+        if !self.has_stopped() {
             components.cpus.run();
         }
         items
+    }
+
+    /// Whether the machine, whose virtual CPUs are held, stands still for another reason too.
+    ///
+    /// A virtual CPU that has stopped the machine has sent the reason before it came to the gate.
+    /// The machine then stands still until the main thread has handled it.
+    fn has_stopped(&self) -> bool {
+        let others: Vec<_> = self.events.try_iter().collect();
+        let asks = |event: &VmEvent| matches!(event, VmEvent::Dump(_) | VmEvent::Park(_));
+        let stopped = others.iter().any(|event| !asks(event));
+        self.send_again(others);
+        stopped
+    }
+
+    /// Lets the machine stand still while it is saved. Returns whether it runs elsewhere then.
+    fn park(&self, parking: &Parking) -> bool {
+        let held = self.components.cpus.hold().map_err(|error| format!("{error:#}"));
+        let stopped = self.has_stopped();
+        let stands = match held {
+            Ok(()) if stopped => Err("the machine resets or ends just now: try again".to_owned()),
+            held => held,
+        };
+        let stands_still = stands.is_ok();
+        // Whoever asked may have gone.
+        let told = parking.told.send(stands).is_ok();
+        let moved = stands_still && told && parking.then.recv().unwrap_or(false);
+        if !moved && !stopped {
+            self.components.cpus.run();
+        }
+        moved
     }
 
     /// Puts events back that were taken too early.
@@ -262,10 +376,13 @@ impl Machine {
         components.pci.reset();
         components.marks.iter().for_each(|marks| marks.reset());
         self.serial.iter().for_each(|attached| attached.port.reset());
-        self.irqchip.reset()?;
-        self.ram.clear()?;
+        components.irqchip.reset()?;
+        components.ram.clear()?;
         let count = u32::try_from(components.cpus.count())?;
-        let start = self.image.load(&self.ram, count)?;
+        let image = self.image.as_mut().context(
+            "the machine cannot boot again: it was restored without a kernel (see --kernel)",
+        )?;
+        let start = image.load(&components.ram, count)?;
         components.cpus.reset(&start)?;
         components.cpus.run();
         Ok(())
@@ -321,13 +438,27 @@ fn open_kvm(split: bool) -> Result<Kvm> {
 
 /// Plugs the devices that the machine has from its start. Threads that this starts have the filter
 /// of plugging.
-fn plug_all(pci: &PciRoot, devices: &[(String, PathBuf)], filter: bool) -> Result<()> {
+///
+/// The devices of a saved machine go into their slots.
+fn plug_all(
+    pci: &PciRoot,
+    devices: &[(String, PathBuf)],
+    saved: Option<&Description>,
+    filter: bool,
+) -> Result<()> {
+    let plug_one = |name: &str, socket: &PathBuf| match saved {
+        None => pci.plug(name, socket),
+        Some(saved) => {
+            let found = saved.devices.iter().find(|device| device.name == name);
+            pci.plug_saved(name, socket, found.map_or(0, |device| device.slot))
+        }
+    };
     let plug = || {
         if filter {
             seccomp::apply(Thread::Control)?;
         }
         let mut devices = devices.iter();
-        let failed = devices.find_map(|(name, socket)| Some((name, pci.plug(name, socket).err()?)));
+        let failed = devices.find_map(|(name, socket)| Some((name, plug_one(name, socket).err()?)));
         Ok(failed)
     };
     let plugged: Result<_> = std::thread::scope(|scope| {

@@ -1,103 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program `vbus-vmm`: its options, its signals and its output.
 
+mod cli;
+mod client;
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use anyhow::{Context, Result, ensure};
-use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
+use clap::{CommandFactory, FromArgMatches};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vbus_cli::log;
 use vbus_vmm::boot::Image;
 use vbus_vmm::events::{EventSender, VmEvent};
+use vbus_vmm::layout;
 use vbus_vmm::machine::{Config, Machine};
 use vbus_vmm::seccomp::{self, Thread};
 use vbus_vmm::serial::Target;
+use vbus_vmm::snapshot::{Clock, SavedMachine};
 use vbus_vmm::terminal::Raw;
-use vbus_vmm::{layout, pci};
 
-/// Runs a kernel in a virtual machine on KVM, with devices of a vbus
-///
-/// The guest's console ttyS0 is on this terminal. Ctrl-A x ends the machine. All other keys go to
-/// the guest.
-#[derive(Parser)]
-#[command(version, max_term_width = 100, after_help = EXAMPLES)]
-struct Cli {
-    /// The kernel: a Linux bzImage (such as /boot/vmlinuz), or an ELF file with a PVH note
-    #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
-    /// The initramfs, the first file system of the kernel
-    #[arg(long, value_name = "FILE")]
-    initramfs: Option<PathBuf>,
-    /// The kernel's command line
-    #[arg(long, value_name = "WORDS", default_value = "console=ttyS0")]
-    append: String,
-    /// Number of virtual CPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u32,
-    /// Size of memory in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
-    memory: u64,
-    /// Other end of the serial port ttyS0 and, given twice, of ttyS1: stdio, none, unix:PATH (this
-    /// program makes the socket, and a client connects to it), or file:PATH
-    #[arg(long, value_name = "TARGET", default_values_t = [String::from("stdio")])]
-    serial: Vec<String>,
-    /// A device to plug: the socket at which `vbus serve` offers it, and the name for control
-    /// requests (default: the file name of the socket without its extension)
-    #[arg(long = "device", value_name = "[NAME=]SOCKET")]
-    devices: Vec<String>,
-    /// Number of slots for devices, including devices that are plugged later
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=i64::from(pci::PORTS_MAX)))]
-    slots: u8,
-    /// Make a control socket, which takes one request a line, such as {"op":"info"} (see
-    /// spec/vmm.md)
-    #[arg(long, value_name = "SOCKET")]
-    control: Option<PathBuf>,
-    /// Where the interrupt controllers are: all in the kernel (full), or only the local APICs
-    /// (split)
-    #[arg(long, value_enum, default_value_t = Irqchip::Full)]
-    irqchip: Irqchip,
-    /// Kinds of doorbells that the guest may use, if KVM has them
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Doorbell::Mmio, Doorbell::Pio, Doorbell::Hypercall])]
-    doorbells: Vec<Doorbell>,
-    /// Keep the counters of exits whenever the guest writes 4 bytes to port 0x610; the control
-    /// request "marks" shows them
-    #[arg(long)]
-    marks: bool,
-    /// Do not restrict the system calls of this program
-    #[arg(long)]
-    no_seccomp: bool,
-    /// Report events as lines of JSON on standard error
-    #[arg(long)]
-    json: bool,
-}
-
-const EXAMPLES: &str = "\
-Examples:
-  vbus-vmm --kernel /boot/vmlinuz --initramfs initramfs.cpio --cpus 2
-  vbus-vmm --kernel vmlinuz --initramfs initramfs.cpio --device /run/vbus/net0.sock
-  vbus-vmm --kernel vmlinuz --initramfs initramfs.cpio --control vm.sock --serial file:console.log
-  echo '{\"op\":\"power-button\"}' | socat - vm.sock
-
-The exit code is 0 after the guest powered off, or after the machine was ended on request.
-VBUS_LOG sets the detail of the log on standard error, for example VBUS_LOG=debug.";
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Irqchip {
-    Full,
-    Split,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Doorbell {
-    Mmio,
-    Pio,
-    Hypercall,
-}
+use cli::{Boot, Cli, Command, Doorbell, Ends, Irqchip, Restore, Run};
 
 fn main() -> ExitCode {
     seccomp::prepare();
@@ -108,10 +36,30 @@ fn main() -> ExitCode {
     let matches = vbus_cli::output::arguments(Cli::command(), std::env::args_os());
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     log::prepare("warn");
-    let filter = !cli.no_seccomp;
-    log::write_with(move || !filter || seccomp::apply(Thread::Log).is_ok());
-    let json = cli.json;
-    match run(cli) {
+    match (cli.command, cli.run) {
+        (Some(Command::Snapshot(snapshot)), _) => {
+            log::write();
+            vbus_cli::exit(client::snapshot(&snapshot))
+        }
+        (Some(Command::Migrate(migrate)), _) => {
+            log::write();
+            vbus_cli::exit(client::migrate(&migrate))
+        }
+        (Some(Command::Restore(options)), _) => {
+            machine(options.ends.no_seccomp, options.ends.json, || restore(options))
+        }
+        (None, Some(options)) => {
+            machine(options.ends.no_seccomp, options.ends.json, || run(options))
+        }
+        // The definition of the command line demands a kernel.
+        (None, None) => vbus_cli::exit(Err(anyhow::anyhow!("give a kernel (see --help)"))),
+    }
+}
+
+/// Runs a machine with its log and its errors as the options say.
+fn machine(no_seccomp: bool, json: bool, run: impl FnOnce() -> Result<()>) -> ExitCode {
+    log::write_with(move || no_seccomp || seccomp::apply(Thread::Log).is_ok());
+    match run() {
         Err(error) if json => {
             log::line(&json!({ "error": format!("{error:#}") }).to_string());
             log::flush();
@@ -121,39 +69,91 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<()> {
+/// Catches the signals that end a machine. This comes before the program changes anything that it
+/// must undo at its end.
+fn signals() -> Result<OwnedFd> {
     vbus_cli::limits::raise_descriptor_limit();
-    // Signals are caught before the program changes anything that it must undo at its end.
-    let signals = vbus_cli::signals::descriptor(&[SIGINT, SIGTERM, SIGHUP])?;
-    let serial = targets(&cli.serial)?;
-    let devices = cli.devices.iter().map(|word| device(word)).collect::<Result<_>>()?;
-    let image = Image::open(&cli.kernel, cli.initramfs.as_deref(), &cli.append)?;
-    let stdio = serial.contains(&Target::Stdio);
-    // Dropping `raw` restores the terminal, also after an error.
-    let raw = if stdio { Raw::stdin().context("cannot use this terminal")? } else { None };
+    vbus_cli::signals::descriptor(&[SIGINT, SIGTERM, SIGHUP])
+}
+
+fn run(options: Run) -> Result<()> {
+    let signals = signals()?;
+    let Run { kernel, boot, cpus, memory, slots, irqchip, doorbells, ends } = options;
+    let image = image(&kernel, &boot)?;
+    let (config, raw) = config(&ends)?;
     let config = Config {
-        image,
-        cpus: cli.cpus,
-        memory: cli.memory,
-        serial,
-        split: cli.irqchip == Irqchip::Split,
-        devices,
-        slots: cli.slots,
-        mmio: cli.doorbells.contains(&Doorbell::Mmio),
-        pio: cli.doorbells.contains(&Doorbell::Pio),
-        hypercalls: cli.doorbells.contains(&Doorbell::Hypercall),
-        control: cli.control,
-        marks: cli.marks,
-        filter: !cli.no_seccomp,
-        raw: raw.is_some(),
+        image: Some(image),
+        cpus,
+        memory,
+        split: irqchip == Irqchip::Split,
+        slots,
+        mmio: doorbells.contains(&Doorbell::Mmio),
+        pio: doorbells.contains(&Doorbell::Pio),
+        hypercalls: doorbells.contains(&Doorbell::Hypercall),
+        ..config
     };
-    let filter = config.filter;
     let (machine, events) = Machine::new(config)?;
-    end_on_signals(signals, events, filter)?;
-    let json = cli.json;
-    machine.run(&|event, data| report(json, event, data))?;
+    drop(end_on_signals(signals, events, !ends.no_seccomp)?);
+    machine.run(&|event, data| report(ends.json, event, data))?;
     drop(raw);
     Ok(())
+}
+
+fn restore(options: Restore) -> Result<()> {
+    let signals = signals()?;
+    let Restore { file, listen, clock, kernel, boot, cpus, memory, ends } = options;
+    let image = kernel.map(|kernel| image(&kernel, &boot)).transpose()?;
+    let saved = match (file, listen) {
+        (Some(file), _) => SavedMachine::open(&file)?,
+        (None, Some(socket)) => SavedMachine::receive(&socket, signals.try_clone()?)?,
+        (None, None) => anyhow::bail!("give a file, or --listen"),
+    };
+    saved.check_size(cpus, memory)?;
+    let clock = match clock {
+        Some(cli::Clock::Now) => Clock::Now,
+        Some(cli::Clock::Saved) => Clock::Saved,
+        None if saved.is_moved() => Clock::Now,
+        None => Clock::Saved,
+    };
+    let (config, raw) = config(&ends)?;
+    let (mut machine, events) = Machine::restore(Config { image, ..config }, &saved)?;
+    // Until the machine is there, the one who loads it watches the signals.
+    let begin = end_on_signals(signals, events, !ends.no_seccomp)?;
+    machine.load(saved, clock)?;
+    drop(begin);
+    machine.run(&|event, data| report(ends.json, event, data))?;
+    drop(raw);
+    Ok(())
+}
+
+fn image(kernel: &std::path::Path, boot: &Boot) -> Result<Image> {
+    Image::open(kernel, boot.initramfs.as_deref(), &boot.append)
+}
+
+/// The part of a machine's configuration that is the same for a new and for a restored one. If the
+/// second value is dropped, the terminal has its former mode, also after an error.
+fn config(ends: &Ends) -> Result<(Config, Option<Raw>)> {
+    let serial = targets(&ends.serial)?;
+    let devices = ends.devices.iter().map(|word| device(word)).collect::<Result<_>>()?;
+    let stdio = serial.contains(&Target::Stdio);
+    let raw = if stdio { Raw::stdin().context("cannot use this terminal")? } else { None };
+    let config = Config {
+        image: None,
+        cpus: 1,
+        memory: 0,
+        serial,
+        split: false,
+        devices,
+        slots: 1,
+        mmio: false,
+        pio: false,
+        hypercalls: false,
+        control: ends.control.clone(),
+        marks: ends.marks,
+        filter: !ends.no_seccomp,
+        raw: raw.is_some(),
+    };
+    Ok((config, raw))
 }
 
 /// Splits a device's name from its socket. If there is a slash before the equals sign, the equals
@@ -195,17 +195,20 @@ fn report(json: bool, event: &str, data: Value) {
     }
 }
 
-/// Starts a thread that ends the machine at each byte from `signals`.
-fn end_on_signals(signals: OwnedFd, events: EventSender, filter: bool) -> Result<()> {
+/// Starts a thread that ends the machine at each byte from `signals`. It begins when the result is
+/// dropped.
+fn end_on_signals(signals: OwnedFd, events: EventSender, filter: bool) -> Result<Sender<()>> {
     let mut signals = File::from(signals);
+    let (begin, wait): (_, Receiver<()>) = channel();
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         if let Err(error) = if filter { seccomp::apply(Thread::Signals) } else { Ok(()) } {
             let _ = events.send(VmEvent::Fail(error));
             return;
         }
+        let _ = wait.recv();
         while signals.read_exact(&mut [0]).is_ok() {
             let _ = events.send(VmEvent::Quit);
         }
     })?;
-    Ok(())
+    Ok(begin)
 }

@@ -7,13 +7,15 @@ use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{
-    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
+    FallocateFlags, MemfdFlags, SealFlags, SeekFrom, fallocate, fcntl_add_seals, ftruncate,
+    memfd_create, seek,
 };
 use vbus_mapping::{Backing, Guard};
 use vm_memory::{
@@ -66,6 +68,8 @@ pub struct Ram {
     bytes: u64,
     map: GuestMemoryMmap,
     firmware: GuestMemoryMmap,
+    /// How often [`clear`](Self::clear) was called.
+    clears: AtomicU64,
 }
 
 impl Ram {
@@ -102,7 +106,8 @@ impl Ram {
             GuestMemoryMmap::from_ranges(&[page]).context("cannot map the guest's firmware")?;
         let backing = Backing::zeros(PAGE)?;
         let _guards = map.iter().map(|region| guard(region, &backing)).collect::<Result<_>>()?;
-        let ram = Ram { _guards, backing, file, bytes, map, firmware };
+        let clears = AtomicU64::new(0);
+        let ram = Ram { _guards, backing, file, bytes, map, firmware, clears };
         ram.write_firmware()?;
         Ok(ram)
     }
@@ -161,6 +166,19 @@ impl Ram {
     /// # Errors
     /// KVM refuses.
     pub fn give_to(&self, vm: &VmFd) -> Result<()> {
+        self.set_slots(vm, 0).context("KVM does not accept the guest's memory")
+    }
+
+    /// Lets KVM note the pages that the guest and KVM itself write, or no longer.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub(crate) fn set_log(&self, vm: &VmFd, on: bool) -> Result<()> {
+        let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        self.set_slots(vm, flags).context("KVM does not log what the guest writes")
+    }
+
+    fn set_slots(&self, vm: &VmFd, flags: u32) -> Result<()> {
         let all = [&self.map, &self.firmware]
             .into_iter()
             .flat_map(|map| map.iter().map(move |region| (map, region)));
@@ -168,17 +186,115 @@ impl Ram {
             let start = region.start_addr();
             let region = kvm_userspace_memory_region {
                 slot,
-                flags: 0,
+                flags,
                 guest_phys_addr: start.0,
                 memory_size: region.len(),
                 userspace_addr: map.get_host_address(start)? as u64,
             };
             // SAFETY: The range is mapped for as long as this `Ram` lives, and the regions do not
             // overlap.
-            unsafe { vm.set_user_memory_region(region) }
-                .context("KVM does not accept the guest's memory")?;
+            unsafe { vm.set_user_memory_region(region) }?;
         }
         Ok(())
+    }
+
+    /// Address and size of each part of the memory, with the firmware as the last.
+    pub(crate) fn parts(&self) -> Vec<(u64, u64)> {
+        let firmware = (layout::FIRMWARE, layout::FIRMWARE_BYTES as u64);
+        ranges(self.bytes).map(|(base, bytes, _)| (base, bytes)).chain([firmware]).collect()
+    }
+
+    /// The pages of each of [`parts`](Self::parts) that were written since the last call, or since
+    /// [`set_log`](Self::set_log): one bit for each page. Writes of this process and of the
+    /// devices' servers are not among them.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub(crate) fn take_log(&self, vm: &VmFd) -> Result<Vec<Vec<u64>>> {
+        let log = |(slot, (_, bytes)): (u32, (u64, u64))| {
+            vm.get_dirty_log(slot, usize::try_from(bytes)?)
+                .context("KVM does not tell what the guest has written")
+        };
+        (0..).zip(self.parts()).map(log).collect()
+    }
+
+    /// How often the memory was cleared. After that, what was read before is worth nothing.
+    pub(crate) fn clears(&self) -> u64 {
+        self.clears.load(Ordering::Acquire)
+    }
+
+    /// Address and size of all ranges that may hold anything else than zeros, in whole pages. The
+    /// firmware is one of them.
+    ///
+    /// # Errors
+    /// The system does not tell.
+    pub(crate) fn data(&self) -> Result<Vec<(u64, u64)>> {
+        let next = |from| match seek(&self.file, from) {
+            Ok(at) => Ok(Some(at)),
+            // There is nothing behind this offset.
+            Err(rustix::io::Errno::NXIO) => Ok(None),
+            Err(error) => Err(error).context("cannot look for the guest's data"),
+        };
+        let mut found = Vec::new();
+        for (base, bytes, offset) in ranges(self.bytes) {
+            let (mut at, end) = (offset, offset + bytes);
+            while at < end {
+                let Some(from) = next(SeekFrom::Data(at))?.filter(|from| *from < end) else { break };
+                let to = next(SeekFrom::Hole(from))?.unwrap_or(end).min(end);
+                let from = from & !(PAGE as u64 - 1);
+                at = to.next_multiple_of(PAGE as u64).max(from + PAGE as u64);
+                found.push((base + from - offset, at - from));
+            }
+        }
+        found.push((layout::FIRMWARE, layout::FIRMWARE_BYTES as u64));
+        Ok(found)
+    }
+
+    fn holder(&self, address: u64) -> &GuestMemoryMmap {
+        if address >= layout::FIRMWARE && address < layout::HIGH_RAM {
+            &self.firmware
+        } else {
+            &self.map
+        }
+    }
+
+    /// Reads memory or firmware. The guest may write it meanwhile.
+    ///
+    /// # Errors
+    /// There is no memory at some of the addresses.
+    pub(crate) fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        self.holder(address)
+            .read_slice(bytes, GuestAddress(address))
+            .with_context(|| format!("no memory at {address:#x}"))
+    }
+
+    /// Writes memory or firmware.
+    ///
+    /// # Errors
+    /// There is no memory at some of the addresses.
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.holder(address)
+            .write_slice(bytes, GuestAddress(address))
+            .with_context(|| format!("no memory at {address:#x}"))
+    }
+
+    /// Writes zeros over `bytes` bytes, which must be whole pages of one of
+    /// [`parts`](Self::parts). It takes no memory for them.
+    ///
+    /// # Errors
+    /// There is no memory at some of the addresses, or the system refuses.
+    pub(crate) fn write_zeros(&self, address: u64, bytes: u64) -> Result<()> {
+        let whole = address % PAGE as u64 == 0 && bytes % PAGE as u64 == 0 && bytes > 0;
+        let end = address.checked_add(bytes).filter(|_| whole);
+        let within = |base: u64, size: u64| address >= base && end.is_some_and(|e| e <= base + size);
+        if within(layout::FIRMWARE, layout::FIRMWARE_BYTES as u64) {
+            return self.write(address, &[0; layout::FIRMWARE_BYTES]);
+        }
+        let found = ranges(self.bytes).find(|(base, size, _)| within(*base, *size));
+        let (base, _, offset) = found.with_context(|| format!("no memory at {address:#x}"))?;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&self.file, flags, offset + (address - base), bytes)
+            .context("cannot clear the guest's memory")
     }
 
     /// Clears the memory for a new start, and restores the firmware, which the guest can write.
@@ -186,6 +302,8 @@ impl Ram {
     /// # Errors
     /// The kernel refuses to clear the memory.
     pub fn clear(&self) -> Result<()> {
+        // Pairs with the load in `clears`.
+        self.clears.fetch_add(1, Ordering::AcqRel);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.file, flags, 0, self.bytes).context("cannot clear the guest's memory")?;
         self.write_firmware()
@@ -250,6 +368,36 @@ mod tests {
         ftruncate(&file, 0).unwrap();
         assert_eq!(map.read_obj::<u32>(GuestAddress(0x10_0000)).unwrap(), 0);
         assert!(backing.is_lost());
+    }
+
+    #[test]
+    fn data_are_found_and_taken_away() {
+        let ram = Ram::new(4 << 30).unwrap();
+        let firmware = (layout::FIRMWARE, layout::FIRMWARE_BYTES as u64);
+        assert_eq!(ram.data().unwrap(), [firmware]);
+        let last = layout::LOW_RAM_END - 1;
+        for address in [0x5123, last, layout::HIGH_RAM, layout::HIGH_RAM + (1 << 30) - 1] {
+            ram.write(address, &[7]).unwrap();
+        }
+        let pages = [0x5000, last & !0xfff, layout::HIGH_RAM, layout::HIGH_RAM + (1 << 30) - 4096];
+        // A system may keep more than a page for each.
+        let data = ram.data().unwrap();
+        for page in pages {
+            let within = |(base, bytes): &(u64, u64)| page >= *base && page + 4096 <= base + bytes;
+            assert!(data.iter().any(within), "{page:#x} in {data:x?}");
+        }
+        for (base, bytes) in ram.parts() {
+            assert!(ram.write_zeros(base, bytes + 4096).is_err());
+            assert!(ram.write_zeros(base + 1, 4096).is_err());
+            ram.write_zeros(base, bytes).unwrap();
+        }
+        assert_eq!(ram.data().unwrap(), [firmware]);
+        for (address, bytes) in [(u64::MAX - 4095, 4096), (0, 0), (0, u64::MAX & !4095)] {
+            assert!(ram.write_zeros(address, bytes).is_err(), "{bytes:#x} at {address:#x}");
+        }
+        assert!(ram.write(layout::LOW_RAM_END - 1, &[0; 2]).is_err());
+        assert!(ram.read(u64::MAX, &mut [0]).is_err());
+        assert!(ram.read(layout::FIRMWARE + 4095, &mut [0; 2]).is_err());
     }
 
     #[test]

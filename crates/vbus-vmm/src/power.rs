@@ -4,6 +4,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::{Bus, BusDevice};
 use crate::events::{EventSender, VmEvent};
 use crate::irqchip::IrqChip;
@@ -29,8 +31,10 @@ pub struct Power {
     gate: Arc<VcpuGate>,
 }
 
-#[derive(Default)]
-struct Registers {
+/// The registers, which are also what a saved machine has of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Registers {
     status: u16,
     enable: u16,
 }
@@ -65,6 +69,20 @@ impl Power {
     pub fn reset(&self) {
         let mut registers = self.lock();
         *registers = Registers::default();
+        self.update(&registers);
+    }
+
+    /// The registers.
+    pub(crate) fn save(&self) -> Registers {
+        self.lock().clone()
+    }
+
+    /// Gives it saved registers, and raises the SCI if they say so. The interrupt controllers must
+    /// have their saved state already.
+    pub(crate) fn restore(&self, saved: &Registers) {
+        let mut registers = self.lock();
+        registers.status = saved.status & (POWER_BUTTON | GLOBAL);
+        registers.enable = saved.enable & (POWER_BUTTON | GLOBAL);
         self.update(&registers);
     }
 

@@ -17,10 +17,11 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow, ensure};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use vm_superio::serial::SerialEvents;
+use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 
 use crate::bus::{Bus, BusDevice};
@@ -78,6 +79,22 @@ impl FromStr for Target {
             _ => Err("one of stdio, none, unix:PATH, file:PATH".into()),
         }
     }
+}
+
+/// The registers of a UART, as a saved machine has them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SavedUart {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    /// What the guest has not taken yet, at most 64 bytes.
+    received: Vec<u8>,
 }
 
 type Uart = Serial<Line, Drained, Output>;
@@ -169,6 +186,48 @@ impl SerialPort {
         *self.uart() = SerialPort::fresh(&self.irqchip, self.number, &self.output);
         // The thread may wait until the guest has taken what was in the old one.
         self.output.wake();
+    }
+
+    /// The registers of the UART. Output on its way stays with this port.
+    pub(crate) fn save(&self) -> SavedUart {
+        let state = self.uart().state();
+        SavedUart {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            received: state.in_buffer,
+        }
+    }
+
+    /// Gives the UART saved registers.
+    ///
+    /// # Errors
+    /// It holds more bytes for the guest than a UART has room for.
+    pub(crate) fn restore(&self, saved: &SavedUart) -> Result<()> {
+        let count = saved.received.len();
+        ensure!(count <= FIFO, "serial port {} holds {count} bytes", self.number);
+        let state = SerialState {
+            baud_divisor_low: saved.divisor[0],
+            baud_divisor_high: saved.divisor[1],
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.received.clone(),
+        };
+        let line = Line(self.irqchip.clone(), layout::SERIAL[self.number].1);
+        let (drained, output) = (Drained(self.output.clone()), Output(self.output.clone()));
+        let uart = Serial::from_state(&state, line, drained, output);
+        *self.uart() = uart.map_err(|error| anyhow!("serial port {}: {error:?}", self.number))?;
+        Ok(())
     }
 
     /// Its registers and what waits in it, as the control request `dump` tells them.

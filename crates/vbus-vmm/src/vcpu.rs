@@ -6,9 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use kvm_bindings::{
-    KVM_CAP_HYPERV_SYNIC2, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs,
-    kvm_enable_cap, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs,
+    KVM_CAP_HYPERV_SYNIC2, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, kvm_enable_cap,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use serde_json::Value;
@@ -21,21 +19,15 @@ use crate::cpuid::Model;
 use crate::dump;
 use crate::exits::{ExitKind, Exits};
 use crate::ioapic::IoApic;
+use crate::vcpu_state::{MSR_TSC, VcpuState, msr_indices, set_msr};
 
 /// The status of a Hyper-V hypercall for an event connection that does not exist.
 const NO_CONNECTION: u64 = 0x12;
 
-/// The time stamp counter, which goes on through a reset.
-const MSR_TSC: u32 = 0x10;
 /// `IA32_MISC_ENABLE` with fast string instructions.
 const MSR_MISC_ENABLE: (u32, u64) = (0x1a0, 1);
 /// Memory is cached unless the page tables say otherwise, as a PC's firmware sets it.
 const MSR_MTRR_DEFAULT: (u32, u64) = (0x2ff, 1 << 11 | 6);
-/// The SynIC's registers, which KVM does not list: control, its two pages, and its interrupt
-/// sources.
-const SYNIC: [u32; 3] = [0x4000_0080, 0x4000_0082, 0x4000_0083];
-const SYNIC_SOURCES: std::ops::RangeInclusive<u32> = 0x4000_0090..=0x4000_009f;
-
 /// The devices at which the guest's accesses end.
 #[derive(Default)]
 pub struct Buses {
@@ -59,7 +51,10 @@ pub enum Pause {
 pub struct Vcpu {
     number: u32,
     fd: VcpuFd,
-    fresh: Fresh,
+    /// The state of the new CPU, to which a reset brings it back.
+    fresh: VcpuState,
+    /// The MSRs of its state.
+    msrs: Vec<u32>,
     exits: Arc<Exits>,
 }
 
@@ -77,9 +72,13 @@ impl Vcpu {
         for (index, data) in [MSR_MISC_ENABLE, MSR_MTRR_DEFAULT] {
             set_msr(&fd, index, data);
         }
-        let fresh = Fresh::of(kvm, &fd, number == 0, model.hyperv())
-            .context("cannot read a virtual CPU's state")?;
-        Ok(Vcpu { number, fd, fresh, exits: Arc::default() })
+        let msrs = msr_indices(kvm, model.hyperv())?;
+        let mut fresh =
+            VcpuState::of(&fd, &msrs).context("cannot read a virtual CPU's state")?;
+        fresh.msrs.retain(|(index, _)| *index != MSR_TSC);
+        fresh.mp_state.mp_state =
+            if number == 0 { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };
+        Ok(Vcpu { number, fd, fresh, msrs, exits: Arc::default() })
     }
 
     /// KVM's descriptor of the CPU.
@@ -97,11 +96,57 @@ impl Vcpu {
     ///
     /// # Errors
     /// KVM refuses a part of the state.
-    pub fn reset(&self, start: &Start) -> Result<()> {
-        let start = (self.number == 0).then_some(start);
-        self.fresh
-            .restore(&self.fd, start)
-            .with_context(|| format!("cannot reset virtual CPU {}", self.number))
+    pub fn reset(&mut self, start: &Start) -> Result<()> {
+        let fresh = (self.fresh.system, self.fresh.registers);
+        if self.number == 0 {
+            start.set_up(&mut self.fresh.system);
+            self.fresh.registers = *start.registers();
+        }
+        // An MSR that KVM does not take has nothing to reset.
+        let put = self.fresh.put(&self.fd);
+        (self.fresh.system, self.fresh.registers) = fresh;
+        put.map(drop).with_context(|| format!("cannot reset virtual CPU {}", self.number))
+    }
+
+    /// The CPU's state, see [`VcpuState::of`].
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub(crate) fn save(&self) -> Result<VcpuState> {
+        VcpuState::of(&self.fd, &self.msrs)
+            .with_context(|| format!("cannot read the state of virtual CPU {}", self.number))
+    }
+
+    /// Gives the CPU a saved state, see [`VcpuState::restore`].
+    ///
+    /// # Errors
+    /// KVM refuses a part of the state.
+    pub(crate) fn restore(&self, state: &mut VcpuState, ticks: u64) -> Result<()> {
+        state
+            .restore(&self.fd, ticks, self.number == 0)
+            .with_context(|| format!("cannot restore virtual CPU {}", self.number))
+    }
+
+    /// The frequency of its time stamp counter in kHz.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub(crate) fn tsc_khz(&self) -> Result<u32> {
+        self.fd.get_tsc_khz().context("KVM does not tell the frequency of the time stamp counter")
+    }
+
+    /// Sets the frequency of its time stamp counter, unless it has it.
+    ///
+    /// # Errors
+    /// This processor cannot.
+    pub(crate) fn set_tsc_khz(&self, khz: u32) -> Result<()> {
+        let own = self.tsc_khz()?;
+        if own != khz {
+            self.fd.set_tsc_khz(khz).with_context(|| {
+                format!("the time stamp counter has {khz} kHz there, and {own} kHz on this machine")
+            })?;
+        }
+        Ok(())
     }
 
     /// What the CPU does, which must not be running. `memory` is the guest's.
@@ -186,76 +231,5 @@ impl Vcpu {
         let at =
             self.fd.get_regs().map(|registers| format!("{:#x}", registers.rip)).unwrap_or_default();
         anyhow!("virtual CPU {}: KVM cannot continue at {at} ({what})", self.number)
-    }
-}
-
-/// The state of a new virtual CPU, to which a reset brings it back.
-struct Fresh {
-    mp_state: kvm_mp_state,
-    registers: kvm_regs,
-    system: kvm_sregs,
-    fpu: kvm_fpu,
-    xcrs: kvm_xcrs,
-    debug: kvm_debugregs,
-    events: kvm_vcpu_events,
-    apic: kvm_lapic_state,
-    msrs: Vec<(u32, u64)>,
-}
-
-impl Fresh {
-    fn of(kvm: &Kvm, fd: &VcpuFd, first: bool, hyperv: bool) -> Result<Fresh> {
-        let list = kvm.get_msr_index_list()?;
-        let synic = SYNIC.into_iter().chain(SYNIC_SOURCES).filter(|_| hyperv);
-        let indices =
-            list.as_slice().iter().copied().filter(|index| *index != MSR_TSC).chain(synic);
-        let mp_state = if first { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };
-        Ok(Fresh {
-            mp_state: kvm_mp_state { mp_state },
-            registers: fd.get_regs()?,
-            system: fd.get_sregs()?,
-            fpu: fd.get_fpu()?,
-            xcrs: fd.get_xcrs()?,
-            debug: fd.get_debug_regs()?,
-            events: fd.get_vcpu_events()?,
-            apic: fd.get_lapic()?,
-            // A register that cannot be read needs no reset.
-            msrs: indices
-                .filter_map(|index| get_msr(fd, index).map(|data| (index, data)))
-                .collect(),
-        })
-    }
-
-    fn restore(&self, fd: &VcpuFd, start: Option<&Start>) -> Result<()> {
-        let mut system = self.system;
-        if let Some(start) = start {
-            start.set_up(&mut system);
-        }
-        // The special registers hold the APIC's mode, so the APIC's registers come after them. MSRs
-        // come before the APIC, since its registers decide on timers last.
-        fd.set_sregs(&system)?;
-        for (index, data) in &self.msrs {
-            set_msr(fd, *index, *data);
-        }
-        fd.set_lapic(&self.apic)?;
-        fd.set_xcrs(&self.xcrs)?;
-        fd.set_fpu(&self.fpu)?;
-        fd.set_debug_regs(&self.debug)?;
-        fd.set_regs(start.map_or(&self.registers, |start| start.registers()))?;
-        fd.set_vcpu_events(&self.events)?;
-        fd.set_mp_state(self.mp_state)?;
-        Ok(())
-    }
-}
-
-fn get_msr(fd: &VcpuFd, index: u32) -> Option<u64> {
-    let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).ok()?;
-    let read = fd.get_msrs(&mut msrs).ok()?;
-    msrs.as_slice().first().filter(|_| read == 1).map(|entry| entry.data)
-}
-
-/// Writes an MSR. Some MSRs can be read but not written; they have nothing to reset.
-fn set_msr(fd: &VcpuFd, index: u32, data: u64) {
-    if let Ok(msrs) = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }]) {
-        let _ = fd.set_msrs(&msrs);
     }
 }

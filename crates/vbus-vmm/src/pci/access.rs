@@ -56,6 +56,9 @@ impl BusDevice for Ecam {
     }
 }
 
+/// The bits of the address register that can be set.
+const ADDRESS_BITS: u32 = 0x80ff_fffc;
+
 /// Configuration space by ports: an address register, and 4 bytes of data.
 pub(super) struct ConfigPorts {
     hierarchy: Arc<Hierarchy>,
@@ -72,6 +75,16 @@ impl ConfigPorts {
     /// Puts the address register into the state after power-on.
     pub(super) fn reset(&self) {
         self.address.store(0, Ordering::Relaxed);
+    }
+
+    /// The address register.
+    pub(super) fn address(&self) -> u32 {
+        self.address.load(Ordering::Relaxed)
+    }
+
+    /// Sets the address register.
+    pub(super) fn set_address(&self, address: u32) {
+        self.address.store(address & ADDRESS_BITS, Ordering::Relaxed);
     }
 
     fn target(&self, offset: u64, len: usize) -> Option<ConfigAddress> {
@@ -96,7 +109,7 @@ impl BusDevice for ConfigPorts {
         // The address register takes only writes of all 4 bytes. Narrower writes are for other
         // ports that a PC has at the same addresses.
         if let (0, Ok(address)) = (offset, <[u8; 4]>::try_from(data)) {
-            self.address.store(u32::from_le_bytes(address) & 0x80ff_fffc, Ordering::Relaxed);
+            self.set_address(u32::from_le_bytes(address));
         } else if let Some(target) = self.target(offset, data.len()) {
             self.hierarchy.write_config(target, data);
         }

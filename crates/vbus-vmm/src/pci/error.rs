@@ -17,6 +17,9 @@ pub enum PlugError {
     /// The name is not valid.
     #[error("a device's name has 1 to 64 printable characters and no blanks")]
     Name,
+    /// The machine is being saved.
+    #[error("the machine is being saved or moved; its devices stay the same until that is done")]
+    Frozen,
     /// No slot is free.
     #[error("all {0} slots are taken")]
     Full(u8),
@@ -63,6 +66,9 @@ impl PlugError {
 /// Why a device was not unplugged.
 #[derive(Debug, thiserror::Error)]
 pub enum UnplugError {
+    /// The machine is being saved.
+    #[error("the machine is being saved or moved; its devices stay the same until that is done")]
+    Frozen,
     /// There is no such device.
     #[error("there is no device {0}")]
     Unknown(String),

@@ -26,6 +26,7 @@ use super::doorbells;
 use super::error::PlugError;
 use super::msi::MsiVectors;
 use super::resources::Resources;
+use super::saved::{SavedFunction, SavedPending};
 use crate::ioapic::IntxSource;
 use crate::lock::lock;
 
@@ -235,6 +236,99 @@ impl Function {
         if let Some(Intx::Kernel(irqfd)) = &self.intx {
             irqfd.end();
         }
+    }
+
+    /// Holds its interrupts back. When this returns, every interrupt that the server has signalled
+    /// has arrived at the interrupt controllers, or is kept. No virtual CPU may run until
+    /// [`go_on`](Self::go_on).
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub(super) fn pause(&self) -> Result<(), vbus_kvm::Error> {
+        let mut state = lock(&self.state);
+        state.msi.pause()?;
+        state.msix.pause()
+    }
+
+    /// Ends a [`pause`](Self::pause).
+    pub(super) fn go_on(&self) {
+        let mut state = lock(&self.state);
+        state.msi.go_on(&self.name);
+        state.msix.go_on(&self.name);
+    }
+
+    /// The state of the function without what its server keeps. It must be paused.
+    pub(super) fn save(&self) -> SavedFunction {
+        let mut state = lock(&self.state);
+        state.config.set_msi_pending(false);
+        SavedFunction {
+            name: self.name.clone(),
+            bar: self.description.bar,
+            doorbells: self.description.doorbell_count,
+            config: state.config.bytes().to_vec(),
+            table: state.table.bytes().to_vec(),
+            pending: SavedPending {
+                msi: state.msi.is_pending(0),
+                msix: state.msix.pending(),
+            },
+        }
+    }
+
+    /// Gives the function a saved state, and tells its server what it has to know of it: the
+    /// command register and the interrupts.
+    ///
+    /// # Errors
+    /// The state is that of another function. The text says what differs.
+    pub(super) fn restore(&self, saved: &SavedFunction) -> Result<(), String> {
+        let own = (&self.name, self.description.bar, self.description.doorbell_count);
+        let (name, bar, doorbells) = (&saved.name, saved.bar, saved.doorbells);
+        if (name, bar, doorbells) != own {
+            return Err(format!(
+                "the saved device {name} has {bar:#x} bytes of BAR0 and {doorbells} doorbells; {} \
+                 has {:#x} and {}",
+                own.0, own.1, own.2
+            ));
+        }
+        let mut state = lock(&self.state);
+        state.config.reset();
+        state.config.restore(&saved.config).map_err(|at| {
+            let was = saved.config.get(at).copied().unwrap_or_default();
+            let is = state.config.bytes().get(at).copied().unwrap_or_default();
+            format!(
+                "the saved device {name} is another one: byte {at:#x} of its configuration space \
+                 is {was:#04x}, and {is:#04x} here"
+            )
+        })?;
+        if !state.table.restore(&saved.table) {
+            let (was, is) = (saved.table.len() / 16, state.table.vectors());
+            return Err(format!("the saved device {name} has {was} vectors, and {is} here"));
+        }
+        let command = state.config.command().to_le_bytes();
+        self.call(|client| client.region_write(REGION_CONFIG, COMMAND as u64, &command))
+            .ok_or_else(|| format!("{name}: its server does not take the command register"))?;
+        self.follow(&mut state);
+        Ok(())
+    }
+
+    /// Sends the interrupts that were pending when the function was saved, and lets the server look
+    /// whether it has a reason for INTx. The interrupt controllers must have their states.
+    ///
+    /// # Errors
+    /// There are no such interrupts.
+    pub(super) fn wake(&self, pending: &SavedPending) -> Result<(), String> {
+        let state = lock(&self.state);
+        let msi = !pending.msi || state.msi.signal(0);
+        let mut vectors = pending.msix.iter();
+        if !msi || !vectors.all(|vector| state.msix.signal(usize::from(*vector))) {
+            return Err(format!("{}: an interrupt is pending that it has not enabled", self.name));
+        }
+        drop(state);
+        match &self.intx {
+            Some(Intx::Kernel(irqfd)) => irqfd.end(),
+            Some(Intx::Here(source)) => source.end(),
+            None => {}
+        }
+        Ok(())
     }
 
     /// Whether the guest has enabled memory accesses or DMA of the function.

@@ -45,6 +45,19 @@ impl Hierarchy {
         self.slots.iter().for_each(Slot::reset);
     }
 
+    /// The configuration space of the host bridge.
+    pub(super) fn save_host_bridge(&self) -> Vec<u8> {
+        lock(&self.host_bridge).bytes().to_vec()
+    }
+
+    /// Gives the host bridge a saved configuration space.
+    ///
+    /// # Errors
+    /// It is that of another bridge: it differs at this offset.
+    pub(super) fn restore_host_bridge(&self, bytes: &[u8]) -> Result<(), usize> {
+        lock(&self.host_bridge).restore(bytes)
+    }
+
     /// Reads configuration space. `data` holds all ones before; an address without a function
     /// leaves it so. Functions other than 0 do not exist.
     pub(super) fn read_config(&self, address: ConfigAddress, data: &mut [u8]) {

@@ -27,6 +27,7 @@ mod hierarchy;
 mod msi;
 mod resources;
 mod root_port;
+mod saved;
 mod slot;
 mod watch;
 
@@ -44,6 +45,7 @@ use function::Function;
 use hierarchy::Hierarchy;
 pub use resources::Backing;
 use resources::Resources;
+pub(crate) use saved::SavedPci;
 use slot::Slot;
 
 use crate::bus::Bus;
@@ -80,13 +82,22 @@ pub struct Plugged {
     pub config_accesses: u64,
 }
 
+/// Keeps devices from being plugged and unplugged, see [`PciRoot::freeze`].
+pub(crate) struct Frozen<'a>(&'a PciRoot);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.plugging) = false;
+    }
+}
+
 /// All of PCI.
 pub struct PciRoot {
     resources: Resources,
     hierarchy: Arc<Hierarchy>,
     config_ports: Arc<access::ConfigPorts>,
-    /// Held while a slot is reserved.
-    plugging: Mutex<()>,
+    /// Held while a slot is reserved. True while the machine is being saved.
+    plugging: Mutex<bool>,
     watcher: watch::Watcher,
 }
 
@@ -117,7 +128,7 @@ impl PciRoot {
             resources,
             hierarchy,
             config_ports,
-            plugging: Mutex::new(()),
+            plugging: Mutex::new(false),
             watcher,
         }))
     }
@@ -155,8 +166,114 @@ impl PciRoot {
         Ok(())
     }
 
+    /// Plugs a device that was saved into its slot. The guest does not learn of it.
+    ///
+    /// # Errors
+    /// See [`PlugError`].
+    pub(crate) fn plug_saved(
+        &self,
+        name: &str,
+        socket: &Path,
+        number: u8,
+    ) -> Result<(), PlugError> {
+        let found = self.hierarchy.slots.iter().find(|slot| slot.number == number);
+        let slot = found.filter(|slot| slot.reserve(name, false));
+        let slot = slot.ok_or(PlugError::Full(self.resources.ports))?;
+        let pin = |pin| layout::intx_pin(number, pin);
+        match Function::connect(name, socket, number, &self.resources, pin) {
+            Ok(function) => slot.insert_saved(Arc::new(function)),
+            Err(e) => {
+                slot.cancel_reservation();
+                return Err(e.of(socket));
+            }
+        }
+        self.watcher.wake();
+        Ok(())
+    }
+
+    /// Refuses requests to plug and unplug until the result is dropped, so that the devices stay
+    /// the same while the machine is saved.
+    ///
+    /// # Errors
+    /// This is so already, or a device is about to be plugged or unplugged: the text says which.
+    pub(crate) fn freeze(&self) -> Result<Frozen<'_>, String> {
+        let mut frozen = lock(&self.plugging);
+        if *frozen {
+            return Err("the machine is being saved or moved already".into());
+        }
+        if let Some(name) = self.hierarchy.slots.iter().find_map(Slot::changing) {
+            return Err(format!("{name} is being plugged or unplugged: try again"));
+        }
+        *frozen = true;
+        Ok(Frozen(self))
+    }
+
+    /// Name and slot of each device.
+    pub(crate) fn names(&self) -> Vec<(String, u8)> {
+        let name = |slot: &Slot| Some((slot.occupant()?.0.name.clone(), slot.number));
+        self.hierarchy.slots.iter().filter_map(name).collect()
+    }
+
+    fn functions(&self) -> impl Iterator<Item = Arc<Function>> + '_ {
+        self.hierarchy.slots.iter().filter_map(|slot| Some(slot.occupant()?.0))
+    }
+
+    /// Holds the interrupts of all devices back. When this returns, each that was signalled has
+    /// arrived at the interrupt controllers, or is part of [`save`](Self::save). No virtual CPU may
+    /// run until [`go_on`](Self::go_on).
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub(crate) fn pause(&self) -> Result<(), vbus_kvm::Error> {
+        self.functions().try_for_each(|function| function.pause())
+    }
+
+    /// Ends a [`pause`](Self::pause).
+    pub(crate) fn go_on(&self) {
+        self.functions().for_each(|function| function.go_on());
+    }
+
+    /// The state of PCI. It must be [paused](Self::pause).
+    pub(crate) fn save(&self) -> SavedPci {
+        SavedPci {
+            config_address: self.config_ports.address(),
+            host_bridge: self.hierarchy.save_host_bridge(),
+            slots: self.hierarchy.slots.iter().map(Slot::save).collect(),
+        }
+    }
+
+    /// Gives PCI a saved state. The devices must be in their slots.
+    ///
+    /// # Errors
+    /// The state is that of another machine. The text says what differs.
+    pub(crate) fn restore(&self, saved: &SavedPci) -> Result<(), String> {
+        let (slots, have) = (&self.hierarchy.slots, saved.slots.len());
+        if have != slots.len() {
+            return Err(format!("there are the states of {have} slots, not {}", slots.len()));
+        }
+        self.config_ports.set_address(saved.config_address);
+        self.hierarchy
+            .restore_host_bridge(&saved.host_bridge)
+            .map_err(|at| format!("byte {at:#x} of the host bridge is that of another one"))?;
+        slots.iter().zip(&saved.slots).try_for_each(|(slot, saved)| slot.restore(saved))
+    }
+
+    /// Sends the interrupts that were pending when PCI was saved. The interrupt controllers and
+    /// the virtual CPUs must have their states.
+    ///
+    /// # Errors
+    /// The state is that of another machine. The text says what differs.
+    pub(crate) fn wake(&self, saved: &SavedPci) -> Result<(), String> {
+        let slots = self.hierarchy.slots.iter().zip(&saved.slots);
+        let pairs = slots.filter_map(|(slot, saved)| Some((slot.occupant()?.0, saved.function.as_ref()?)));
+        pairs.into_iter().try_for_each(|(function, saved)| function.wake(&saved.pending))
+    }
+
     fn reserve(&self, name: &str) -> Result<&Slot, PlugError> {
-        let _one = lock(&self.plugging);
+        let frozen = lock(&self.plugging);
+        if *frozen {
+            return Err(PlugError::Frozen);
+        }
         let slots = &self.hierarchy.slots;
         slots.iter().for_each(Slot::wait_closed);
         if slots.iter().any(|slot| slot.name().as_deref() == Some(name)) {
@@ -175,6 +292,9 @@ impl PciRoot {
     /// # Errors
     /// See [`UnplugError`].
     pub fn unplug(&self, name: &str) -> Result<(), UnplugError> {
+        if *lock(&self.plugging) {
+            return Err(UnplugError::Frozen);
+        }
         let mut slots = self.hierarchy.slots.iter();
         let slot = slots.find(|slot| slot.name().as_deref() == Some(name));
         let slot = slot.ok_or_else(|| UnplugError::Unknown(name.to_owned()))?;

@@ -74,6 +74,35 @@ impl MsiVectors {
         true
     }
 
+    /// Masks all vectors. When this returns, every interrupt that was signalled has arrived at the
+    /// local APICs, or is [`pending`](Self::pending).
+    pub(super) fn pause(&mut self) -> Result<(), Error> {
+        self.list.iter_mut().try_for_each(|(message, _)| message.mask())
+    }
+
+    /// Ends a [`pause`](Self::pause): what is pending and not masked by the guest is sent.
+    pub(super) fn go_on(&mut self, name: &str) {
+        for (message, vector) in &mut self.list {
+            if let Err(e) = apply(message, vector, self.sints.as_ref()) {
+                tracing::debug!("{name}: an interrupt is held back: {e}");
+            }
+        }
+    }
+
+    /// The vectors that are masked and were signalled since.
+    pub(super) fn pending(&self) -> Vec<u16> {
+        let numbers = 0..u16::try_from(self.list.len()).unwrap_or(u16::MAX);
+        numbers.filter(|number| self.is_pending(usize::from(*number))).collect()
+    }
+
+    /// Signals a vector, as its server would. Returns false if there is no such vector.
+    pub(super) fn signal(&self, index: usize) -> bool {
+        let Some((message, _)) = self.list.get(index) else { return false };
+        // This fails only for something that is no eventfd.
+        let _ = self.routes.signaller().signal(message.eventfd());
+        true
+    }
+
     /// Removes all vectors without telling the server.
     pub(super) fn clear(&mut self) {
         self.list.clear();

@@ -11,6 +11,7 @@ use vbus_pci_config::register::{
 };
 use vbus_pci_config::{Space, touches};
 
+use super::saved::SavedPort;
 use crate::layout;
 
 const PRIMARY: usize = 0x18;
@@ -155,6 +156,32 @@ impl RootPort {
             self.event(STATUS_COMMAND_COMPLETED);
         }
         self.update()
+    }
+
+    /// The state of the port.
+    pub(super) fn save(&self) -> SavedPort {
+        SavedPort {
+            config: self.space.bytes().to_vec(),
+            managed: self.managed,
+            interrupting: self.interrupting,
+        }
+    }
+
+    /// Gives the port a saved state. Whether there is a function in the slot does not change.
+    ///
+    /// # Errors
+    /// The state is that of another port: it differs at this offset of the configuration space.
+    pub(super) fn restore(&mut self, saved: &SavedPort) -> Result<(), usize> {
+        self.reset();
+        // The port sets these by itself.
+        let own = |at: usize| -> Option<u16> {
+            Some(u16::from_le_bytes([*saved.config.get(at)?, *saved.config.get(at + 1)?]))
+        };
+        let active = own(LINK_STATUS).is_some_and(|status| status & LINK_ACTIVE != 0);
+        self.space.assign16(LINK_STATUS, LINK_ACTIVE, active && self.present);
+        self.space.restore(&saved.config)?;
+        (self.managed, self.interrupting) = (saved.managed, saved.interrupting);
+        Ok(())
     }
 
     fn event(&mut self, bits: u16) {
@@ -454,6 +481,29 @@ mod tests {
         assert_eq!(port.window(), Some((0xe110_0000, 0xe11f_ffff)));
         port.write(COMMAND, &[0, 0]);
         assert_eq!(port.window(), None);
+    }
+
+    #[test]
+    fn a_saved_port_goes_on() {
+        let mut guest = Guest::new(RootPort::new(1));
+        let message = guest.port.insert();
+        guest.told(message);
+        guest.control(CONTROL_POWER_OFF, 0);
+        let saved = guest.port.save();
+        let mut port = RootPort::new(1);
+        assert!(port.restore(&saved).is_err(), "the function is missing");
+        port.insert();
+        port.restore(&saved).unwrap();
+        assert_eq!(port.space.bytes(), guest.port.space.bytes());
+        assert!(port.link_up() && port.managed());
+        // The interrupt that is under way is not sent again.
+        assert_eq!(guest.messages, 1);
+        assert!(port.press().is_none());
+        let mut other = RootPort::new(2);
+        other.insert();
+        assert!(other.restore(&saved).is_err());
+        let cut = SavedPort { config: vec![0; 3], ..saved };
+        assert!(port.restore(&cut).is_err());
     }
 
     #[test]

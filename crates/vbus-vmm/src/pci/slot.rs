@@ -9,6 +9,7 @@ use vbus_kvm::{Route, Routes};
 use super::error::UnplugError;
 use super::function::Function;
 use super::root_port::{Msi, RootPort, window};
+use super::saved::SavedSlot;
 use crate::layout;
 use crate::lock::lock;
 
@@ -215,6 +216,56 @@ impl Slot {
         inner.update_bar_range();
         drop(inner);
         self.send(message);
+    }
+
+    /// Puts a function that was saved into the slot, which must be reserved. The guest is not told:
+    /// for it, the function has been there all the time.
+    pub(super) fn insert_saved(&self, function: Arc<Function>) {
+        let mut inner = lock(&self.inner);
+        inner.occupant = Occupant::Function(function);
+        let _ = inner.port.insert();
+    }
+
+    /// The name of a function that comes or goes just now.
+    pub(super) fn changing(&self) -> Option<String> {
+        let inner = lock(&self.inner);
+        match &inner.occupant {
+            Occupant::Reserved(name) | Occupant::Closing(name) => Some(name.clone()),
+            Occupant::Function(function) if inner.leaving => Some(function.name.clone()),
+            Occupant::Function(_) | Occupant::None => None,
+        }
+    }
+
+    /// The state of the slot. Its function must be paused.
+    pub(super) fn save(&self) -> SavedSlot {
+        let inner = lock(&self.inner);
+        let (port, function) = (inner.port.save(), inner.function().cloned());
+        drop(inner);
+        SavedSlot { port, function: function.map(|function| function.save()) }
+    }
+
+    /// Gives the slot and its function a saved state.
+    ///
+    /// # Errors
+    /// The state is that of another slot or function. The text says what differs.
+    pub(super) fn restore(&self, saved: &SavedSlot) -> Result<(), String> {
+        let mut inner = lock(&self.inner);
+        let number = self.number;
+        let function = inner.function().cloned();
+        inner.port.restore(&saved.port).map_err(|at| {
+            format!("slot {number}: byte {at:#x} of its configuration space is that of no port")
+        })?;
+        drop(inner);
+        match (function, &saved.function) {
+            (Some(function), Some(saved)) => function.restore(saved)?,
+            (None, None) => {}
+            (_, Some(saved)) => return Err(format!("slot {number}: {} is missing", saved.name)),
+            (Some(function), None) => {
+                return Err(format!("slot {number}: it was empty, and now has {}", function.name));
+            }
+        }
+        lock(&self.inner).update_bar_range();
+        Ok(())
     }
 
     fn first_bar(&self) -> u32 {

@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The sender's end: a running machine is copied into a file, or moved to another process.
+
+use std::io::{BufWriter, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::Serialize;
+
+use super::answer::{Answer, expect, expect_running};
+use super::description::{Description, SavedDevice};
+use super::dirty::Pages;
+use super::frame::{Kind, PAGE, PAGES_MAX, Writer};
+use super::state::DevicesState;
+use crate::components::Components;
+use crate::events::{Parking, VmEvent};
+
+/// How long the receiver may take nothing.
+const TAKE: Duration = Duration::from_secs(30);
+/// How long the receiver may take to make a machine, and to give it its state.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long the machine may stand still while the last memory is sent, if nothing else is said.
+pub const DOWN_TIME_MS: u64 = 100;
+/// How many rounds there may be before the machine stops, if nothing else is said.
+pub const ROUNDS: u32 = 10;
+
+/// What to do with the machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Plan {
+    /// It stops, is copied, and goes on.
+    Copy,
+    /// It runs while its memory is sent, again and again what it has changed meanwhile. Then it
+    /// stops, the rest is sent, and it runs at the receiver.
+    Move {
+        /// The most rounds before it stops.
+        rounds: u32,
+        /// It stops as soon as the rest takes no longer than this.
+        down_time: Duration,
+    },
+}
+
+/// What has been done.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Report {
+    /// All bytes that were sent.
+    pub(crate) bytes: u64,
+    /// The pages that were sent, each as often as it was. Pages of zeros do not count.
+    pub(crate) pages: u64,
+    /// The rounds in which the machine ran.
+    pub(crate) rounds: u32,
+    /// How long the machine stood still, in milliseconds.
+    pub(crate) down_time_ms: u64,
+}
+
+/// Tells somebody what happens, if there is something new, and fails if the work must end.
+pub(crate) type Progress<'a> = &'a dyn Fn(Option<&str>) -> Result<()>;
+
+/// Saves the machine to `to` as `plan` says. After an error it runs on as before.
+///
+/// # Errors
+/// The receiver refuses or has gone, the machine ends or resets meanwhile, or `progress` fails.
+pub(crate) fn save(
+    components: &Components,
+    to: UnixStream,
+    plan: Plan,
+    progress: Progress<'_>,
+) -> Result<Report> {
+    let _frozen = components.pci.freeze().map_err(|text| anyhow!(text))?;
+    to.set_write_timeout(Some(TAKE))?;
+    let answers = to.try_clone()?;
+    let writer = Writer::new(BufWriter::with_capacity(64 << 10, to))?;
+    let mut sender = Save { components, writer, progress, report: Report::default() };
+    sender.writer.json(Kind::Machine, &description(components)?)?;
+    let sent = match plan {
+        Plan::Copy => sender.copy(),
+        Plan::Move { rounds, down_time } => sender.send_over(&answers, rounds, down_time),
+    };
+    sent.map(|()| Report { bytes: sender.writer.bytes(), ..sender.report })
+}
+
+/// The description of the machine.
+fn description(components: &Components) -> Result<Description> {
+    let device = |(name, slot)| SavedDevice { name, slot };
+    let devices = components.pci.names().into_iter().map(device).collect();
+    let tsc_khz = components.cpus.tsc_khz()?;
+    Ok(Description { devices, tsc_khz, ..components.description.clone() })
+}
+
+struct Save<'a, W: Write> {
+    components: &'a Components,
+    writer: Writer<W>,
+    progress: Progress<'a>,
+    report: Report,
+}
+
+impl<W: Write> Save<'_, W> {
+    fn copy(&mut self) -> Result<()> {
+        let parked = Parked::new(self.components)?;
+        let began = Instant::now();
+        let mut pages = Pages::new(&self.components.ram.parts());
+        for (address, bytes) in self.components.ram.data()? {
+            pages.add(address, bytes);
+        }
+        self.pages(&pages, true)?;
+        self.state()?;
+        self.writer.section(Kind::End, 0, &[])?;
+        self.writer.flush()?;
+        drop(parked);
+        self.report.down_time_ms = millis(began.elapsed());
+        Ok(())
+    }
+
+    fn send_over(
+        &mut self,
+        answers: &UnixStream,
+        rounds: u32,
+        down_time: Duration,
+    ) -> Result<()> {
+        self.writer.flush()?;
+        let (ram, progress) = (&self.components.ram, self.progress);
+        expect(answers, &Answer::Ready, PATIENCE, &|| progress(None))?;
+        let log = Log::new(self.components)?;
+        let mut known = Known { clears: ram.clears(), zeros: true };
+        let mut pages = Pages::new(&ram.parts());
+        for (address, bytes) in ram.data()? {
+            pages.add(address, bytes);
+        }
+        loop {
+            let (began, count) = (Instant::now(), pages.count());
+            self.report.rounds += 1;
+            let (round, mib) = (self.report.rounds, count * PAGE >> 20);
+            (self.progress)(Some(&format!("round {round}: {mib} MiB")))?;
+            self.pages(&pages, known.zeros)?;
+            self.writer.flush()?;
+            let took = began.elapsed();
+            pages = self.changed(&log, &mut known)?;
+            // As long as the last round took for each page.
+            let rest = took.mul_f64(pages.count() as f64 / count.max(1) as f64);
+            if rest <= down_time || round >= rounds.max(1) {
+                break;
+            }
+        }
+        let rest = pages.count() * PAGE >> 10;
+        (self.progress)(Some(&format!("stopping the machine: {rest} KiB are left")))?;
+        let parked = Parked::new(self.components)?;
+        let stopped = Instant::now();
+        // What it has changed until it stopped.
+        let last = self.changed(&log, &mut known)?;
+        self.pages(&pages, known.zeros)?;
+        self.pages(&last, known.zeros)?;
+        self.state()?;
+        self.writer.section(Kind::End, 0, &[])?;
+        self.writer.flush()?;
+        // The last moment at which whoever has asked for this can call it off.
+        expect(answers, &Answer::Loaded, PATIENCE, &|| (self.progress)(None))?;
+        (self.progress)(None)?;
+        self.writer.section(Kind::Go, 0, &[])?;
+        self.writer.flush()?;
+        expect_running(answers, PATIENCE).context("the machine was not moved")?;
+        self.report.down_time_ms = millis(stopped.elapsed());
+        parked.give_up();
+        Ok(())
+    }
+
+    /// The pages that have changed since the last call. After a reset of the machine, these are all
+    /// that it has, and the receiver's are made zero first.
+    fn changed(&mut self, log: &Log<'_>, known: &mut Known) -> Result<Pages> {
+        let ram = &self.components.ram;
+        let clears = ram.clears();
+        let mut pages = Pages::new(&ram.parts());
+        pages.add_log(&log.take()?);
+        known.zeros = false;
+        if clears != known.clears {
+            known.clears = clears;
+            for (address, bytes) in ram.parts() {
+                self.zeros(address, bytes)?;
+            }
+            for (address, bytes) in ram.data()? {
+                pages.add(address, bytes);
+            }
+        }
+        Ok(pages)
+    }
+
+    /// Sends pages. `zeros`: the receiver has nothing but zeros there.
+    fn pages(&mut self, pages: &Pages, zeros: bool) -> Result<()> {
+        let mut buffer = vec![0; PAGES_MAX * PAGE as usize];
+        for (address, count) in pages.runs() {
+            (self.progress)(None)?;
+            let bytes = &mut buffer[..count * PAGE as usize];
+            self.components.ram.read(address, bytes)?;
+            let mut at = address;
+            for run in split(bytes) {
+                let len = run.len() as u64;
+                if is_zero(run) {
+                    if !zeros {
+                        self.zeros(at, len)?;
+                    }
+                } else {
+                    self.writer.section(Kind::Pages, 0, &[&at.to_le_bytes(), run])?;
+                    self.report.pages += len / PAGE;
+                }
+                at += len;
+            }
+        }
+        Ok(())
+    }
+
+    fn zeros(&mut self, address: u64, bytes: u64) -> Result<()> {
+        let pages = (bytes / PAGE).to_le_bytes();
+        Ok(self.writer.section(Kind::Zeros, 0, &[&address.to_le_bytes(), &pages])?)
+    }
+
+    /// Sends everything except memory. The machine must be parked.
+    fn state(&mut self) -> Result<()> {
+        let components = self.components;
+        components.pci.pause()?;
+        let clock = components.vm().get_clock().context("KVM does not tell its clock")?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let cpus = components.cpus.save()?;
+        let chips = components.irqchip.save()?;
+        let devices = DevicesState {
+            clock_ns: clock.clock,
+            stopped_at_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+            power: components.power.save(),
+            serial: components.serial.iter().map(|port| port.save()).collect(),
+            io_apic: components.irqchip.io_apic().map(|io_apic| io_apic.save()),
+            pci: components.pci.save(),
+        };
+        self.writer.json(Kind::Devices, &devices)?;
+        for (number, bytes) in chips {
+            self.writer.section(Kind::Chip, number, &[&bytes])?;
+        }
+        for (number, state) in (0..).zip(cpus) {
+            self.writer.section(Kind::Cpu, number, &[&state.encode()])?;
+        }
+        Ok(())
+    }
+}
+
+/// What the receiver has.
+struct Known {
+    /// It knows of so many clears of the memory.
+    clears: u64,
+    /// Nothing was sent yet, so that its memory is zero.
+    zeros: bool,
+}
+
+/// The log of the pages that are written, while this value lives.
+struct Log<'a>(&'a Components);
+
+impl Log<'_> {
+    fn new(components: &Components) -> Result<Log<'_>> {
+        components.ram.set_log(components.vm(), true)?;
+        Ok(Log(components))
+    }
+
+    fn take(&self) -> Result<Vec<Vec<u64>>> {
+        self.0.ram.take_log(self.0.vm())
+    }
+}
+
+impl Drop for Log<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.ram.set_log(self.0.vm(), false) {
+            tracing::warn!("{error:#}");
+        }
+    }
+}
+
+/// The machine stands still. Dropping this value lets it run on.
+struct Parked<'a> {
+    components: &'a Components,
+    then: Option<Sender<bool>>,
+}
+
+impl Parked<'_> {
+    fn new(components: &Components) -> Result<Parked<'_>> {
+        let ((told, tell), (then, wait)) = (channel(), channel());
+        let event = VmEvent::Park(Parking { told, then: wait });
+        let sent = components.events.send(event);
+        sent.ok().context("the machine is about to end")?;
+        match tell.recv() {
+            Ok(Ok(())) => Ok(Parked { components, then: Some(then) }),
+            Ok(Err(text)) => bail!("{text}"),
+            Err(_) => bail!("the machine is about to end"),
+        }
+    }
+
+    /// The machine runs elsewhere.
+    fn give_up(mut self) {
+        let _ = self.then.take().map(|then| then.send(true));
+    }
+}
+
+impl Drop for Parked<'_> {
+    fn drop(&mut self) {
+        if let Some(then) = self.then.take() {
+            self.components.pci.go_on();
+            let _ = then.send(false);
+        }
+    }
+}
+
+/// Splits pages into runs of pages that are all zero, or all not.
+fn split(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let page = PAGE as usize;
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let first = is_zero(rest.get(..page)?);
+        let count = rest.chunks(page).take_while(|page| is_zero(page) == first).count();
+        let (run, more) = rest.split_at((count * page).min(rest.len()));
+        rest = more;
+        Some(run)
+    })
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    // Comparing with zeros of the same length is a comparison of memory, the fastest there is.
+    const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
+    bytes.chunks(ZEROS.len()).all(|piece| piece == &ZEROS[..piece.len()])
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_split_by_what_they_hold() {
+        let page = PAGE as usize;
+        let mut bytes = vec![0; 5 * page];
+        let runs = |bytes: &[u8]| {
+            let runs = split(bytes).map(|run| (run.len() / page, is_zero(run)));
+            runs.collect::<Vec<_>>()
+        };
+        assert_eq!(runs(&bytes), [(5, true)]);
+        bytes[page] = 1;
+        bytes[3 * page - 1] = 1;
+        assert_eq!(runs(&bytes), [(1, true), (2, false), (2, true)]);
+        bytes[0] = 1;
+        bytes[5 * page - 1] = 1;
+        assert_eq!(runs(&bytes), [(3, false), (1, true), (1, false)]);
+        assert_eq!(runs(&[]), []);
+    }
+}
