@@ -137,6 +137,44 @@ impl L2Spec {
     }
 }
 
+impl L2Spec {
+    /// Starts `vbus-vmm restore WORDS` for a guest that was saved or is to be moved. Its `args` are
+    /// for that command.
+    pub fn restore<'a>(&self, l1: &'a L1<'a>, words: &str) -> Result<Restored<'a>> {
+        let (run, name, place, args) = (l1.run_dir(), self.name, l1.guest_processor(), &self.args);
+        l1.guest.ok(&format!("rm -f {run}/{name}.agent {run}/{name}.control"))?;
+        let vmm = l1.guest.start(&format!(
+            "VBUS_LOG=info exec {place}vbus-vmm restore {words} --serial \
+             file:{run}/{name}.console.log --serial unix:{run}/{name}.agent --control \
+             {run}/{name}.control {args}"
+        ))?;
+        Ok(Restored { l1, vmm, name })
+    }
+}
+
+/// A VMM that restores a guest.
+pub struct Restored<'a> {
+    l1: &'a L1<'a>,
+    vmm: Running,
+    name: &'static str,
+}
+
+impl<'a> Restored<'a> {
+    /// Waits until the guest's agent answers. The guest has booted long ago, so the agent does not
+    /// announce itself.
+    pub fn join(self) -> Result<L2<'a>> {
+        let Self { l1, vmm, name } = self;
+        let port =
+            l1.guest.tunnel(&format!("exec guest-agent join {}/{name}.agent", l1.run_dir()))?;
+        let guest = Guest::new(name, port)?;
+        guest.watch(SILENCE);
+        let watched = Cell::new(true);
+        let l2 = L2 { guest, vmm, vmm_kind: Vmm::Vbus, l1, name, watched, ended: false };
+        ensure!(l2.guest.answers(), "the agent of {name} does not answer: {:?}", l2.vmm.said());
+        Ok(l2)
+    }
+}
+
 /// A running L2. Dropping it ends its VMM.
 pub struct L2<'a> {
     /// Runs commands in it.
@@ -182,6 +220,14 @@ impl L2<'_> {
     /// As `control`.
     pub fn control(&self, request: &str) -> Result<(Vec<Value>, Value)> {
         control(self.l1, self.name, request)
+    }
+
+    /// Waits for the end of the VMM, whose guest runs in another one now.
+    pub fn moved(mut self) -> Result<()> {
+        self.ended = true;
+        let end = self.vmm.wait(KILL)?;
+        ensure!(end.code == 0, "the VMM of {} ended with {end:?}", self.name);
+        Ok(())
     }
 
     /// Kills the VMM at once (SIGKILL).

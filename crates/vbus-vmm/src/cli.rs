@@ -22,15 +22,15 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Option<Command>,
     #[command(flatten)]
-    pub run: Option<Run>,
+    pub run: Run,
 }
 
 /// A new machine.
 #[derive(Args)]
 pub struct Run {
     /// The kernel: a Linux bzImage (such as /boot/vmlinuz), or an ELF file with a PVH note
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required = true)]
+    pub kernel: Option<PathBuf>,
     #[command(flatten)]
     pub boot: Boot,
     /// Number of virtual CPUs

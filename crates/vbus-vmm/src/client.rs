@@ -66,13 +66,17 @@ pub fn migrate(options: &Migrate) -> Result<()> {
         let of = |name: &str| report[name].as_u64().unwrap_or(0);
         let (rounds, mib, millis) = (of("rounds"), of("bytes") >> 20, of("down_time_ms"));
         let s = if rounds == 1 { "" } else { "s" };
-        emit(&format!("moved after {rounds} round{s}, {mib} MiB; it stood still for {millis} ms\n"));
+        emit(&format!(
+            "moved after {rounds} round{s}, {mib} MiB; it stood still for {millis} ms\n"
+        ));
     }
     Ok(())
 }
 
 /// Saves a machine to a file.
 pub fn snapshot(options: &Snapshot) -> Result<()> {
+    fs::metadata(&options.control)
+        .with_context(|| format!("no machine can be asked at {}", options.control.display()))?;
     let target = Target::new(&options.file)?;
     let meeting = Meeting::new(&options.control)?;
     let receiver = meeting.receive(target.file.try_clone()?)?;
@@ -154,7 +158,9 @@ impl Meeting {
         let path = control.with_file_name(name);
         let listener = vfio_user_protocol::bind_private(&path, 1)
             .with_context(|| format!("cannot make the socket {}", path.display()))?;
-        Ok(Meeting { listener: listener.into(), path })
+        let listener = UnixListener::from(listener);
+        listener.set_nonblocking(false)?;
+        Ok(Meeting { listener, path })
     }
 
     /// Starts a thread that writes what the first caller sends to `file`, and counts the bytes.
@@ -212,6 +218,8 @@ mod tests {
         UnixStream::connect(&meeting.path).unwrap().write_all(&[7; 100_000]).unwrap();
         assert_eq!(receiver.join().unwrap().unwrap(), 100_000);
         let receiver = meeting.receive(target.file.try_clone().unwrap()).unwrap();
+        // The receiver waits, however late the caller comes.
+        std::thread::sleep(Duration::from_millis(50));
         meeting.call_off();
         assert_eq!(receiver.join().unwrap().unwrap(), 0);
         drop((meeting, target));

@@ -39,7 +39,7 @@ pub struct Components {
     pub events: EventSender,
     /// The answer to the control request `info`, which never changes.
     pub info: Value,
-    /// The description of the machine without its devices and its frequency, if it is saved.
+    /// The description of the machine without its devices, if it is saved.
     pub(crate) description: Description,
 }
 

@@ -108,7 +108,8 @@ impl Model {
 
     /// The leaves without the topology: function, index, flags, EAX, EBX, ECX, EDX.
     pub fn leaves(&self) -> Vec<[u32; 7]> {
-        let leaf = |e: &kvm_cpuid_entry2| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx];
+        let leaf =
+            |e: &kvm_cpuid_entry2| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx];
         self.entries.iter().map(leaf).collect()
     }
 

@@ -152,14 +152,6 @@ impl Cpus {
         pairs.try_for_each(|(cpu, state)| lock(&cpu.vcpu).restore(state, ticks))
     }
 
-    /// The frequency of the time stamp counters in kHz.
-    ///
-    /// # Errors
-    /// KVM refuses.
-    pub(crate) fn tsc_khz(&self) -> Result<u32> {
-        lock(&self.cpus.first().context("no virtual CPU")?.vcpu).tsc_khz()
-    }
-
     /// What each virtual CPU does, by number: all of them if they are held. One that runs all the
     /// same is told as null. `memory` is the guest's.
     pub fn dump(&self, memory: &GuestMemoryMmap) -> Vec<Value> {
@@ -316,7 +308,7 @@ mod tests {
         start: Start,
         counter: Arc<Counter>,
         events: Receiver<VmEvent>,
-        _ram: Ram,
+        ram: Ram,
     }
 
     /// Makes a machine with one CPU that runs `code` in 32-bit mode. `None` without /dev/kvm.
@@ -339,7 +331,7 @@ mod tests {
         let cpus =
             Cpus::start(vec![vcpu], &Arc::new(buses), VcpuGate::new(), &sender, false).unwrap();
         cpus.reset(&start).unwrap();
-        Some(TestVm { cpus, start, counter, events, _ram: ram })
+        Some(TestVm { cpus, start, counter, events, ram })
     }
 
     #[test]
@@ -380,6 +372,42 @@ mod tests {
             vm.cpus.reset(&vm.start).unwrap();
         }
         assert_eq!(vm.counter.0.load(Ordering::Relaxed), 50);
+    }
+
+    /// A guest that counts in a register and in memory goes on in another virtual machine.
+    #[test]
+    fn a_saved_cpu_goes_on_elsewhere() {
+        // inc ebx; mov [0x200000], ebx; out 0x80, al; jmp back
+        let code = [0x43, 0x89, 0x1d, 0, 0, 0x20, 0, 0xe6, 0x80, 0xeb, 0xf5];
+        let Some(vm) = test_vm(&code) else { return };
+        let at = GuestAddress(0x20_0000);
+        let until = Instant::now() + Duration::from_secs(60);
+        vm.cpus.run();
+        while vm.counter.0.load(Ordering::Relaxed) < 100 {
+            assert!(Instant::now() < until, "the guest does not run");
+            std::thread::yield_now();
+        }
+        vm.cpus.hold().unwrap();
+        let counted = u64::from(vm.ram.map().read_obj::<u32>(at).unwrap());
+        let khz = lock(&vm.cpus.cpus[0].vcpu).tsc_khz().unwrap();
+        let bytes: Vec<_> = vm.cpus.save().unwrap().iter().map(VcpuState::encode).collect();
+        let mut states: Vec<_> =
+            bytes.iter().map(|bytes| VcpuState::decode(bytes).unwrap()).collect();
+
+        let next = test_vm(&code).unwrap();
+        next.ram.map().write_obj(u32::try_from(counted).unwrap(), at).unwrap();
+        next.cpus.restore(&mut states, khz, Duration::ZERO).unwrap();
+        next.cpus.run();
+        while next.counter.0.load(Ordering::Relaxed) < 100 {
+            assert!(Instant::now() < until, "the guest does not go on");
+            std::thread::yield_now();
+        }
+        next.cpus.hold().unwrap();
+        let later = u64::from(next.ram.map().read_obj::<u32>(at).unwrap());
+        let rings = next.counter.0.load(Ordering::Relaxed);
+        // Each machine may have stopped between its two writes.
+        assert!((counted + rings).abs_diff(later) <= 1, "{counted} and {rings} are not {later}");
+        assert!(next.cpus.restore(&mut [], khz, Duration::ZERO).is_err());
     }
 
     #[test]

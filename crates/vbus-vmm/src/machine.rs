@@ -142,10 +142,7 @@ impl Machine {
         Ok(())
     }
 
-    fn make(
-        config: Config,
-        saved: Option<&Description>,
-    ) -> Result<(Machine, EventSender)> {
+    fn make(config: Config, saved: Option<&Description>) -> Result<(Machine, EventSender)> {
         let kvm = open_kvm(config.split)?;
         let (cpus, most) = (config.cpus, layout::CPUS_MAX.min(u32::try_from(kvm.get_max_vcpus())?));
         ensure!((1..=most).contains(&cpus), "there can be 1 to {most} virtual CPUs, not {cpus}");
@@ -165,6 +162,10 @@ impl Machine {
         };
         let vcpus: Vec<_> =
             (0..cpus).map(|number| Vcpu::new(&kvm, &vm, number, &model)).collect::<Result<_>>()?;
+        let tsc_khz = match saved {
+            Some(saved) => saved.tsc_khz,
+            None => vcpus.first().context("no virtual CPU")?.tsc_khz()?,
+        };
         let counters: Arc<[_]> = vcpus.iter().map(Vcpu::counters).collect();
 
         let (sender, events) = channel();
@@ -217,7 +218,7 @@ impl Machine {
             mmio: config.mmio,
             pio: config.pio,
             hypercalls: hyperv,
-            tsc_khz: 0,
+            tsc_khz,
             cpuid: model.leaves(),
             devices: Vec::new(),
         };

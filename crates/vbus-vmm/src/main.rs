@@ -36,23 +36,19 @@ fn main() -> ExitCode {
     let matches = vbus_cli::output::arguments(Cli::command(), std::env::args_os());
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     log::prepare("warn");
-    match (cli.command, cli.run) {
-        (Some(Command::Snapshot(snapshot)), _) => {
+    match cli.command {
+        Some(Command::Snapshot(snapshot)) => {
             log::write();
             vbus_cli::exit(client::snapshot(&snapshot))
         }
-        (Some(Command::Migrate(migrate)), _) => {
+        Some(Command::Migrate(migrate)) => {
             log::write();
             vbus_cli::exit(client::migrate(&migrate))
         }
-        (Some(Command::Restore(options)), _) => {
+        Some(Command::Restore(options)) => {
             machine(options.ends.no_seccomp, options.ends.json, || restore(options))
         }
-        (None, Some(options)) => {
-            machine(options.ends.no_seccomp, options.ends.json, || run(options))
-        }
-        // The definition of the command line demands a kernel.
-        (None, None) => vbus_cli::exit(Err(anyhow::anyhow!("give a kernel (see --help)"))),
+        None => machine(cli.run.ends.no_seccomp, cli.run.ends.json, || run(cli.run)),
     }
 }
 
@@ -79,7 +75,7 @@ fn signals() -> Result<OwnedFd> {
 fn run(options: Run) -> Result<()> {
     let signals = signals()?;
     let Run { kernel, boot, cpus, memory, slots, irqchip, doorbells, ends } = options;
-    let image = image(&kernel, &boot)?;
+    let image = image(&kernel.context("give a kernel (--kernel)")?, &boot)?;
     let (config, raw) = config(&ends)?;
     let config = Config {
         image: Some(image),

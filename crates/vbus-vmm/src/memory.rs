@@ -239,7 +239,9 @@ impl Ram {
         for (base, bytes, offset) in ranges(self.bytes) {
             let (mut at, end) = (offset, offset + bytes);
             while at < end {
-                let Some(from) = next(SeekFrom::Data(at))?.filter(|from| *from < end) else { break };
+                let Some(from) = next(SeekFrom::Data(at))?.filter(|from| *from < end) else {
+                    break;
+                };
                 let to = next(SeekFrom::Hole(from))?.unwrap_or(end).min(end);
                 let from = from & !(PAGE as u64 - 1);
                 at = to.next_multiple_of(PAGE as u64).max(from + PAGE as u64);
@@ -251,7 +253,7 @@ impl Ram {
     }
 
     fn holder(&self, address: u64) -> &GuestMemoryMmap {
-        if address >= layout::FIRMWARE && address < layout::HIGH_RAM {
+        if (layout::FIRMWARE..layout::HIGH_RAM).contains(&address) {
             &self.firmware
         } else {
             &self.map
@@ -286,7 +288,8 @@ impl Ram {
     pub(crate) fn write_zeros(&self, address: u64, bytes: u64) -> Result<()> {
         let whole = address % PAGE as u64 == 0 && bytes % PAGE as u64 == 0 && bytes > 0;
         let end = address.checked_add(bytes).filter(|_| whole);
-        let within = |base: u64, size: u64| address >= base && end.is_some_and(|e| e <= base + size);
+        let within =
+            |base: u64, size: u64| address >= base && end.is_some_and(|e| e <= base + size);
         if within(layout::FIRMWARE, layout::FIRMWARE_BYTES as u64) {
             return self.write(address, &[0; layout::FIRMWARE_BYTES]);
         }
@@ -392,7 +395,7 @@ mod tests {
             ram.write_zeros(base, bytes).unwrap();
         }
         assert_eq!(ram.data().unwrap(), [firmware]);
-        for (address, bytes) in [(u64::MAX - 4095, 4096), (0, 0), (0, u64::MAX & !4095)] {
+        for (address, bytes) in [(u64::MAX - 4095, 4096), (0, 0), (0, !4095)] {
             assert!(ram.write_zeros(address, bytes).is_err(), "{bytes:#x} at {address:#x}");
         }
         assert!(ram.write(layout::LOW_RAM_END - 1, &[0; 2]).is_err());

@@ -73,8 +73,7 @@ impl Vcpu {
             set_msr(&fd, index, data);
         }
         let msrs = msr_indices(kvm, model.hyperv())?;
-        let mut fresh =
-            VcpuState::of(&fd, &msrs).context("cannot read a virtual CPU's state")?;
+        let mut fresh = VcpuState::of(&fd, &msrs).context("cannot read a virtual CPU's state")?;
         fresh.msrs.retain(|(index, _)| *index != MSR_TSC);
         fresh.mp_state.mp_state =
             if number == 0 { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };

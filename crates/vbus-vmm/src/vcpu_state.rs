@@ -167,8 +167,10 @@ impl VcpuState {
         add(part::XCRS, self.xcrs.as_bytes());
         add(part::DEBUG, self.debug.as_bytes());
         add(part::APIC, self.apic.as_bytes());
-        let msr = |(index, data): &(u32, u64)| {
-            kvm_msr_entry { index: *index, data: *data, ..Default::default() }
+        let msr = |(index, data): &(u32, u64)| kvm_msr_entry {
+            index: *index,
+            data: *data,
+            ..Default::default()
         };
         let msrs: Vec<_> = self.msrs.iter().map(msr).collect();
         add(part::MSRS, msrs.as_slice().as_bytes());
@@ -284,6 +286,23 @@ mod tests {
 
     fn fault(bytes: &[u8]) -> String {
         VcpuState::decode(bytes).err().unwrap().to_string()
+    }
+
+    /// The sizes of the document.
+    #[test]
+    fn parts_have_the_sizes_of_the_kernels_interface() {
+        let sizes = [
+            (size_of::<kvm_regs>(), 144),
+            (size_of::<kvm_sregs>(), 312),
+            (size_of::<kvm_xsave>(), 4096),
+            (size_of::<kvm_xcrs>(), 392),
+            (size_of::<kvm_debugregs>(), 128),
+            (size_of::<kvm_lapic_state>(), 1024),
+            (size_of::<kvm_msr_entry>(), 16),
+            (size_of::<kvm_vcpu_events>(), 64),
+            (size_of::<kvm_mp_state>(), 4),
+        ];
+        assert!(sizes.iter().all(|(is, told)| is == told), "{sizes:?}");
     }
 
     #[test]

@@ -9,6 +9,8 @@
 //! - `guest-agent latency PERIOD COUNT` measures how late it wakes;
 //! - `guest-agent switches COUNT PRIORITY` measures what a switch between two tasks costs;
 //! - `guest-agent spin` uses processor time for ever;
+//! - `guest-agent accept SOCKET` takes one client and says nothing to it;
+//! - `guest-agent clocks FILE` counts, and watches that no clock runs backwards;
 //! - `guest-agent hold-kvm` keeps an idle virtual machine;
 //! - `guest-agent fifo PRIORITY COMMAND` runs a command as a real-time task;
 //! - `guest-agent scribble` writes random values over the memory that a driver shares with its
@@ -22,6 +24,8 @@
 //! - `guest-agent datagrams` sends and receives datagrams of UDP;
 //! - `guest-agent lie` serves the device of another vfio-user server, with a lie about it.
 
+mod accept;
+mod clocks;
 mod datagrams;
 mod hold;
 mod join;
@@ -54,6 +58,8 @@ fn main() -> ExitCode {
         ["send", address, bytes, seed, "options"] => stream::send(address, bytes, seed, true),
         ["receive", address] => stream::receive(address),
         ["latency", period, count] => latency::latency(period, count),
+        ["accept", socket] => accept::accept(socket),
+        ["clocks", file] => clocks::clocks(file),
         ["hold-kvm"] => hold::hold(),
         ["switches", count, priority] => switches::switches(count, priority),
         ["spin"] => latency::spin(),
@@ -81,7 +87,7 @@ fn main() -> ExitCode {
             eprintln!(
                 "usage: guest-agent serve PORT | join SOCKET | \
                  send ADDRESS:PORT BYTES SEED [options] | receive ADDRESS:PORT | \
-                 latency MICROSECONDS COUNT | hold-kvm | spin | \
+                 latency MICROSECONDS COUNT | accept SOCKET | clocks FILE | hold-kvm | spin | \
                  switches COUNT PRIORITY | fifo PRIORITY COMMAND | \
                  scribble PID COUNT SEED all|memory | map-read PATH COUNT | \
                  map-write PATH VALUE... | virtio SEED ROUNDS FUNCTION | \

@@ -256,6 +256,11 @@ pub const SCENARIOS: &[Scenario] = &[
         kvm::linux::boot,
     ),
     beside_kvm(
+        "kvm::snapshot",
+        "a guest is saved, restored, moved and moved back: it counts on, its clocks are right",
+        kvm::snapshot::snapshot,
+    ),
+    beside_kvm(
         "kvm::traffic",
         "TCP both ways with 2 CPUs, interrupts that move, a virtio card, reboot",
         kvm::devices::traffic,

@@ -267,10 +267,7 @@ impl Function {
             doorbells: self.description.doorbell_count,
             config: state.config.bytes().to_vec(),
             table: state.table.bytes().to_vec(),
-            pending: SavedPending {
-                msi: state.msi.is_pending(0),
-                msix: state.msix.pending(),
-            },
+            pending: SavedPending { msi: state.msi.is_pending(0), msix: state.msix.pending() },
         }
     }
 

@@ -265,7 +265,8 @@ impl PciRoot {
     /// The state is that of another machine. The text says what differs.
     pub(crate) fn wake(&self, saved: &SavedPci) -> Result<(), String> {
         let slots = self.hierarchy.slots.iter().zip(&saved.slots);
-        let pairs = slots.filter_map(|(slot, saved)| Some((slot.occupant()?.0, saved.function.as_ref()?)));
+        let pairs =
+            slots.filter_map(|(slot, saved)| Some((slot.occupant()?.0, saved.function.as_ref()?)));
         pairs.into_iter().try_for_each(|(function, saved)| function.wake(&saved.pending))
     }
 

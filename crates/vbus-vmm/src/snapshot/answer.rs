@@ -50,7 +50,9 @@ pub(crate) fn expect(
     let until = Instant::now() + patience;
     match read(from, &|| {
         go_on()?;
-        if Instant::now() > until { bail!("the receiver does not answer within {patience:?}") }
+        if Instant::now() > until {
+            bail!("the receiver does not answer within {patience:?}")
+        }
         Ok(())
     })? {
         said if said == *answer => Ok(()),

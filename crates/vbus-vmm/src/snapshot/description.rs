@@ -56,7 +56,8 @@ impl Description {
         let there: BTreeSet<&str> = there.iter().copied().collect();
         let list = |names: Vec<&&str>| {
             // The names come from outside, and this text goes to a terminal.
-            let names: Vec<_> = names.iter().map(|name| name.escape_default().to_string()).collect();
+            let names: Vec<_> =
+                names.iter().map(|name| name.escape_default().to_string()).collect();
             names.join(", ")
         };
         let missing: Vec<_> = saved.difference(&there).collect();

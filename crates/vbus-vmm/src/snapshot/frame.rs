@@ -20,7 +20,9 @@ pub(crate) const VERSION: u32 = 1;
 const HEADER: usize = 16;
 
 /// Bytes of a page of memory.
-pub(crate) const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = PAGE_BYTES as u64;
+/// The same, for slices.
+pub(crate) const PAGE_BYTES: usize = 4096;
 /// The most pages of one section.
 pub(crate) const PAGES_MAX: usize = 256;
 /// The most bytes of a piece of a device's data.
@@ -212,7 +214,8 @@ impl<R: Read> Reader<R> {
         let word = |at: usize| {
             u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
         };
-        let (kind, number, len) = (word(0), word(4), u64::from(word(12)) << 32 | u64::from(word(8)));
+        let (kind, number, len) =
+            (word(0), word(4), u64::from(word(12)) << 32 | u64::from(word(8)));
         let found = Kind::ALL.into_iter().find(|known| known.number() == kind);
         let kind = found.ok_or_else(|| FrameError::Damaged(format!("section of kind {kind}")))?;
         if len > kind.limit() {

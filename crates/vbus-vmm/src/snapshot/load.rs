@@ -16,9 +16,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::answer::{Answer, send};
 use super::description::Description;
-use super::frame::{FrameError, Kind, PAGE, Reader, Section};
+use super::frame::{FrameError, Kind, PAGE, PAGE_BYTES, Reader, Section};
 use super::state::DevicesState;
 use crate::components::Components;
+use crate::memory::Ram;
 use crate::vcpu_state::VcpuState;
 
 /// How the guest's clocks go on.
@@ -160,7 +161,7 @@ impl SavedMachine {
     pub(crate) fn load(&mut self, components: &Components, clock: Clock) -> Result<()> {
         self.answer(&Answer::Ready)?;
         let mut state = Collected::default();
-        while !state.take(&self.reader.next()?, components, self.description.cpus)? {}
+        while !state.take(&self.reader.next()?, &components.ram, self.description.cpus)? {}
         state.apply(components, self.description.tsc_khz, clock)?;
         if self.is_moved() {
             self.answer(&Answer::Loaded)?;
@@ -185,22 +186,22 @@ struct Collected {
 
 impl Collected {
     /// Takes a section. Returns whether it is the end.
-    fn take(&mut self, section: &Section<'_>, components: &Components, cpus: u32) -> Result<bool> {
+    fn take(&mut self, section: &Section<'_>, ram: &Ram, cpus: u32) -> Result<bool> {
         let damaged = |what: String| anyhow!(FrameError::Damaged(what));
         let number = section.number;
         match section.kind {
             Kind::Pages => {
                 let (address, bytes) = section.word()?;
-                let whole = bytes.len() % PAGE as usize == 0 && address % PAGE == 0;
+                let whole = bytes.len() % PAGE_BYTES == 0 && address % PAGE == 0;
                 ensure!(whole && !bytes.is_empty(), damaged(format!("no pages at {address:#x}")));
-                components.ram.write(address, bytes)?;
+                ram.write(address, bytes)?;
             }
             Kind::Zeros => {
                 let (address, rest) = section.word()?;
                 let pages = <[u8; 8]>::try_from(rest).ok().map(u64::from_le_bytes);
                 let bytes = pages.and_then(|pages| pages.checked_mul(PAGE));
                 let bytes = bytes.ok_or_else(|| damaged(format!("no zeros at {address:#x}")))?;
-                components.ram.write_zeros(address, bytes)?;
+                ram.write_zeros(address, bytes)?;
             }
             Kind::Cpu => {
                 let state = VcpuState::decode(section.content)
@@ -256,5 +257,105 @@ impl Collected {
         components.vm().set_clock(&data).context("KVM does not take the clock")?;
         components.power.restore(&devices.power);
         components.pci.wake(&devices.pci).map_err(text)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::super::description::tests::description;
+    use super::super::frame::Writer;
+    use super::*;
+    use crate::memory::RAM_MIN;
+
+    /// Takes one section as a machine with 16 MiB and two virtual CPUs does.
+    fn take(kind: Kind, number: u32, content: &[u8]) -> Result<bool> {
+        let ram = Ram::new(RAM_MIN).unwrap();
+        Collected::default().take(&Section { kind, number, content }, &ram, 2)
+    }
+
+    fn words(words: &[u64]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn memory_is_written_where_there_is_some() {
+        let page = |address: u64, bytes: usize| [words(&[address]), vec![7; bytes]].concat();
+        for good in [page(0, 4096), page(RAM_MIN - 4096, 4096), page(0xffff_f000, 4096)] {
+            assert!(!take(Kind::Pages, 0, &good).unwrap());
+        }
+        for bad in [
+            page(0, 0),
+            page(0, 4095),
+            page(1, 4096),
+            page(RAM_MIN, 4096),
+            page(RAM_MIN - 4096, 8192),
+            page(0xffff_f000, 8192),
+            page(u64::MAX - 4095, 4096),
+            vec![0; 7],
+        ] {
+            take(Kind::Pages, 0, &bad).unwrap_err();
+        }
+        take(Kind::Zeros, 0, &words(&[0, RAM_MIN / PAGE])).unwrap();
+        for bad in [
+            words(&[0, RAM_MIN / PAGE + 1]),
+            words(&[0, u64::MAX]),
+            words(&[0, 0]),
+            words(&[1, 1]),
+            words(&[u64::MAX - 4095, 1]),
+            words(&[0]),
+            words(&[0, 1, 2]),
+        ] {
+            take(Kind::Zeros, 0, &bad).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn what_has_no_place_is_refused() {
+        let fault = |kind, number| take(kind, number, &[]).unwrap_err().to_string();
+        for kind in [Kind::Machine, Kind::Go] {
+            assert!(fault(kind, 0).contains("where it cannot be"), "{kind:?}");
+        }
+        assert!(fault(Kind::Chip, 16).contains("interrupt controller 16"));
+        assert!(fault(Kind::Cpu, 1).contains("virtual CPU 1"));
+        assert!(fault(Kind::Devices, 0).contains("Devices"));
+        assert!(take(Kind::End, 0, &[]).unwrap());
+        let ram = Ram::new(RAM_MIN).unwrap();
+        let mut collected = Collected::default();
+        let chip = Section { kind: Kind::Chip, number: 0, content: &[] };
+        collected.take(&chip, &ram, 1).unwrap();
+        collected.take(&chip, &ram, 1).unwrap_err();
+    }
+
+    #[test]
+    fn a_file_begins_with_its_description() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("saved");
+        let fault = |write: &dyn Fn(&mut Writer<File>)| {
+            let file = File::create(&path).unwrap();
+            write(&mut Writer::new(file).unwrap());
+            let opened = SavedMachine::open(&path).map(|saved| saved.description().clone());
+            opened.map_err(|error| format!("{error:#}"))
+        };
+        assert!(fault(&|_| {}).unwrap_err().contains("cut off"));
+        let end = |writer: &mut Writer<File>| writer.section(Kind::End, 0, &[]).unwrap();
+        assert!(fault(&end).unwrap_err().contains("no description"));
+        let text = |writer: &mut Writer<File>| {
+            writer.section(Kind::Machine, 0, &[b"{\"cpus\":"]).unwrap();
+        };
+        assert!(fault(&text).unwrap_err().contains("damaged"));
+        let good = |writer: &mut Writer<File>| writer.json(Kind::Machine, &description()).unwrap();
+        assert_eq!(fault(&good), Ok(description()));
+    }
+
+    #[test]
+    fn waiting_for_a_machine_ends_with_a_signal() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let (end, signal) = UnixStream::pair().unwrap();
+        drop(signal);
+        let error = SavedMachine::receive(&path, end.into()).err().unwrap();
+        assert!(format!("{error:#}").contains("ended by a signal"));
+        assert!(!path.exists());
     }
 }

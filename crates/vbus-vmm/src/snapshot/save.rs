@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::answer::{Answer, expect, expect_running};
 use super::description::{Description, SavedDevice};
 use super::dirty::Pages;
-use super::frame::{Kind, PAGE, PAGES_MAX, Writer};
+use super::frame::{Kind, PAGE, PAGE_BYTES, PAGES_MAX, Writer};
 use super::state::DevicesState;
 use crate::components::Components;
 use crate::events::{Parking, VmEvent};
@@ -68,11 +68,15 @@ pub(crate) fn save(
     progress: Progress<'_>,
 ) -> Result<Report> {
     let _frozen = components.pci.freeze().map_err(|text| anyhow!(text))?;
+    let description = description(components);
+    if let Some(device) = description.devices.first() {
+        bail!("{}: the state of a device of the bus cannot be saved yet", device.name);
+    }
     to.set_write_timeout(Some(TAKE))?;
     let answers = to.try_clone()?;
     let writer = Writer::new(BufWriter::with_capacity(64 << 10, to))?;
     let mut sender = Save { components, writer, progress, report: Report::default() };
-    sender.writer.json(Kind::Machine, &description(components)?)?;
+    sender.writer.json(Kind::Machine, &description)?;
     let sent = match plan {
         Plan::Copy => sender.copy(),
         Plan::Move { rounds, down_time } => sender.send_over(&answers, rounds, down_time),
@@ -81,11 +85,10 @@ pub(crate) fn save(
 }
 
 /// The description of the machine.
-fn description(components: &Components) -> Result<Description> {
+fn description(components: &Components) -> Description {
     let device = |(name, slot)| SavedDevice { name, slot };
     let devices = components.pci.names().into_iter().map(device).collect();
-    let tsc_khz = components.cpus.tsc_khz()?;
-    Ok(Description { devices, tsc_khz, ..components.description.clone() })
+    Description { devices, ..components.description.clone() }
 }
 
 struct Save<'a, W: Write> {
@@ -112,12 +115,7 @@ impl<W: Write> Save<'_, W> {
         Ok(())
     }
 
-    fn send_over(
-        &mut self,
-        answers: &UnixStream,
-        rounds: u32,
-        down_time: Duration,
-    ) -> Result<()> {
+    fn send_over(&mut self, answers: &UnixStream, rounds: u32, down_time: Duration) -> Result<()> {
         self.writer.flush()?;
         let (ram, progress) = (&self.components.ram, self.progress);
         expect(answers, &Answer::Ready, PATIENCE, &|| progress(None))?;
@@ -186,10 +184,10 @@ impl<W: Write> Save<'_, W> {
 
     /// Sends pages. `zeros`: the receiver has nothing but zeros there.
     fn pages(&mut self, pages: &Pages, zeros: bool) -> Result<()> {
-        let mut buffer = vec![0; PAGES_MAX * PAGE as usize];
+        let mut buffer = vec![0; PAGES_MAX * PAGE_BYTES];
         for (address, count) in pages.runs() {
             (self.progress)(None)?;
-            let bytes = &mut buffer[..count * PAGE as usize];
+            let bytes = &mut buffer[..count * PAGE_BYTES];
             self.components.ram.read(address, bytes)?;
             let mut at = address;
             for run in split(bytes) {
@@ -306,12 +304,11 @@ impl Drop for Parked<'_> {
 
 /// Splits pages into runs of pages that are all zero, or all not.
 fn split(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let page = PAGE as usize;
     let mut rest = bytes;
     std::iter::from_fn(move || {
-        let first = is_zero(rest.get(..page)?);
-        let count = rest.chunks(page).take_while(|page| is_zero(page) == first).count();
-        let (run, more) = rest.split_at((count * page).min(rest.len()));
+        let first = is_zero(rest.get(..PAGE_BYTES)?);
+        let count = rest.chunks(PAGE_BYTES).take_while(|page| is_zero(page) == first).count();
+        let (run, more) = rest.split_at((count * PAGE_BYTES).min(rest.len()));
         rest = more;
         Some(run)
     })
@@ -319,7 +316,7 @@ fn split(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
 
 fn is_zero(bytes: &[u8]) -> bool {
     // Comparing with zeros of the same length is a comparison of memory, the fastest there is.
-    const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
+    const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
     bytes.chunks(ZEROS.len()).all(|piece| piece == &ZEROS[..piece.len()])
 }
 
@@ -333,18 +330,17 @@ mod tests {
 
     #[test]
     fn pages_are_split_by_what_they_hold() {
-        let page = PAGE as usize;
-        let mut bytes = vec![0; 5 * page];
+        let mut bytes = vec![0; 5 * PAGE_BYTES];
         let runs = |bytes: &[u8]| {
-            let runs = split(bytes).map(|run| (run.len() / page, is_zero(run)));
+            let runs = split(bytes).map(|run| (run.len() / PAGE_BYTES, is_zero(run)));
             runs.collect::<Vec<_>>()
         };
         assert_eq!(runs(&bytes), [(5, true)]);
-        bytes[page] = 1;
-        bytes[3 * page - 1] = 1;
+        bytes[PAGE_BYTES] = 1;
+        bytes[3 * PAGE_BYTES - 1] = 1;
         assert_eq!(runs(&bytes), [(1, true), (2, false), (2, true)]);
         bytes[0] = 1;
-        bytes[5 * page - 1] = 1;
+        bytes[5 * PAGE_BYTES - 1] = 1;
         assert_eq!(runs(&bytes), [(3, false), (1, true), (1, false)]);
         assert_eq!(runs(&[]), []);
     }

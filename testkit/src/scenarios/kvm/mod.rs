@@ -13,3 +13,4 @@ pub(super) mod pic;
 pub(super) mod pins;
 pub(super) mod processors;
 pub(super) mod sched;
+pub(super) mod snapshot;
