@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The server's end.
 
+use std::any::Any;
+use std::cell::RefCell;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -86,9 +88,17 @@ pub struct Client<'a> {
     peer: &'a Peer,
     /// The request asked for reports of progress.
     wants_progress: bool,
+    /// See [`Client::keep`].
+    kept: RefCell<Vec<Box<dyn Any>>>,
 }
 
 impl Client<'_> {
+    /// Keeps `value` until the last answer was sent, or cannot be, and drops it then. A handler
+    /// whose process ends with its request learns by that when the client knows.
+    pub fn keep(&self, value: impl Any) {
+        self.kept.borrow_mut().push(Box::new(value));
+    }
+
     /// Who the client is.
     pub fn peer(&self) -> &Peer {
         self.peer
@@ -348,7 +358,7 @@ fn serve<H: Handler>(handler: &H, line_max: u64, socket: &UnixStream, peer: &Pee
         if !place.set_idle(false) {
             return;
         }
-        let mut client = Client { socket, peer, wants_progress: false };
+        let mut client = Client { socket, peer, wants_progress: false, kept: RefCell::default() };
         let request = serde_json::from_slice(&line).and_then(|mut request: Value| {
             client.wants_progress = take_progress(&mut request);
             serde_json::from_value::<H::Request>(request)
@@ -397,6 +407,17 @@ mod tests {
             match request.as_str() {
                 "panic" => panic!("as asked"),
                 "refuse" => Err(anyhow!("no")),
+                "keep" => {
+                    /// Tells the client when it is dropped.
+                    struct Kept(UnixStream);
+                    impl Drop for Kept {
+                        fn drop(&mut self) {
+                            let _ = self.0.write_all(b"dropped\n");
+                        }
+                    }
+                    client.keep(Kept(client.socket.try_clone()?));
+                    Ok(request.into())
+                }
                 "begin" | "wait" => {
                     if request == "begin" {
                         client.item(Value::Null)?;
@@ -455,6 +476,15 @@ mod tests {
         // its last byte.
         let _ = socket.read_to_end(&mut bytes);
         String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn what_a_handler_keeps_is_dropped_after_the_answer() {
+        let setting = Setting::new(1);
+        let client = setting.connect();
+        (&client).write_all(b"\"keep\"\n").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(rest(&client), "{\"ok\":\"keep\"}\ndropped\n");
     }
 
     /// The client's thread would close what comes, and a close can wait.

@@ -169,7 +169,9 @@ impl Control {
             ensure!(!client.gone(), "the client that asked for this has gone");
             Ok(())
         };
-        let report = save::save(&self.0, socket, plan, &progress)?;
+        let (report, moved) = save::save(&self.0, socket, plan, &progress)?;
+        // The client has its answer before this process ends.
+        client.keep(moved);
         Ok(serde_json::to_value(report)?)
     }
 }

@@ -28,8 +28,8 @@ pub enum VmEvent {
 pub struct Parking {
     /// Learns that the machine stands still, or why it does not.
     pub told: Sender<Result<(), String>>,
-    /// Says what comes then: true, the machine runs elsewhere and ends here; false, it goes on.
-    /// If the sender ends without a word, it goes on.
+    /// Says what comes then: true, the machine runs elsewhere and ends here once the sender is
+    /// dropped; false, it goes on. If the sender is dropped without a word, it goes on.
     pub then: Receiver<bool>,
 }
 

@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use kvm_ioctls::{Cap, Kvm};
@@ -33,6 +34,8 @@ use crate::vcpu_gate::VcpuGate;
 
 /// The address where KVM may put three pages of its own, which old processors of Intel need.
 const TSS: usize = 0xfffb_d000;
+/// How long the answer to a client whose machine was moved may take.
+const ANSWER: Duration = Duration::from_secs(5);
 /// KVM's API version. It has not changed since Linux 2.6.22.
 const API: i32 = 12;
 
@@ -355,6 +358,10 @@ impl Machine {
         // Whoever asked may have gone.
         let told = parking.told.send(stands).is_ok();
         let moved = stands_still && told && parking.then.recv().unwrap_or(false);
+        if moved {
+            // Whoever asked for it gets its answer first.
+            let _ = parking.then.recv_timeout(ANSWER);
+        }
         if !moved && !stopped {
             self.components.cpus.run();
         }

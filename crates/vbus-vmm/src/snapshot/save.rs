@@ -59,6 +59,9 @@ pub(crate) type Progress<'a> = &'a dyn Fn(Option<&str>) -> Result<()>;
 
 /// Saves the machine to `to` as `plan` says. After an error it runs on as before.
 ///
+/// If the machine runs at the receiver now, this process ends once the second value of the result is
+/// dropped.
+///
 /// # Errors
 /// The receiver refuses or has gone, the machine ends or resets meanwhile, or `progress` fails.
 pub(crate) fn save(
@@ -66,7 +69,7 @@ pub(crate) fn save(
     to: UnixStream,
     plan: Plan,
     progress: Progress<'_>,
-) -> Result<Report> {
+) -> Result<(Report, Option<Sender<bool>>)> {
     let _frozen = components.pci.freeze().map_err(|text| anyhow!(text))?;
     let description = description(components);
     if let Some(device) = description.devices.first() {
@@ -81,7 +84,7 @@ pub(crate) fn save(
         Plan::Copy => sender.copy(),
         Plan::Move { rounds, down_time } => sender.send_over(&answers, rounds, down_time),
     };
-    sent.map(|()| Report { bytes: sender.writer.bytes(), ..sender.report })
+    sent.map(|moved| (Report { bytes: sender.writer.bytes(), ..sender.report }, moved))
 }
 
 /// The description of the machine.
@@ -99,7 +102,7 @@ struct Save<'a, W: Write> {
 }
 
 impl<W: Write> Save<'_, W> {
-    fn copy(&mut self) -> Result<()> {
+    fn copy(&mut self) -> Result<Option<Sender<bool>>> {
         let parked = Parked::new(self.components)?;
         let began = Instant::now();
         let mut pages = Pages::new(&self.components.ram.parts());
@@ -112,10 +115,15 @@ impl<W: Write> Save<'_, W> {
         self.writer.flush()?;
         drop(parked);
         self.report.down_time_ms = millis(began.elapsed());
-        Ok(())
+        Ok(None)
     }
 
-    fn send_over(&mut self, answers: &UnixStream, rounds: u32, down_time: Duration) -> Result<()> {
+    fn send_over(
+        &mut self,
+        answers: &UnixStream,
+        rounds: u32,
+        down_time: Duration,
+    ) -> Result<Option<Sender<bool>>> {
         self.writer.flush()?;
         let (ram, progress) = (&self.components.ram, self.progress);
         expect(answers, &Answer::Ready, PATIENCE, &|| progress(None))?;
@@ -158,8 +166,7 @@ impl<W: Write> Save<'_, W> {
         self.writer.flush()?;
         expect_running(answers, PATIENCE).context("the machine was not moved")?;
         self.report.down_time_ms = millis(stopped.elapsed());
-        parked.give_up();
-        Ok(())
+        Ok(parked.give_up())
     }
 
     /// The pages that have changed since the last call. After a reset of the machine, these are all
@@ -287,9 +294,11 @@ impl Parked<'_> {
         }
     }
 
-    /// The machine runs elsewhere.
-    fn give_up(mut self) {
-        let _ = self.then.take().map(|then| then.send(true));
+    /// The machine runs elsewhere. This process ends once the result is dropped.
+    fn give_up(mut self) -> Option<Sender<bool>> {
+        let then = self.then.take();
+        let _ = then.as_ref().map(|then| then.send(true));
+        then
     }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guests of `vbus-vmm` that are saved, restored, and moved to another process.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -36,7 +36,7 @@ fn clocks(guest: &Guest) -> Result<[i64; 4]> {
 }
 
 /// The guest goes on from where it was: it counts on, its clocks are right, its memory is whole.
-fn check(guest: &Guest, before: [i64; 4]) -> Result<[i64; 4]> {
+fn check(guest: &Guest, before: [i64; 4]) -> Result<()> {
     let mut now = clocks(guest)?;
     for _ in 0..600 {
         if now[0] > before[0] + 4 {
@@ -51,7 +51,7 @@ fn check(guest: &Guest, before: [i64; 4]) -> Result<[i64; 4]> {
     ensure!(longest < GAP_MS, "a clock jumped by {longest} ms");
     ensure!(apart.abs() < 1000, "the time of day left the monotonic clock by {apart} ms");
     guest.ok("sha256sum -c /run/hash").context("the guest's memory has changed")?;
-    Ok(now)
+    Ok(())
 }
 
 /// The guest's time of day less that of L1, in seconds.
@@ -99,24 +99,25 @@ pub fn snapshot(l1: &L1, figures: &mut Figures) -> Result<()> {
     let told = save(l1, &l2, &file)?;
     eprintln!("a snapshot: {told}");
     figures.insert("snapshot".into(), told);
-    let later = check(&l2.guest, before).context("after the snapshot")?;
+    check(&l2.guest, before).context("after the snapshot")?;
+    l2.guest.ok("touch /run/later")?;
     l2.kill()?;
 
     refuse(l1, &file)?;
     let restored = spec.restore(l1, &file)?;
     let mut l2 = restored.join().context("the guest that was restored does not answer")?;
-    let counted = clocks(&l2.guest)?;
-    ensure!(counted[0] <= later[0], "it counts from the moment of the snapshot: {counted:?}");
+    l2.guest.ok("[ ! -e /run/later ]").context("it knows what came after the snapshot")?;
     check(&l2.guest, before).context("after it was restored")?;
 
     let times = l1.lab().times().unwrap_or(1);
     let mut down = Vec::new();
     for turn in 0..times {
         for (to, way) in [(&there, "there"), (&spec, "back")] {
+            let began = Instant::now();
             let (before, off) = (clocks(&l2.guest)?, behind(l1, &l2.guest)?);
             let (moved, told) = relocate(l1, l2, to)?;
             l2 = moved;
-            eprintln!("{way} ({turn}): {told}");
+            eprintln!("{way} ({turn}), in {:.1} s: {told}", began.elapsed().as_secs_f32());
             check(&l2.guest, before).with_context(|| format!("moved {way} ({turn})"))?;
             let drift = behind(l1, &l2.guest)? - off;
             ensure!(drift.abs() <= 5, "the time of day has gone off by {drift} s");
