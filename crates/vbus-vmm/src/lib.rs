@@ -33,7 +33,6 @@ mod cpus;
 mod dump;
 pub mod events;
 mod exits;
-mod hex;
 pub mod ioapic;
 pub mod irqchip;
 pub mod layout;

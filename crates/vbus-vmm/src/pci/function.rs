@@ -288,14 +288,18 @@ impl Function {
         }
         let mut state = lock(&self.state);
         state.config.reset();
-        state.config.restore(&saved.config).map_err(|at| {
-            let was = saved.config.get(at).copied().unwrap_or_default();
-            let is = state.config.bytes().get(at).copied().unwrap_or_default();
-            format!(
-                "the saved device {name} is another one: byte {at:#x} of its configuration space \
-                 is {was:#04x}, and {is:#04x} here"
-            )
-        })?;
+        state.config.set_msi_pending(false);
+        if !state.config.restore(&saved.config) {
+            let id = |bytes: &[u8]| match bytes {
+                [a, b, c, d, ..] => format!("{b:02x}{a:02x}:{d:02x}{c:02x}"),
+                _ => "no".into(),
+            };
+            let (was, is) = (id(&saved.config), id(state.config.bytes()));
+            return Err(format!(
+                "the saved device {name} is another one: its configuration space ({was}) is not \
+                 that of the device here ({is})"
+            ));
+        }
         if !state.table.restore(&saved.table) {
             let (was, is) = (saved.table.len() / 16, state.table.vectors());
             return Err(format!("the saved device {name} has {was} vectors, and {is} here"));

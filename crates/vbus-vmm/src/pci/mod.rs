@@ -252,9 +252,9 @@ impl PciRoot {
             return Err(format!("there are the states of {have} slots, not {}", slots.len()));
         }
         self.config_ports.set_address(saved.config_address);
-        self.hierarchy
-            .restore_host_bridge(&saved.host_bridge)
-            .map_err(|at| format!("byte {at:#x} of the host bridge is that of another one"))?;
+        if !self.hierarchy.restore_host_bridge(&saved.host_bridge) {
+            return Err("the saved host bridge is another one".into());
+        }
         slots.iter().zip(&saved.slots).try_for_each(|(slot, saved)| slot.restore(saved))
     }
 

@@ -3,8 +3,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::hex;
-
 /// The state of all of PCI.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -12,7 +10,7 @@ pub(crate) struct SavedPci {
     /// The address register of the configuration ports.
     pub(super) config_address: u32,
     /// The configuration space of the host bridge.
-    #[serde(with = "hex")]
+    #[serde(with = "hex::serde")]
     pub(super) host_bridge: Vec<u8>,
     /// The slots, from slot 1 on.
     pub(super) slots: Vec<SavedSlot>,
@@ -30,7 +28,7 @@ pub(super) struct SavedSlot {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SavedPort {
-    #[serde(with = "hex")]
+    #[serde(with = "hex::serde")]
     pub(super) config: Vec<u8>,
     /// The guest has written Slot Control.
     pub(super) managed: bool,
@@ -48,10 +46,10 @@ pub(super) struct SavedFunction {
     pub(super) bar: u32,
     /// The most doorbells that the device can have.
     pub(super) doorbells: u32,
-    #[serde(with = "hex")]
+    #[serde(with = "hex::serde")]
     pub(super) config: Vec<u8>,
     /// The table of MSI-X.
-    #[serde(with = "hex")]
+    #[serde(with = "hex::serde")]
     pub(super) table: Vec<u8>,
     /// The interrupts that were signalled and not sent.
     pub(super) pending: SavedPending,

@@ -252,9 +252,9 @@ impl Slot {
         let mut inner = lock(&self.inner);
         let number = self.number;
         let function = inner.function().cloned();
-        inner.port.restore(&saved.port).map_err(|at| {
-            format!("slot {number}: byte {at:#x} of its configuration space is that of no port")
-        })?;
+        if !inner.port.restore(&saved.port) {
+            return Err(format!("slot {number}: the saved configuration space is that of no port"));
+        }
         drop(inner);
         match (function, &saved.function) {
             (Some(function), Some(saved)) => function.restore(saved)?,
