@@ -124,9 +124,10 @@ impl SavedMachine {
     /// Checks the size of the machine against what the caller insists on.
     ///
     /// # Errors
-    /// It has another number of virtual CPUs, or another size of memory (MiB).
+    /// It has another number of virtual CPUs, or another size of memory (MiB). A sender learns of
+    /// it.
     pub fn check_size(&self, cpus: Option<u32>, memory_mib: Option<u64>) -> Result<()> {
-        self.description.check_size(cpus, memory_mib)
+        self.description.check_size(cpus, memory_mib).inspect_err(|error| self.refuse(error))
     }
 
     /// Whether the machine comes from a running one.
