@@ -37,6 +37,43 @@ impl Serialize for Counter {
     }
 }
 
+/// The highest count in a state. No device comes near it, and sums of counts do not overflow.
+pub const COUNT_MAX: u64 = 1 << 56;
+
+/// Counts by name.
+pub type Counts = BTreeMap<String, u64>;
+
+/// The counts of counters, each with its name.
+pub fn counts(counters: &[(&str, &Counter)]) -> Counts {
+    counters.iter().map(|(name, counter)| ((*name).to_owned(), counter.get())).collect()
+}
+
+/// Adds counts that [`counts`] returned for the counters of another device. A name that is missing
+/// counts as 0.
+///
+/// # Errors
+/// There is a name that no counter has, or a count above [`COUNT_MAX`]. Nothing has changed.
+pub fn add_counts(counters: &[(&str, &Counter)], counts: &Counts) -> Result<(), String> {
+    for (name, count) in counts {
+        if counters.iter().all(|(has, _)| has != name) {
+            return Err(format!("there is no counter {name:?}"));
+        }
+        check_count(name, *count)?;
+    }
+    for (name, counter) in counters {
+        counter.add(counts.get(*name).copied().unwrap_or(0));
+    }
+    Ok(())
+}
+
+/// Checks a count of the state called `name`.
+///
+/// # Errors
+/// It is above [`COUNT_MAX`].
+pub fn check_count(name: &str, count: u64) -> Result<(), String> {
+    if count > COUNT_MAX { Err(format!("{name} is {count}; at most {COUNT_MAX}")) } else { Ok(()) }
+}
+
 /// What a device's connections did, over the device's life. Classes add their own counters (see
 /// [`Device::inspect`](crate::Device::inspect)).
 #[derive(Debug, Default, Serialize)]
@@ -183,24 +220,16 @@ impl ConnectionCounters {
     }
 
     /// All counts by name.
-    pub(crate) fn save(&self) -> BTreeMap<String, u64> {
-        self.all().into_iter().map(|(name, counter)| (name.to_owned(), counter.get())).collect()
+    pub(crate) fn save(&self) -> Counts {
+        counts(&self.all())
     }
 
-    /// Adds the counts of a device that this one goes on for. A name that is missing counts from
-    /// here on.
+    /// Adds the counts of a device that this one goes on for.
     ///
     /// # Errors
-    /// A name that no counter has. Nothing has changed.
-    pub(crate) fn restore(&self, counts: &BTreeMap<String, u64>) -> Result<(), String> {
-        let all = self.all();
-        if let Some(name) = counts.keys().find(|name| all.iter().all(|(has, _)| has != name)) {
-            return Err(format!("there is no counter {name:?}"));
-        }
-        for (name, counter) in all {
-            counter.add(counts.get(name).copied().unwrap_or(0));
-        }
-        Ok(())
+    /// As [`add_counts`]. Nothing has changed.
+    pub(crate) fn restore(&self, counts: &Counts) -> Result<(), String> {
+        add_counts(&self.all(), counts)
     }
 }
 
@@ -219,8 +248,9 @@ mod tests {
         let other = ConnectionCounters::of("there");
         other.restore(&saved).unwrap();
         assert_eq!(other.save(), saved);
-        let unknown = BTreeMap::from([("opens".to_owned(), 1), ("kicks".to_owned(), 1)]);
-        assert!(other.restore(&unknown).unwrap_err().contains("\"kicks\""));
+        let counts = |name: &str, count| Counts::from([("opens".into(), 1), (name.into(), count)]);
+        assert!(other.restore(&counts("kicks", 1)).unwrap_err().contains("\"kicks\""));
+        assert!(other.restore(&counts("polls", u64::MAX)).unwrap_err().contains("polls is 1844"));
         assert_eq!(other.save(), saved);
     }
 }

@@ -247,6 +247,13 @@ pub trait Device: Send + Sync {
     /// Undoes [`quiesce`](Self::quiesce), also of a device that was restored.
     fn resume(&self) {}
 
+    /// The settings with which an equal device is made: `config`, the settings that this device has,
+    /// with what the device has chosen itself, for example a random address. Whoever makes the
+    /// device that goes on from a state gives it these. The provided method returns `config`.
+    fn settled(&self, config: &Value) -> Value {
+        config.clone()
+    }
+
     /// Copies of the descriptors of the device's back end, by name. A process that takes this one's
     /// place before the same network hands them to the device that goes on. The device is quiesced.
     /// The provided method has none.

@@ -12,12 +12,12 @@
 //!
 //! A state may be forged, so whoever reads one checks it like a message of a hostile peer.
 
-use std::collections::BTreeMap;
-
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vbus_shm::ErrorCode;
+
+pub use crate::counter::{COUNT_MAX, Counts, add_counts, check_count, counts};
 
 /// The format of the documents that this version writes, and the only one that it reads.
 pub const FORMAT: u32 = 1;
@@ -156,7 +156,7 @@ pub struct DeviceState {
     pub(crate) incarnation: u64,
     pub(crate) config: ConfigPart,
     pub(crate) events: EventsPart,
-    pub(crate) counters: BTreeMap<String, u64>,
+    pub(crate) counters: Counts,
     pub(crate) connection: ConnectionPart,
     /// The class's own part ([`Device::save`](crate::Device::save)).
     pub(crate) device: Value,

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 use vbus_core::shm::signal::Armed;
-use vbus_core::{ErrorCode, TaskHandle};
+use vbus_core::{ErrorCode, TaskHandle, state};
 use vbus_tap::{Mac, Offloads};
 
 use crate::filter::Filter;
@@ -58,6 +58,33 @@ pub trait Backend: Send + Sync {
     /// Settings and counters, for people.
     fn inspect(&self) -> Value;
 
+    /// Stops everything of the back end that is no task of the device: when this returns, nothing
+    /// touches its descriptors. Until [`resume`](Self::resume) a plug that is dropped leaves them
+    /// as they are, because another process may have taken them over.
+    fn quiesce(&self) {}
+
+    /// Undoes [`quiesce`](Self::quiesce).
+    fn resume(&self) {}
+
+    /// What the back end has beside its settings and a driver, as plain data
+    /// (spec/state-format.md, "Back ends"). The device is quiesced.
+    ///
+    /// # Errors
+    /// It cannot be saved. The text says why. The provided method refuses.
+    fn save(&self) -> Result<Value, String> {
+        Err(UNSAVABLE.into())
+    }
+
+    /// Goes on from what [`save`](Self::save) returned. The device is a fresh one, and quiesced.
+    /// The state may be forged.
+    ///
+    /// # Errors
+    /// The state is wrong. The text says what.
+    fn restore(&self, state: &Value) -> Result<(), String> {
+        let _ = state;
+        Err(UNSAVABLE.into())
+    }
+
     /// Copies of the descriptors that the back end has opened, by name, for a process that takes
     /// this one's place ([`Opener::handed_over`](crate::Opener::handed_over)). The device is
     /// quiesced.
@@ -68,6 +95,9 @@ pub trait Backend: Send + Sync {
         Ok(Vec::new())
     }
 }
+
+/// What the provided methods for saving say.
+const UNSAVABLE: &str = "its back end has no saved state";
 
 /// Told how [`Plug::configure`] has ended. An error comes from another thread only.
 pub type Done = Box<dyn FnOnce(Result<(), ErrorCode>) + Send>;
@@ -94,6 +124,23 @@ pub trait Plug: Send + Sync {
 
     /// The port's filter has changed.
     fn filter_changed(&self) {}
+
+    /// What the back end has for this driver beside its queues, as plain data. The provided method
+    /// has nothing.
+    ///
+    /// # Errors
+    /// As [`Backend::save`].
+    fn save(&self) -> Result<Value, String> {
+        Ok(state::nothing())
+    }
+
+    /// Goes on from what [`save`](Self::save) returned.
+    ///
+    /// # Errors
+    /// As [`Backend::restore`].
+    fn restore(&self, state: &Value) -> Result<(), String> {
+        state::is_nothing(state)
+    }
 }
 
 /// One queue pair's end of a back end. It belongs to the task of that pair.
@@ -132,6 +179,24 @@ pub trait Queue: Send {
     /// The time at which the queue needs a poll even if no event comes.
     fn deadline(&self) -> Option<Instant> {
         None
+    }
+
+    /// What the queue has, as plain data: frames that it has read and not delivered, how far a
+    /// frame of the driver has come that is sent in parts. The device is quiesced. The provided
+    /// method has nothing.
+    ///
+    /// # Errors
+    /// As [`Backend::save`].
+    fn save(&mut self) -> Result<Value, String> {
+        Ok(state::nothing())
+    }
+
+    /// Goes on from what [`save`](Self::save) returned, before the first poll.
+    ///
+    /// # Errors
+    /// As [`Backend::restore`].
+    fn restore(&mut self, state: &Value) -> Result<(), String> {
+        state::is_nothing(state)
     }
 }
 

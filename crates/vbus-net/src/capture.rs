@@ -2,24 +2,29 @@
 //! A decorator around a back end: records the frames that a driver sends and receives in a capture
 //! file.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vbus_core::shm::signal::Armed;
-use vbus_core::{CreateError, ErrorCode, TaskHandle};
+use vbus_core::{CreateError, ErrorCode, TaskHandle, state};
 use vbus_tap::{Mac, Offloads};
 
 use crate::backend::{Backend, Done, Plug, Port, Queue, Sent};
 use crate::frame::Packet;
-use crate::inbound::Inbound;
+use crate::inbound::{Inbound, InboundState};
 use crate::limits::Limits;
 use crate::opener::Opener;
 use crate::pcap::PcapFile;
 use crate::sink::{
     Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedFront, SharedSink, Waiter,
 };
+
+/// The name of the file among the descriptors.
+pub(crate) const PCAP: &str = "pcap";
 
 /// A back end that records frames as they pass the driver's rings. It copies each frame to the
 /// driver once more than the inner back end does.
@@ -39,7 +44,18 @@ impl Captured {
         path: &Path,
         snap: u32,
     ) -> Result<Captured, CreateError> {
-        let file = PcapFile::create(opener.clone(), path.into(), snap)
+        Captured::with(opener, inner, path, snap, None)
+    }
+
+    /// The same, with a file that another process has begun.
+    pub(crate) fn with(
+        opener: &Arc<dyn Opener>,
+        inner: Box<dyn Backend>,
+        path: &Path,
+        snap: u32,
+        begun: Option<OwnedFd>,
+    ) -> Result<Captured, CreateError> {
+        let file = PcapFile::create(opener.clone(), path.into(), snap, begun)
             .map_err(|error| CreateError(format!("\"pcap\" is {path:?}: {error}")))?;
         Ok(Captured { inner, path: path.into(), file: Arc::new(file) })
     }
@@ -100,6 +116,35 @@ impl Backend for Captured {
         });
         value
     }
+
+    fn quiesce(&self) {
+        self.inner.quiesce();
+        self.file.settle();
+    }
+
+    fn resume(&self) {
+        self.inner.resume();
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        let (records, left_out) = (self.file.records.get(), self.file.left_out.get());
+        state::part(&FileState { records, left_out, inner: self.inner.save()? })
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        let FileState { records, left_out, inner } = state::read_part(saved)?;
+        state::check_count("records", records)?;
+        state::check_count("left_out", left_out)?;
+        self.file.records.add(records);
+        self.file.left_out.add(left_out);
+        self.inner.restore(&inner)
+    }
+
+    fn descriptors(&self) -> std::io::Result<Vec<(String, OwnedFd)>> {
+        let mut all = self.inner.descriptors()?;
+        all.extend(self.file.descriptor()?.map(|fd| (PCAP.into(), fd)));
+        Ok(all)
+    }
 }
 
 struct CapturedPlug {
@@ -123,6 +168,14 @@ impl Plug for CapturedPlug {
 
     fn filter_changed(&self) {
         self.inner.filter_changed();
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        self.inner.save()
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), String> {
+        self.inner.restore(state)
     }
 }
 
@@ -173,6 +226,35 @@ impl Queue for CapturedQueue {
     fn deadline(&self) -> Option<Instant> {
         self.inner.deadline()
     }
+
+    fn save(&mut self) -> Result<Value, String> {
+        state::part(&CapturedState { frame: self.inbound.save(), inner: self.inner.save()? })
+    }
+
+    fn restore(&mut self, saved: &Value) -> Result<(), String> {
+        let CapturedState { frame, inner } = state::read_part(saved)?;
+        self.inbound.restore(frame.as_ref())?;
+        self.inner.restore(&inner)
+    }
+}
+
+/// A back end with a capture as plain data (spec/state-format.md, "Back ends").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileState {
+    /// Frames recorded, and frames not recorded.
+    records: u64,
+    left_out: u64,
+    inner: Value,
+}
+
+/// A queue with a capture as plain data (spec/state-format.md, "Back ends").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CapturedState {
+    /// The frame that waits for the receive queue.
+    frame: Option<InboundState>,
+    inner: Value,
 }
 
 /// Delivers to `sink`, and records the frames that it accepts.

@@ -9,12 +9,12 @@ use vbus_core::settings::Settings;
 use vbus_tap::{Mac, Offloads};
 
 use crate::backend::Backend;
-use crate::capture::Captured;
+use crate::capture::{Captured, PCAP};
 use crate::limited::Limited;
 use crate::limits::Limits;
 use crate::link::Link;
 use crate::medium::Medium;
-use crate::opener::Opener;
+use crate::opener::{HandedOver, Opener};
 use crate::switch::Switches;
 
 /// The checked settings of a back end. A front reads its own settings beside them.
@@ -75,20 +75,21 @@ impl BackendConfig {
         Ok(BackendConfig { medium, offloads, limits, capture })
     }
 
-    /// Makes the back end for a device with this address, with `queues` queue pairs and this MTU.
-    /// `opener` opens what the back end needs. The back end sets the carrier of `link`. The error's
+    /// Makes the back end for a device with this address. `shape` is the number of queue pairs and
+    /// the MTU. `opener` opens what the back end needs, and was not `handed` over. The back end sets the carrier of `link`. The error's
     /// text begins with the setting at fault.
     pub fn open(
         &self,
         switches: &Switches,
         opener: &Arc<dyn Opener>,
         mac: Mac,
-        (queues, mtu): (u16, u16),
+        shape: (u16, u16),
         link: Arc<Link>,
+        mut handed: HandedOver,
     ) -> Result<Box<dyn Backend>, CreateError> {
-        let backend = self.medium.open(switches, opener, queues, mtu, link)?;
+        let backend = self.medium.open_with(switches, opener, shape, link, &mut handed)?;
         backend.reserve(mac);
-        self.decorate(opener, backend)
+        self.decorate(opener, backend, handed)
     }
 
     /// Makes the back end for an uplink: with one queue, and without an address.
@@ -98,20 +99,26 @@ impl BackendConfig {
         opener: &Arc<dyn Opener>,
         mtu: u16,
         link: Arc<Link>,
+        mut handed: HandedOver,
     ) -> Result<Box<dyn Backend>, CreateError> {
-        self.decorate(opener, self.medium.open(switches, opener, 1, mtu, link)?)
+        let backend = self.medium.open_with(switches, opener, (1, mtu), link, &mut handed)?;
+        self.decorate(opener, backend, handed)
     }
 
     fn decorate(
         &self,
         opener: &Arc<dyn Opener>,
         mut backend: Box<dyn Backend>,
+        mut handed: HandedOver,
     ) -> Result<Box<dyn Backend>, CreateError> {
         if self.limits != Limits::default() {
             backend = Box::new(Limited::new(backend, self.limits.clone()));
         }
         Ok(match &self.capture {
-            Some((path, snap)) => Box::new(Captured::new(opener, backend, path, *snap)?),
+            Some((path, snap)) => {
+                let file = handed.take(PCAP);
+                Box::new(Captured::with(opener, backend, path, *snap, file)?)
+            }
             None => backend,
         })
     }

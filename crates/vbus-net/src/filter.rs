@@ -86,6 +86,16 @@ impl Filter {
         self.set_own(self.mac(), &mut rules);
     }
 
+    /// The addresses that pass.
+    pub fn addresses(&self) -> Addresses {
+        self.read().addresses.clone()
+    }
+
+    /// The VLAN ids that pass; `None`: all.
+    pub fn vlans(&self) -> Option<Box<Vlans>> {
+        self.read().vlans.clone()
+    }
+
     /// Whether frames to `mac` pass.
     pub fn accepts(&self, mac: Mac) -> bool {
         self.own.load(Ordering::Relaxed) == word(mac) || self.read().addresses.pass(mac, self.mac())

@@ -6,8 +6,9 @@
 //! driver can change it, or if the driver's buffers cannot hold the longest frame.
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use vbus_core::io_vec::IoVecMut;
-use vbus_tap::HEADER_BYTES;
+use vbus_tap::{HEADER_BYTES, Offloads};
 
 use crate::frame::{Body, ETH_BYTES, FRAME_MAX, Hash, Header, Packet};
 use crate::offload::{Plain, complete_dhcp};
@@ -58,6 +59,17 @@ pub(crate) struct Inbound {
     /// number.
     cut: Option<(usize, usize)>,
     plain: Plain,
+}
+
+/// A frame that waits, as plain data (spec/state-format.md, "Back ends").
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct InboundState {
+    /// The header of 12 bytes, and the frame.
+    #[serde(with = "hex::serde")]
+    bytes: Vec<u8>,
+    /// The number of the next plain frame, if it is delivered in plain frames.
+    next: Option<usize>,
 }
 
 /// How far a frame has come.
@@ -138,6 +150,50 @@ impl Inbound {
             next += 1;
         }
         self.done()
+    }
+
+    /// The frame that is here, as plain data.
+    pub fn save(&self) -> Option<InboundState> {
+        if !self.is_held {
+            return None;
+        }
+        let frame = &self.frame;
+        let mut bytes = frame.header.bytes(0).to_vec();
+        bytes.extend_from_slice(&frame.eth);
+        bytes.extend_from_slice(frame.body.get(..frame.len).unwrap_or(&[]));
+        Some(InboundState { bytes, next: self.cut.map(|(next, _)| next) })
+    }
+
+    /// Goes on from what [`save`](Self::save) returned.
+    ///
+    /// # Errors
+    /// It is no frame.
+    pub fn restore(&mut self, saved: Option<&InboundState>) -> Result<(), String> {
+        const HEAD: usize = HEADER_BYTES + ETH_BYTES;
+        let Some(InboundState { bytes, next }) = saved else { return Ok(()) };
+        let bad = "a frame that waits is none";
+        let (head, body) = bytes.split_at_checked(HEAD).ok_or(bad)?;
+        let (Some((front, eth)), true) =
+            (head.split_first_chunk::<HEADER_BYTES>(), body.len() <= FRAME_MAX)
+        else {
+            return Err(bad.into());
+        };
+        let header = Header::parse(front);
+        // The kernel's headers pass this check, which clears what a driver may not say.
+        if !header.clone().check(ETH_BYTES + body.len(), Offloads::ALL) {
+            return Err(bad.into());
+        }
+        self.frame.header = header;
+        self.frame.eth.copy_from_slice(eth);
+        self.frame.body.resize(FRAME_MAX, 0);
+        self.frame.body[..body.len()].copy_from_slice(body);
+        self.frame.len = body.len();
+        self.is_held = true;
+        if let Some(next) = *next {
+            let count = self.plain.load(&self.frame.packet()).filter(|count| next < *count);
+            self.cut = Some((next, count.ok_or(bad)?));
+        }
+        Ok(())
     }
 
     /// Forgets the frame: it was delivered, or has no receive queue.

@@ -6,12 +6,14 @@
 //! shared receive queues (of a switch, or of a TAP interface for a driver with RSS) are dropped and
 //! counted, because others wait behind them.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vbus_core::shm::signal::Armed;
-use vbus_core::{ErrorCode, TaskHandle, lock};
+use vbus_core::{ErrorCode, TaskHandle, lock, state};
 use vbus_tap::{Mac, Offloads};
 
 use crate::backend::{Backend, Done, Plug, Port, Queue, Sent};
@@ -126,6 +128,26 @@ impl Backend for Limited {
         value["rx-rate"] = json!(limits.rx_rate);
         value
     }
+
+    fn quiesce(&self) {
+        self.inner.quiesce();
+    }
+
+    fn resume(&self) {
+        self.inner.resume();
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        self.inner.save()
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), String> {
+        self.inner.restore(state)
+    }
+
+    fn descriptors(&self) -> std::io::Result<Vec<(String, OwnedFd)>> {
+        self.inner.descriptors()
+    }
 }
 
 struct LimitedPlug {
@@ -153,6 +175,14 @@ impl Plug for LimitedPlug {
 
     fn filter_changed(&self) {
         self.inner.filter_changed();
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        self.inner.save()
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), String> {
+        self.inner.restore(state)
     }
 }
 
@@ -209,6 +239,25 @@ impl Queue for LimitedQueue {
     fn deadline(&self) -> Option<Instant> {
         [self.rx_until, self.inner.deadline()].into_iter().flatten().min()
     }
+
+    fn save(&mut self) -> Result<Value, String> {
+        state::part(&LimitedState { is_paid: self.is_paid, inner: self.inner.save()? })
+    }
+
+    fn restore(&mut self, saved: &Value) -> Result<(), String> {
+        let LimitedState { is_paid, inner } = state::read_part(saved)?;
+        self.is_paid = is_paid;
+        self.inner.restore(&inner)
+    }
+}
+
+/// A queue with a limit as plain data (spec/state-format.md, "Back ends").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LimitedState {
+    /// The frame that waits, or that is sent in parts, has taken its tokens.
+    is_paid: bool,
+    inner: Value,
 }
 
 /// A limit in front of a receive queue that the front lends for a poll. Frames above the rate wait.

@@ -51,6 +51,12 @@ impl Link {
         lock(&self.0).announces
     }
 
+    /// Sets what [`is_off`](Self::is_off) and [`announces`](Self::announces) return, as those of a
+    /// link that this one goes on for.
+    pub(crate) fn restore(&self, off: bool, announces: u64) {
+        self.change(|state| (state.off, state.announces) = (off, announces));
+    }
+
     /// Each change wakes `task` from now on, instead of the former task. `None`: no task.
     pub fn observe(&self, task: Option<TaskHandle>) {
         lock(&self.0).observer = task;

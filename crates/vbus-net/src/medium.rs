@@ -10,7 +10,7 @@ use vbus_core::settings::Settings;
 use crate::backend::Backend;
 use crate::link::Link;
 use crate::null::{self, Null};
-use crate::opener::Opener;
+use crate::opener::{HandedOver, Opener};
 use crate::stream::Stream;
 use crate::switch::{SwitchBackend, SwitchPort, Switches};
 use crate::tap::{self, Tap};
@@ -111,13 +111,32 @@ impl Medium {
         mtu: u16,
         link: Arc<Link>,
     ) -> Result<Box<dyn Backend>, CreateError> {
+        self.open_with(switches, opener, (queues, mtu), link, &mut HandedOver::default())
+    }
+
+    /// The same with what another process has handed over.
+    pub(crate) fn open_with(
+        &self,
+        switches: &Switches,
+        opener: &Arc<dyn Opener>,
+        (queues, mtu): (u16, u16),
+        link: Arc<Link>,
+        handed: &mut HandedOver,
+    ) -> Result<Box<dyn Backend>, CreateError> {
         Ok(match self {
             Medium::Switch(SwitchPort { switch, rules }) => {
                 Box::new(SwitchBackend::new(switches.get(switch), rules.clone(), link))
             }
-            Medium::Tap(name) => Box::new(Tap::new(&**opener, name, queues, mtu, link)?),
-            Medium::Connect(path) => Box::new(Stream::connecting(opener.clone(), path, link)?),
-            Medium::Listen(path) => Box::new(Stream::listening(opener.clone(), path, link)?),
+            Medium::Tap(name) => match Tap::adopt(name, queues, &link, handed)? {
+                Some(tap) => Box::new(tap),
+                None => Box::new(Tap::new(&**opener, name, queues, mtu, link)?),
+            },
+            Medium::Connect(path) => {
+                Box::new(Stream::connecting(opener.clone(), path, link, handed)?)
+            }
+            Medium::Listen(path) => {
+                Box::new(Stream::listening(opener.clone(), path, link, handed)?)
+            }
             Medium::Null(source_bytes) => Box::new(Null::new(*source_bytes, link)),
         })
     }

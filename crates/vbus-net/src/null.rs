@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 use vbus_core::settings::Settings;
-use vbus_core::{CreateError, ErrorCode, TaskHandle};
+use vbus_core::{CreateError, ErrorCode, TaskHandle, state};
 use vbus_tap::{Mac, Offloads};
 
 use crate::backend::{Backend, Plug, Port, Queue, Sent};
@@ -61,6 +61,14 @@ impl Backend for Null {
 
     fn inspect(&self) -> Value {
         json!({ "source-bytes": self.source_bytes })
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        Ok(state::nothing())
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        state::is_nothing(saved)
     }
 }
 

@@ -54,15 +54,35 @@ pub trait Opener: Send + Sync {
     /// [`vbus_tap::advice`] says what to do.
     fn tap(&self, name: &str, queues: u16, mtu: u16) -> io::Result<(String, Vec<vbus_tap::Queue>)>;
 
-    /// What a former process has handed over for the back end of the device called `device`: the
-    /// descriptors that its back end had, by name ([`Backend::descriptors`]). The back end uses
-    /// them in place of opening its own. `None`, as in the provided method: there was no former
-    /// process. It is asked once for each device.
-    ///
-    /// [`Backend::descriptors`]: crate::Backend::descriptors
-    fn handed_over(&self, device: &str) -> Option<Vec<(String, OwnedFd)>> {
+    /// What a former process has handed over for the back end of the device called `device`. The
+    /// back end uses these descriptors in place of opening its own. The provided method has none.
+    /// It is asked once for each device, when the device is made.
+    fn handed_over(&self, device: &str) -> HandedOver {
         let _ = device;
-        None
+        HandedOver::default()
+    }
+}
+
+/// The descriptors that a back end had in another process, by name
+/// ([`Backend::descriptors`](crate::Backend::descriptors)).
+#[derive(Debug, Default)]
+pub struct HandedOver(Vec<(String, OwnedFd)>);
+
+impl HandedOver {
+    /// These descriptors.
+    pub fn new(descriptors: Vec<(String, OwnedFd)>) -> HandedOver {
+        HandedOver(descriptors)
+    }
+
+    /// Takes the descriptor called `name`, if there is one.
+    pub(crate) fn take(&mut self, name: &str) -> Option<OwnedFd> {
+        self.take_if(|other| other == name).map(|(_, fd)| fd)
+    }
+
+    /// Takes the first descriptor whose name `is_it`.
+    pub(crate) fn take_if(&mut self, is_it: impl Fn(&str) -> bool) -> Option<(String, OwnedFd)> {
+        let at = self.0.iter().position(|(name, _)| is_it(name))?;
+        Some(self.0.remove(at))
     }
 }
 

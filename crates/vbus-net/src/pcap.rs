@@ -9,6 +9,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -45,6 +46,10 @@ struct Buffer {
     closed: bool,
     /// The thread has ended.
     done: bool,
+    /// The thread writes records that it has taken out.
+    writing: bool,
+    /// The file that the thread writes.
+    file: Option<OwnedFd>,
 }
 
 /// The buffer between the tasks, which put records in, and the thread, which takes them out.
@@ -52,7 +57,7 @@ struct Buffer {
 struct Records {
     buffer: Mutex<Buffer>,
     news: Condvar,
-    /// Notified when the thread ends.
+    /// Notified when the thread ends, and when it has written all records.
     done: Condvar,
 }
 
@@ -85,8 +90,14 @@ struct Out {
 
 impl PcapFile {
     /// Creates or overwrites the file at `path`, and writes its head. The file gets the first
-    /// `snap` bytes of each frame.
-    pub fn create(opener: Arc<dyn Opener>, path: PathBuf, snap: u32) -> io::Result<PcapFile> {
+    /// `snap` bytes of each frame. `begun`: another process has written a part of it, and this one
+    /// goes on behind that.
+    pub fn create(
+        opener: Arc<dyn Opener>,
+        path: PathBuf,
+        snap: u32,
+        begun: Option<OwnedFd>,
+    ) -> io::Result<PcapFile> {
         let mut head = Vec::new();
         head.extend_from_slice(&MAGIC.to_le_bytes());
         head.extend(VERSION.into_iter().flat_map(u16::to_le_bytes));
@@ -95,7 +106,9 @@ impl PcapFile {
         let waiting = Arc::new(Records::default());
         let mut writer = Writer { waiting: waiting.clone(), opener, path, head, out: None };
         let path = writer.path.clone();
-        if !writer.open()? {
+        if let Some(fd) = begun {
+            writer.take(File::from(fd))?;
+        } else if !writer.open()? {
             tracing::info!(path = %path.display(), "nobody reads the capture's FIFO yet");
             lock(&waiting.buffer).unread_until = Some(Instant::now());
         }
@@ -142,6 +155,22 @@ impl PcapFile {
         if first {
             self.waiting.news.notify_one();
         }
+    }
+
+    /// Waits until the waiting records are written, unless the disk or the reader stands still. The
+    /// caller brings no more of them.
+    pub fn settle(&self) {
+        let waits =
+            |buffer: &mut Buffer| !buffer.done && (buffer.writing || !buffer.bytes.is_empty());
+        let waited =
+            self.waiting.done.wait_timeout_while(lock(&self.waiting.buffer), PATIENCE_FIFO, waits);
+        drop(waited);
+    }
+
+    /// A copy of the file's descriptor. `None`: it is a FIFO that nobody reads.
+    pub fn descriptor(&self) -> io::Result<Option<OwnedFd>> {
+        let buffer = lock(&self.waiting.buffer);
+        buffer.file.as_ref().map(OwnedFd::try_clone).transpose()
     }
 
     /// Whether records go to the file. False: it is a FIFO that nobody reads, or writing failed.
@@ -210,16 +239,23 @@ impl Writer {
             }
             Err(error) => return Err(error),
         };
-        let is_fifo = FileType::from_raw_mode(fstat(&file)?.st_mode) == FileType::Fifo;
-        let mut out = Out { file, is_fifo };
+        let is_fifo = self.take(file)?;
+        let Some(out) = &mut self.out else { return Ok(false) };
         if is_fifo {
             // It may be full of what another program has written. Then the head goes first later.
             lock(&self.waiting.buffer).bytes = self.head.clone();
         } else {
             out.file.write_all(&self.head)?;
         }
-        self.out = Some(out);
         Ok(true)
+    }
+
+    /// Writes to `file` from now on. Returns whether it is a FIFO.
+    fn take(&mut self, file: File) -> io::Result<bool> {
+        let is_fifo = FileType::from_raw_mode(fstat(&file)?.st_mode) == FileType::Fifo;
+        lock(&self.waiting.buffer).file = Some(file.try_clone()?.into());
+        self.out = Some(Out { file, is_fifo });
+        Ok(is_fifo)
     }
 
     fn write_out(&mut self) -> io::Result<()> {
@@ -234,23 +270,35 @@ impl Writer {
             }
             let look = std::mem::take(&mut buffer.look);
             std::mem::swap(&mut buffer.bytes, &mut bytes);
+            buffer.writing = true;
             drop(buffer);
             if look && self.out.is_none() && self.open()? {
                 lock(&self.waiting.buffer).unread_until = None;
             }
-            let Some(out) = &mut self.out else { continue };
+            let Some(out) = &mut self.out else {
+                self.wrote();
+                continue;
+            };
             match out.write(&bytes, &self.waiting) {
                 Err(error) if out.is_fifo && error.kind() == ErrorKind::BrokenPipe => {
                     self.out = None;
                     let mut buffer = lock(&self.waiting.buffer);
                     buffer.bytes.clear();
+                    buffer.file = None;
                     buffer.unread_until = Some(Instant::now());
                     tracing::info!(path = %self.path.display(), "the capture's reader has gone");
                 }
                 written => written?,
             }
             bytes.clear();
+            self.wrote();
         }
+    }
+
+    /// Tells those who wait that the records which were taken out are written.
+    fn wrote(&self) {
+        lock(&self.waiting.buffer).writing = false;
+        self.waiting.done.notify_all();
     }
 }
 
@@ -283,7 +331,6 @@ impl Out {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
-    use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
     use std::path::Path;
     use std::sync::mpsc::channel;
@@ -320,7 +367,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         rustix::net::sockopt::set_socket_send_buffer_size(&ours, 4096).unwrap();
         let disk = Arc::new(Disk(ours.into()));
-        let capture = PcapFile::create(disk, "capture".into(), u32::MAX).unwrap();
+        let capture = PcapFile::create(disk, "capture".into(), u32::MAX, None).unwrap();
         let frame = [7; 1514];
         // More than the socket takes before somebody reads.
         for _ in 0..1000 {

@@ -122,6 +122,16 @@ impl Rss {
         Rss { table: Vec::new(), ..self }
     }
 
+    /// The kinds of frames that are hashed, the key, and the table.
+    pub fn parts(&self) -> (u32, &[u8; KEY_BYTES], &[u16]) {
+        (self.kinds, &self.key, &self.table)
+    }
+
+    /// The queue of frames that are not hashed, if one was given.
+    pub fn unclassified(&self) -> Option<u16> {
+        self.unclassified
+    }
+
     /// The queue that `hash` chooses, if there is a table. Frames that are not hashed have hash 0.
     pub fn queue(&self, hash: Hash) -> Option<u16> {
         let mask = self.table.len().checked_sub(1)?;

@@ -48,6 +48,13 @@ pub trait RxSink: Send {
 
     /// Counts a frame that could not be delivered.
     fn count_drop(&mut self, reason: RxDrop);
+
+    /// The receiving device is quiesced, or goes on. While it is quiesced, the queue touches no
+    /// memory of its driver: it has shown the driver all frames, has no room for others, and wakes
+    /// its waiters when it goes on. The front calls it for queues that it shares.
+    fn pause(&mut self, paused: bool) {
+        let _ = paused;
+    }
 }
 
 /// Fills a vector with a frame: a read from a descriptor.
@@ -107,6 +114,10 @@ where
 
     fn count_drop(&mut self, reason: RxDrop) {
         lock(&self.sink).count_drop(reason);
+    }
+
+    fn pause(&mut self, paused: bool) {
+        lock(&self.sink).pause(paused);
     }
 }
 

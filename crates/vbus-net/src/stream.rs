@@ -7,21 +7,23 @@
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, accept_with, recv, send};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vbus_core::shm::signal::Armed;
-use vbus_core::{Counter, CreateError, ErrorCode, Interest, TaskHandle};
+use vbus_core::{Counter, CreateError, ErrorCode, Interest, TaskHandle, lock, state};
 use vbus_tap::{Mac, Offloads};
 
 use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
 use crate::frame::{ETH_OVERHEAD, Packet};
 use crate::link::Link;
 use crate::offload::Plain;
-use crate::opener::Opener;
+use crate::opener::{HandedOver, Opener};
 use crate::sink::{Delivery, OnFull, RxDrop, RxSink, Waiter};
 
 /// Bytes of the length before each frame.
@@ -32,6 +34,8 @@ const FRAME_MAX: usize = 4096 + 65536;
 const INPUT: usize = 256 << 10;
 /// When this many bytes wait for the peer, further frames wait in the driver's ring.
 const OUTPUT_MAX: usize = 256 << 10;
+/// The most bytes that a saved stream has for its peer: these, and the plain frames of a last one.
+const SAVED_OUTPUT_MAX: usize = OUTPUT_MAX + (4 << 20);
 /// The pause after a failure to connect or to accept.
 const RETRY: Duration = Duration::from_secs(1);
 /// The longest path of a UNIX socket, in bytes.
@@ -44,7 +48,18 @@ pub struct Stream {
     listener: Option<Arc<OwnedFd>>,
     link: Arc<Link>,
     counters: Arc<StreamCounters>,
+    socket: Socket,
+    /// The device is quiesced: what another process may have taken over stays.
+    quiesced: AtomicBool,
 }
+
+/// The socket of the peer, for the device and for its queue. Before there is a queue, it is one
+/// that another process has handed over.
+type Socket = Arc<Mutex<Option<Arc<OwnedFd>>>>;
+
+/// The names of the descriptors.
+const LISTENER: &str = "stream.listener";
+const PEER: &str = "stream.peer";
 
 #[derive(Default)]
 struct StreamCounters {
@@ -58,12 +73,32 @@ impl Stream {
         opener: Arc<dyn Opener>,
         path: &Path,
         link: Arc<Link>,
+        handed: &mut HandedOver,
     ) -> Result<Stream, CreateError> {
         check_length("connect", path)?;
-        if !path.exists() {
+        let socket = handed.take(PEER);
+        if socket.is_none() && !path.exists() {
             tracing::warn!(path = %path.display(), "nothing is at the stream's path yet");
         }
-        Ok(Stream { opener, path: path.into(), listener: None, link, counters: Arc::default() })
+        Ok(Stream::with(opener, path, None, link, socket))
+    }
+
+    fn with(
+        opener: Arc<dyn Opener>,
+        path: &Path,
+        listener: Option<OwnedFd>,
+        link: Arc<Link>,
+        socket: Option<OwnedFd>,
+    ) -> Stream {
+        Stream {
+            opener,
+            path: path.into(),
+            listener: listener.map(Arc::new),
+            link,
+            counters: Arc::default(),
+            socket: Arc::new(Mutex::new(socket.map(Arc::new))),
+            quiesced: AtomicBool::new(false),
+        }
     }
 
     /// Makes the end that listens at `path`. It replaces a socket that exists already and has no
@@ -72,18 +107,23 @@ impl Stream {
         opener: Arc<dyn Opener>,
         path: &Path,
         link: Arc<Link>,
+        handed: &mut HandedOver,
     ) -> Result<Stream, CreateError> {
         check_length("listen", path)?;
         let failed =
             |error: std::io::Error| CreateError(format!("\"listen\" is {path:?}: {error}"));
-        let listener = Some(Arc::new(opener.listen(path).map_err(failed)?));
-        Ok(Stream { opener, path: path.into(), listener, link, counters: Arc::default() })
+        let listener = match handed.take(LISTENER) {
+            Some(listener) => listener,
+            None => opener.listen(path).map_err(failed)?,
+        };
+        let socket = handed.take(PEER);
+        Ok(Stream::with(opener, path, Some(listener), link, socket))
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if self.listener.is_some() {
+        if self.listener.is_some() && !*self.quiesced.get_mut() {
             self.opener.remove(&self.path);
         }
     }
@@ -123,8 +163,41 @@ impl Backend for Stream {
             listener: self.listener.clone(),
             link: self.link.clone(),
             counters: self.counters.clone(),
+            socket: self.socket.clone(),
             port,
         }))
+    }
+
+    // Relaxed: the device calls all of these and the drop in order.
+    fn quiesce(&self) {
+        self.quiesced.store(true, Ordering::Relaxed);
+    }
+
+    fn resume(&self) {
+        self.quiesced.store(false, Ordering::Relaxed);
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        let StreamCounters { connects, disconnects } = &*self.counters;
+        state::part(&StreamState { connects: connects.get(), disconnects: disconnects.get() })
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        let StreamState { connects, disconnects } = state::read_part(saved)?;
+        state::check_count("connects", connects)?;
+        state::check_count("disconnects", disconnects)?;
+        self.counters.connects.add(connects);
+        self.counters.disconnects.add(disconnects);
+        Ok(())
+    }
+
+    fn descriptors(&self) -> std::io::Result<Vec<(String, OwnedFd)>> {
+        let socket = lock(&self.socket).clone();
+        let all = [(LISTENER, &self.listener), (PEER, &socket)];
+        let copy = |(name, fd): (&str, &Option<Arc<OwnedFd>>)| {
+            Some(fd.as_ref()?.try_clone().map(|fd| (name.to_owned(), fd)))
+        };
+        all.into_iter().filter_map(copy).collect()
     }
 
     fn inspect(&self) -> Value {
@@ -144,7 +217,16 @@ struct StreamPlug {
     listener: Option<Arc<OwnedFd>>,
     link: Arc<Link>,
     counters: Arc<StreamCounters>,
+    socket: Socket,
     port: Arc<Port>,
+}
+
+/// The back end as plain data (spec/state-format.md, "Back ends").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StreamState {
+    connects: u64,
+    disconnects: u64,
 }
 
 impl Plug for StreamPlug {
@@ -161,6 +243,7 @@ impl Plug for StreamPlug {
             counters: self.counters.clone(),
             waiter: Waiter { key: self.port.key(0), task: task.clone() },
             port: self.port.clone(),
+            socket: self.socket.clone(),
             peer: None,
             retry: None,
             told: false,
@@ -176,7 +259,7 @@ impl Plug for StreamPlug {
 
 /// A connected peer.
 struct Peer {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     /// Bytes for the peer. Those before `sent` have been sent.
     output: Vec<u8>,
     sent: usize,
@@ -191,6 +274,27 @@ struct Peer {
     wakes_for_room: bool,
 }
 
+/// A queue as plain data (spec/state-format.md, "Back ends").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QueueState {
+    /// The connected peer.
+    peer: Option<PeerState>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PeerState {
+    /// Bytes for the peer that were not sent.
+    #[serde(with = "hex::serde")]
+    output: Vec<u8>,
+    /// Bytes of the peer that were not delivered.
+    #[serde(with = "hex::serde")]
+    input: Vec<u8>,
+    /// Bytes still to come of a frame that is skipped.
+    skip: usize,
+}
+
 /// Why the connection to a peer ended.
 enum Gone {
     Ended,
@@ -199,7 +303,7 @@ enum Gone {
 }
 
 impl Peer {
-    fn new(socket: OwnedFd) -> Peer {
+    fn new(socket: Arc<OwnedFd>) -> Peer {
         let input = vec![0; INPUT].into_boxed_slice();
         Peer {
             socket,
@@ -211,6 +315,32 @@ impl Peer {
             skip: 0,
             wakes_for_room: false,
         }
+    }
+
+    /// The bytes that wait, as plain data.
+    fn save(&self) -> PeerState {
+        PeerState {
+            output: self.output[self.sent..].to_vec(),
+            input: self.input[self.from..self.to].to_vec(),
+            skip: self.skip,
+        }
+    }
+
+    /// Checks what [`save`](Self::save) returned.
+    fn check(PeerState { output, input, skip }: &PeerState) -> Result<(), String> {
+        let fits = output.len() <= SAVED_OUTPUT_MAX && input.len() <= INPUT && *skip <= FRAME_MAX;
+        // While it skips, the buffer holds no other bytes.
+        if fits && (*skip == 0 || input.is_empty()) {
+            return Ok(());
+        }
+        Err("more bytes wait in the stream than can".into())
+    }
+
+    /// Goes on from what [`save`](Self::save) returned.
+    fn go_on(&mut self, PeerState { output, input, skip }: &PeerState) {
+        self.output.clone_from(output);
+        self.input[..input.len()].copy_from_slice(input);
+        (self.sent, self.from, self.to, self.skip) = (0, 0, input.len(), *skip);
     }
 
     /// Whether so many bytes wait for the peer that frames have to wait.
@@ -307,6 +437,7 @@ struct StreamQueue {
     counters: Arc<StreamCounters>,
     port: Arc<Port>,
     waiter: Waiter,
+    socket: Socket,
     peer: Option<Peer>,
     retry: Option<Instant>,
     /// Whether the log has reported that there is no peer.
@@ -362,14 +493,24 @@ impl StreamQueue {
             }
         };
         if let Some(socket) = socket {
-            task.watch(&socket, Interest::Read).map_err(failed)?;
-            self.told = false;
-            self.peer = Some(Peer::new(socket));
+            self.begin(Arc::new(socket))?;
             self.counters.connects.one();
             self.link.set_carrier(true);
             let (device, path) = (&self.port.name, self.path.display());
             tracing::info!(device, %path, "the stream has a peer");
         }
+        Ok(())
+    }
+
+    /// Serves the peer behind this socket.
+    fn begin(&mut self, socket: Arc<OwnedFd>) -> Result<(), ErrorCode> {
+        self.waiter.task.watch(&*socket, Interest::Read).map_err(|error| {
+            tracing::error!(device = self.port.name, %error, "cannot watch the stream");
+            ErrorCode::FAILED
+        })?;
+        self.told = false;
+        *lock(&self.socket) = Some(socket.clone());
+        self.peer = Some(Peer::new(socket));
         Ok(())
     }
 
@@ -379,15 +520,16 @@ impl StreamQueue {
         let wanted = !peer.output.is_empty();
         if wanted != peer.wakes_for_room {
             peer.wakes_for_room = wanted;
-            task.unwatch(&peer.socket);
-            task.watch(&peer.socket, if wanted { Interest::ReadWrite } else { Interest::Read })?;
+            task.unwatch(&*peer.socket);
+            task.watch(&*peer.socket, if wanted { Interest::ReadWrite } else { Interest::Read })?;
         }
         Ok(())
     }
 
     fn part(&mut self, gone: Gone) {
         let Some(peer) = self.peer.take() else { return };
-        self.waiter.task.unwatch(&peer.socket);
+        self.waiter.task.unwatch(&*peer.socket);
+        *lock(&self.socket) = None;
         let (device, path) = (&self.port.name, self.path.display());
         match gone {
             Gone::Ended => tracing::info!(device, %path, "the stream's peer has gone"),
@@ -498,6 +640,25 @@ impl Queue for StreamQueue {
     fn deadline(&self) -> Option<Instant> {
         if self.peer.is_none() { self.retry } else { None }
     }
+
+    fn save(&mut self) -> Result<Value, String> {
+        state::part(&QueueState { peer: self.peer.as_ref().map(Peer::save) })
+    }
+
+    /// Without the socket of the peer, what waited for it or came from it is lost, and the queue
+    /// looks for another peer.
+    fn restore(&mut self, saved: &Value) -> Result<(), String> {
+        let QueueState { peer } = state::read_part(saved)?;
+        let socket = lock(&self.socket).take();
+        let Some(saved) = peer else { return Ok(()) };
+        Peer::check(&saved)?;
+        if let Some(socket) = socket {
+            self.begin(socket).map_err(|error| error.to_string())?;
+            self.peer.iter_mut().for_each(|peer| peer.go_on(&saved));
+            self.link.set_carrier(true);
+        }
+        Ok(())
+    }
 }
 
 impl Drop for StreamQueue {
@@ -506,7 +667,8 @@ impl Drop for StreamQueue {
             self.waiter.task.unwatch(&**listener);
         }
         if let Some(peer) = &self.peer {
-            self.waiter.task.unwatch(&peer.socket);
+            self.waiter.task.unwatch(&*peer.socket);
+            *lock(&self.socket) = None;
         }
         self.link.set_carrier(false);
     }

@@ -2,23 +2,25 @@
 //! Back end `tap`: a TAP interface of this machine, with a queue for each queue pair. The kernel
 //! reads and writes the driver's buffers directly.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vbus_core::io_vec::{IoVec, readv, writev};
 use vbus_core::memory::DriverSlice;
 use vbus_core::settings::Settings;
 use vbus_core::shm::signal::Armed;
-use vbus_core::{BlockingQueue, CreateError, ErrorCode, Interest, TaskHandle, lock};
+use vbus_core::{BlockingQueue, CreateError, ErrorCode, Interest, TaskHandle, lock, state};
 use vbus_tap::{HEADER_BYTES, Mac, Offloads, advice};
 
 use crate::backend::{Backend, Done, Plug, Port, Queue, Sent, TxDrop};
 use crate::frame::{Body, ETH_BYTES, Hash, PIECES_MAX, Packet, TAG_BYTES};
-use crate::inbound::{Inbound, Step};
+use crate::inbound::{Inbound, InboundState, Step};
 use crate::link::Link;
-use crate::opener::Opener;
+use crate::opener::{HandedOver, Opener};
 use crate::sink::{OnFull, Reserved, RxSink, Waiter};
 
 /// How long the end of a device waits for the kernel.
@@ -77,7 +79,42 @@ impl Tap {
         })?;
         Ok(Tap { name, control, offloads, link })
     }
+
+    /// Goes on with the queues of the interface `name` that another process has handed over.
+    /// `None`: it has handed over none. The interface stays as it is.
+    ///
+    /// # Errors
+    /// There are not `queues` of them.
+    pub(crate) fn adopt(
+        name: &str,
+        queues: u16,
+        link: &Arc<Link>,
+        handed: &mut HandedOver,
+    ) -> Result<Option<Tap>, CreateError> {
+        let mut all = Vec::new();
+        let mut offloads = Offloads::NONE;
+        while let Some((number, fd)) = handed.take_if(|name| name.starts_with(DESCRIPTOR)) {
+            let bits = number.trim_start_matches(DESCRIPTOR).rsplit('.').next();
+            let bits = bits.and_then(|bits| bits.parse().ok());
+            offloads = Offloads::from_bits(bits.unwrap_or(0));
+            all.push(Arc::new(vbus_tap::Queue::from_descriptor(fd, queues > 1)));
+        }
+        if all.is_empty() {
+            return Ok(None);
+        }
+        if all.len() != usize::from(queues) {
+            let text = format!("\"tap\" is {name:?}: {} queues were handed over", all.len());
+            return Err(CreateError(format!("{text}; the settings have {queues}")));
+        }
+        let control = Arc::new(TapControl::new(all));
+        lock(&control.state).is_adopted = true;
+        Ok(Some(Tap { name: name.into(), control, offloads, link: link.clone() }))
+    }
 }
+
+/// What the names of the queues' descriptors begin with. The number of the queue follows, and the
+/// offloads that the kernel knows, which nobody can ask for without changing them.
+const DESCRIPTOR: &str = "tap.";
 
 impl Drop for Tap {
     /// The kernel removes an interface with its last descriptor. A device that is made under the
@@ -115,6 +152,64 @@ impl Backend for Tap {
     fn inspect(&self) -> Value {
         json!({ "tap": self.name, "queues": self.control.queues.len() })
     }
+
+    fn quiesce(&self) {
+        lock(&self.control.state).quiesced = true;
+        self.control.wait_idle();
+    }
+
+    fn resume(&self) {
+        self.control.resume();
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        let state = lock(&self.control.state);
+        if state.busy {
+            return Err("the TAP interface is still being set up".into());
+        }
+        let Wanted { up, queues, offloads } = &state.wanted;
+        let (up, queues, offloads) = (*up, *queues, offloads.bits());
+        state::part(&TapState { up, queues, offloads })
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        let TapState { up, queues, offloads } = state::read_part(saved)?;
+        let known = Offloads::from_bits(offloads);
+        if usize::from(queues) > self.control.queues.len()
+            || known.bits() != offloads
+            || !self.offloads.contains(known)
+        {
+            let bits = self.offloads.bits();
+            return Err(format!(
+                "the TAP interface had {queues} queues and the offloads {offloads:#x}; this one \
+                 has {} and {bits:#x}",
+                self.control.queues.len()
+            ));
+        }
+        lock(&self.control.state).wanted = Wanted { up, queues, offloads: known };
+        Ok(())
+    }
+
+    fn descriptors(&self) -> std::io::Result<Vec<(String, OwnedFd)>> {
+        let bits = self.offloads.bits();
+        let queue = |(number, queue): (usize, &Arc<vbus_tap::Queue>)| {
+            let name = format!("{DESCRIPTOR}{number}.{bits}");
+            Ok((name, queue.as_fd().try_clone_to_owned()?))
+        };
+        self.control.queues.iter().enumerate().map(queue).collect()
+    }
+}
+
+/// An interface as plain data (spec/state-format.md, "Back ends").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TapState {
+    /// Whether a driver has started.
+    up: bool,
+    /// The queues in use.
+    queues: u16,
+    /// The offloads that the kernel may leave to the reader.
+    offloads: u64,
 }
 
 /// A driver's use of the interface.
@@ -154,8 +249,10 @@ impl Plug for TapPlug {
 impl Drop for TapPlug {
     fn drop(&mut self) {
         // Reset the offloads, because the next driver may not accept those of this one. Take the
-        // carrier down, because there is no driver.
-        if self.control.want(Wanted::default(), None).is_err() {
+        // carrier down, because there is no driver. Not of an interface that another process has.
+        if lock(&self.control.state).quiesced {
+            lock(&self.control.state).unplugged = true;
+        } else if self.control.want(Wanted::default(), None).is_err() {
             let _ = self.control.apply(&Wanted::default()); // It may block, but must be done.
         }
         self.link.set_carrier(false);
@@ -191,6 +288,12 @@ struct ControlState {
     done: Vec<SetUp>,
     /// Whether a job waits or runs.
     busy: bool,
+    /// The device is quiesced: a driver that goes leaves the interface as it is.
+    quiesced: bool,
+    /// A driver has gone meanwhile.
+    unplugged: bool,
+    /// The interface is as wanted, and so it was when another process handed it over.
+    is_adopted: bool,
 }
 
 impl TapControl {
@@ -206,6 +309,11 @@ impl TapControl {
     /// Lets the helper thread set the interface up, and then call `done`.
     fn want(self: &Arc<Self>, wanted: Wanted, done: Option<SetUp>) -> Result<(), ErrorCode> {
         let mut state = lock(&self.state);
+        if std::mem::take(&mut state.is_adopted) && state.wanted == wanted {
+            drop(state);
+            done.into_iter().for_each(|done| done(Ok(())));
+            return Ok(());
+        }
         state.wanted = wanted;
         state.done.extend(done);
         if state.busy {
@@ -267,11 +375,31 @@ impl TapControl {
         Ok(())
     }
 
+    /// The device is no longer quiesced.
+    fn resume(self: &Arc<Self>) {
+        let unplugged = {
+            let state = &mut *lock(&self.state);
+            state.quiesced = false;
+            std::mem::take(&mut state.unplugged)
+        };
+        if unplugged && self.want(Wanted::default(), None).is_err() {
+            let _ = self.apply(&Wanted::default()); // As at the drop of a plug.
+        }
+    }
+
     /// Waits until no job waits or runs, at most for [`GONE`].
     fn wait_idle(&self) {
         let waited = self.idle.wait_timeout_while(lock(&self.state), GONE, |state| state.busy);
         drop(waited);
     }
+}
+
+/// A queue as plain data (spec/state-format.md, "Back ends").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QueueState {
+    /// A frame that was read and waits for the receive queue.
+    frame: Option<InboundState>,
 }
 
 struct TapQueue {
@@ -393,6 +521,14 @@ impl Queue for TapQueue {
             }
         }
         Ok(budget - left)
+    }
+
+    fn save(&mut self) -> Result<Value, String> {
+        state::part(&QueueState { frame: self.inbound.save() })
+    }
+
+    fn restore(&mut self, saved: &Value) -> Result<(), String> {
+        self.inbound.restore(state::read_part::<QueueState>(saved)?.frame.as_ref())
     }
 
     fn receive_shared(&mut self, budget: u32) -> Result<u32, ErrorCode> {

@@ -159,7 +159,9 @@ impl Uplink {
         opener: &Arc<dyn Opener>,
     ) -> Result<Uplink, CreateError> {
         let link = Arc::new(Link::default());
-        let outside = config.backend.open_outside(switches, opener, config.mtu, link.clone())?;
+        let handed = opener.handed_over(name);
+        let outside =
+            config.backend.open_outside(switches, opener, config.mtu, link.clone(), handed)?;
         let switch = switches.get(&config.port.switch);
         let rules = config.port.rules.clone();
         // The port is plugged in for as long as the uplink exists. The link that counts is the

@@ -4,16 +4,18 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vbus_core::shm::abi::venet as abi;
 use vbus_core::shm::ring::{DeviceEnd, Returns, SIGNAL_OFFSET};
-use vbus_core::{Call, Connection, ErrorCode, Open, Region, Task, TaskHandle, Window};
-use vbus_net::front::{Receiver, Setting, Setup};
-use vbus_net::{Filter, HEADER_BYTES, Mac, Offloads, Rss, Steering};
+use vbus_core::{Call, Connection, ErrorCode, Open, Region, Task, TaskHandle, Window, state};
+use vbus_net::front::{PairsState, Receiver, ReceiverState, Setting, Setup};
+use vbus_net::{Filter, HEADER_BYTES, Mac, Offloads, Rss, Steering, is_group};
 
 use super::calls;
 use super::device::{RING_MAX, VenetDevice, offloads};
 use super::news::{News, Pending};
-use super::pages::{Pages, PagesTask};
+use super::pages::{Pages, PagesState, PagesTask};
 use super::ring::{RxEntries, TxEntries};
 
 /// The queue pairs of a connection.
@@ -77,6 +79,108 @@ impl VenetConnection {
         }
     }
 
+    /// The connection of a driver that had these regions with a device that this one goes on for.
+    pub fn again(
+        device: Arc<VenetDevice>,
+        open: Open,
+        regions: Vec<Region>,
+        saved: &Value,
+    ) -> Result<VenetConnection, String> {
+        let Saved { receiver, coalesce, pages, pairs } = state::read_part(saved)?;
+        let own = device.nic.config.mac;
+        let mut this = VenetConnection::new(device, open);
+        this.set_receiver(&receiver)?;
+        if coalesce.len() != this.coalesce.len() {
+            return Err(format!("coalesce has {} pairs", coalesce.len()));
+        }
+        for (pair, saved) in this.coalesce.iter().zip(&coalesce) {
+            pair.rx.set(saved.rx.0, saved.rx.1);
+            pair.tx.set(saved.tx.0, saved.tx.1);
+        }
+        this.pages.set_announces(pages.announces);
+        for region in regions {
+            let id = region.id;
+            let placed = this.place_again(region, &pages);
+            placed.map_err(|error| format!("region id {id}: {error}"))?;
+        }
+        match pairs {
+            Some(pairs) => this.start_again(&receiver, &pairs)?,
+            None if receiver.mac() != own => {
+                return Err("a driver that has not started has another address".into());
+            }
+            None => {}
+        }
+        Ok(this)
+    }
+
+    /// Sets what the driver accepts. It must have accepted the features for that.
+    fn set_receiver(&self, saved: &ReceiverState) -> Result<(), String> {
+        let features = self.open.features;
+        let bits = saved.offloads() << abi::F_RX_SHIFT;
+        let has = |wanted: u64, what: &str| match features & wanted != 0 {
+            true => Ok(()),
+            false => Err(format!("{what} is there without its feature")),
+        };
+        calls::offloads(&bits.to_le_bytes(), features)
+            .map_err(|_| "offloads are none that were accepted")?;
+        if saved.has_vlans() {
+            has(abi::F_VLAN, "vlans")?;
+        }
+        if let Some(by_hash) = saved.has_rss() {
+            has(if by_hash { abi::F_RSS } else { abi::F_RSS | abi::F_HASH }, "rss")?;
+        }
+        if saved.mac() != self.device.nic.config.mac {
+            has(abi::F_MAC, "another address")?;
+        }
+        let pairs = self.device.nic.config.queue_pairs;
+        self.receiver.restore(saved, abi::FILTER_MAX as usize, pairs)
+    }
+
+    /// Puts a region in its place. Its ring or page is in use already.
+    fn place_again(&mut self, region: Region, pages: &PagesState) -> Result<(), ErrorCode> {
+        if region.id == abi::REGION_STATUS || region.id == abi::REGION_COUNTERS {
+            return self.pages.add_again(region, pages);
+        }
+        let (_, is_rx, place) = self.ring_place(region.id)?;
+        if place.is_some() {
+            return Err(ErrorCode::EXISTS);
+        }
+        if region.signal_offset != Some(SIGNAL_OFFSET) {
+            return Err(ErrorCode::BAD_SIGNAL);
+        }
+        attach(&region, is_rx)?;
+        *place = Some(region);
+        Ok(())
+    }
+
+    /// Serves the rings again.
+    fn start_again(&mut self, receiver: &ReceiverState, saved: &PairsState) -> Result<(), String> {
+        let failed = |error: ErrorCode| format!("the driver's rings cannot be served: {error}");
+        let running = self.plug_in().map_err(failed)?;
+        let mac = receiver.mac();
+        if mac != self.device.nic.config.mac
+            && (mac == Mac::default() || is_group(mac) || !running.plug().set_mac(mac))
+        {
+            return Err("the driver's address belongs to another device".into());
+        }
+        for i in 0..self.rings.len() {
+            for is_rx in [false, true] {
+                self.serve(&running, i, is_rx, resume).map_err(failed)?;
+            }
+        }
+        running.restore(saved)?;
+        let (queues, fail) = (self.receiver.steering.queues(), self.open.fail.clone());
+        let done = move |result: Result<(), ErrorCode>| {
+            if let Err(error) = result {
+                fail.fail(error);
+            }
+        };
+        let offloads = self.receiver.offloads();
+        running.plug().configure(queues, offloads, Box::new(done)).map_err(failed)?;
+        self.running = Some(running);
+        Ok(())
+    }
+
     /// Serves the rings from here on.
     fn start(&mut self) -> Result<(), ErrorCode> {
         if self.running.is_some() {
@@ -102,10 +206,10 @@ impl VenetConnection {
         started
     }
 
-    /// Plugs the driver in, with its first `queues` queue pairs.
-    fn start_queues(&mut self, queues: u16) -> Result<(), ErrorCode> {
+    /// Plugs the driver in, with queue pairs that have no rings.
+    fn plug_in(&self) -> Result<Pairs, ErrorCode> {
         let (open, fail) = (&self.open, self.open.fail.clone());
-        let running = Pairs::start(&Setup {
+        Pairs::start(&Setup {
             nic: &self.device.nic,
             receiver: &self.receiver,
             by_hash: open.features & abi::F_RSS != 0,
@@ -113,10 +217,15 @@ impl VenetConnection {
             memory: &open.memory,
             place: (&open.executor, open.worker, &open.counters),
             fail: Arc::new(move |error| fail.fail(error)),
-        })?;
+        })
+    }
+
+    /// Plugs the driver in, with its first `queues` queue pairs.
+    fn start_queues(&mut self, queues: u16) -> Result<(), ErrorCode> {
+        let running = self.plug_in()?;
         for i in 0..usize::from(queues) {
-            self.serve(&running, i, false)?;
-            self.serve(&running, i, true)?;
+            self.serve(&running, i, false, attach)?;
+            self.serve(&running, i, true, attach)?;
         }
         self.running = Some(running);
         self.pages_task.wake();
@@ -124,8 +233,14 @@ impl VenetConnection {
     }
 
     /// Gives the running pair `i` its transmit ring or its receive ring. The pair has no such ring
-    /// if the driver has registered none.
-    fn serve(&self, running: &Pairs, i: usize, is_rx: bool) -> Result<(), ErrorCode> {
+    /// if the driver has registered none. `end` makes the device's end of the ring.
+    fn serve(
+        &self,
+        running: &Pairs,
+        i: usize,
+        is_rx: bool,
+        end: fn(&Region, bool) -> Result<DeviceEnd<Window>, ErrorCode>,
+    ) -> Result<(), ErrorCode> {
         let (Some(task), Some(rings)) = (running.task(i), self.rings.get(i)) else {
             return Err(ErrorCode::BAD_ARGUMENT);
         };
@@ -138,7 +253,7 @@ impl VenetConnection {
             return Ok(());
         };
         let (interrupt, coalesce) = (region.interrupt.clone(), &self.coalesce[i]);
-        let ring = attach(region, is_rx)?;
+        let ring = end(region, is_rx)?;
         match is_rx {
             true => {
                 running.set_rx(i, Some((RxEntries::new(ring, interrupt), coalesce.rx.clone())));
@@ -236,6 +351,26 @@ impl VenetConnection {
     }
 }
 
+/// The connection as plain data (spec/state-format.md, "venet").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    receiver: ReceiverState,
+    /// The settings of SET_COALESCE for each queue pair.
+    coalesce: Vec<CoalesceState>,
+    pages: PagesState,
+    /// `None`: the driver has not called START.
+    pairs: Option<PairsState>,
+}
+
+/// Microseconds and frames of each ring.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CoalesceState {
+    rx: (u32, u32),
+    tx: (u32, u32),
+}
+
 /// Runs a task at the connection's place on the executor, or `beside` places after it.
 fn spawn(open: &Open, beside: usize, task: Box<dyn Task>) -> TaskHandle {
     let fail = open.fail.clone();
@@ -250,7 +385,17 @@ fn moved(news: News) -> Box<dyn Fn() + Send + Sync> {
 
 /// Attaches the device's end of the transmit or receive ring in a region.
 fn attach(region: &Region, is_rx: bool) -> Result<DeviceEnd<Window>, ErrorCode> {
-    let ring = DeviceEnd::attach(region.window.clone())?;
+    check(DeviceEnd::attach(region.window.clone())?, is_rx)
+}
+
+/// Attaches it in place of the end of a device that this one goes on for. The driver is interrupted
+/// anyway.
+fn resume(region: &Region, is_rx: bool) -> Result<DeviceEnd<Window>, ErrorCode> {
+    check(DeviceEnd::resume(region.window.clone())?.0, is_rx)
+}
+
+/// Checks that a ring has the shape of a transmit or receive ring.
+fn check(ring: DeviceEnd<Window>, is_rx: bool) -> Result<DeviceEnd<Window>, ErrorCode> {
     let returns = if is_rx { Returns::Runs } else { Returns::Counted };
     if ring.layout().returns() != returns || ring.layout().entries() > u32::from(RING_MAX) {
         return Err(ErrorCode::BAD_LAYOUT);
@@ -285,7 +430,7 @@ impl Connection for VenetConnection {
         let handle = region.handle;
         *place = Some(region);
         let running = self.running.as_ref();
-        let served = running.map_or(Ok(()), |running| self.serve(running, pair, is_rx));
+        let served = running.map_or(Ok(()), |running| self.serve(running, pair, is_rx, attach));
         if served.is_err() {
             // The driver has changed the ring since it was checked. It is told that the device does
             // not have the region.
@@ -300,9 +445,19 @@ impl Connection for VenetConnection {
         }
         let taken = self.take_ring(handle);
         if let (Some((pair, is_rx)), Some(running)) = (taken, &self.running) {
-            self.serve(running, pair, is_rx)?;
+            self.serve(running, pair, is_rx, attach)?;
         }
         Ok(())
+    }
+
+    fn save(&mut self) -> Result<Value, String> {
+        let coalesce = |pair: &PairCoalesce| CoalesceState { rx: pair.rx.get(), tx: pair.tx.get() };
+        state::part(&Saved {
+            receiver: self.receiver.save(),
+            coalesce: self.coalesce.iter().map(coalesce).collect(),
+            pages: self.pages.save(),
+            pairs: self.running.as_ref().map(Pairs::save).transpose()?,
+        })
     }
 
     /// START, SET_OFFLOADS and SET_QUEUES end when the back end has set itself up. If it fails, the

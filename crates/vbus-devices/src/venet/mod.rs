@@ -14,10 +14,13 @@ mod news;
 mod pages;
 mod ring;
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use serde_json::Value;
-use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open};
+use vbus_core::{
+    Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open, Region, state,
+};
 use vbus_net::front::{Config, METRICS, Nic};
 use vbus_net::{BACKEND_METRICS, Direct, Opener, Switches};
 
@@ -102,6 +105,40 @@ impl Device for Venet {
     fn reconfigure(&self, old: &Value, new: &Value) -> Result<(), String> {
         let config = Config::parse(new).map_err(|error| error.to_string())?;
         self.0.nic.reconfigure(old, new, &config)
+    }
+
+    fn quiesce(&self) {
+        self.0.nic.quiesce();
+    }
+
+    fn resume(&self) {
+        self.0.nic.resume();
+    }
+
+    fn settled(&self, config: &Value) -> Value {
+        self.0.nic.settled(config)
+    }
+
+    fn descriptors(&self) -> std::io::Result<Vec<(String, OwnedFd)>> {
+        self.0.nic.backend.descriptors()
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        state::part(&self.0.nic.save()?)
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        self.0.nic.restore(&state::read_part(saved)?)
+    }
+
+    fn reopen(
+        &self,
+        open: Open,
+        regions: Vec<Region>,
+        saved: &Value,
+    ) -> Result<Box<dyn Connection>, String> {
+        self.0.accepts(open.features).map_err(|error| error.to_string())?;
+        Ok(Box::new(VenetConnection::again(self.0.clone(), open, regions, saved)?))
     }
 
     fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {

@@ -5,6 +5,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use vbus_core::shm::abi::venet::{REGION_STATUS, counters_page, status_page as word};
 use vbus_core::shm::signal::{Kick, end};
 use vbus_core::shm::state::{SIGNAL_OFFSET, Writer};
@@ -56,6 +57,17 @@ impl Page {
     }
 }
 
+/// The pages as plain data (spec/state-format.md, "venet").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PagesState {
+    /// How many requests to announce the device has passed to the driver.
+    pub announces: u64,
+    /// The words that each registered page has.
+    status: Option<Vec<u64>>,
+    counters: Option<Vec<u64>>,
+}
+
 #[derive(Default)]
 struct Registered {
     status: Option<Page>,
@@ -104,6 +116,47 @@ impl Pages {
         *place = Some(Page::new(region, words)?);
         registered.at = None;
         Ok(())
+    }
+
+    /// The driver had registered a page with a device that this one goes on for.
+    pub fn add_again(&self, region: Region, saved: &PagesState) -> Result<(), ErrorCode> {
+        let mut registered = lock(&self.registered);
+        let is_status = region.id == REGION_STATUS;
+        let (place, words, written) = if is_status {
+            (&mut registered.status, word::WORDS, &saved.status)
+        } else {
+            let words = self.device.nic.pairs.len() * counters_page::WORDS;
+            (&mut registered.counters, words, &saved.counters)
+        };
+        if place.is_some() {
+            return Err(ErrorCode::EXISTS);
+        }
+        // Without the words the page is written anew.
+        let written = written.clone().unwrap_or_default();
+        if written.len() > words {
+            return Err(ErrorCode::BAD_ARGUMENT);
+        }
+        let mut page = Page::new(region, words)?;
+        let (writer, owed) = Writer::resume(page.region.window.clone(), end::Device)?;
+        (page.writer, page.owed, page.written) = (writer, owed, written);
+        *place = Some(page);
+        Ok(())
+    }
+
+    /// The pages as plain data.
+    pub fn save(&self) -> PagesState {
+        let registered = lock(&self.registered);
+        let written = |page: &Option<Page>| page.as_ref().map(|page| page.written.clone());
+        PagesState {
+            announces: registered.announces,
+            status: written(&registered.status),
+            counters: written(&registered.counters),
+        }
+    }
+
+    /// Sets how many requests to announce the device has passed to the driver.
+    pub fn set_announces(&self, announces: u64) {
+        lock(&self.registered).announces = announces;
     }
 
     /// The driver drops region `handle`. Returns whether that was a page.

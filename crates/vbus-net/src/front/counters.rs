@@ -222,6 +222,28 @@ pub struct TxCounters {
     pub drops: TxDrops,
 }
 
+impl TxCounters {
+    /// All counters by their paths in JSON.
+    pub(super) fn all(&self) -> [(&'static str, &Counter); 14] {
+        [
+            ("frames", &self.frames),
+            ("bytes", &self.bytes),
+            ("batches", &self.batches),
+            ("csum", &self.csum),
+            ("segments", &self.segments),
+            ("waits", &self.waits),
+            ("drops.short", &self.drops.short),
+            ("drops.bad_header", &self.drops.bad_header),
+            ("drops.too_long", &self.drops.too_long),
+            ("drops.no_link", &self.drops.no_link),
+            ("drops.refused", &self.drops.refused),
+            ("drops.spoofed", &self.drops.spoofed),
+            ("drops.denied", &self.drops.denied),
+            ("drops.storm", &self.drops.storm),
+        ]
+    }
+}
+
 /// Why frames from the driver were dropped.
 #[derive(Debug, Default, Serialize)]
 pub struct TxDrops {
@@ -295,6 +317,27 @@ pub struct RxCounters {
     pub drops: RxDrops,
 }
 
+impl RxCounters {
+    /// All counters by their paths in JSON.
+    pub(super) fn all(&self) -> [(&'static str, &Counter); 13] {
+        [
+            ("frames", &self.frames),
+            ("bytes", &self.bytes),
+            ("batches", &self.batches),
+            ("csum", &self.csum),
+            ("segments", &self.segments),
+            ("starved", &self.starved),
+            ("filtered", &self.filtered),
+            ("drops.no_buffers", &self.drops.no_buffers),
+            ("drops.too_long", &self.drops.too_long),
+            ("drops.bad_frame", &self.drops.bad_frame),
+            ("drops.too_slow", &self.drops.too_slow),
+            ("drops.rate", &self.drops.rate),
+            ("drops.no_link", &self.drops.no_link),
+        ]
+    }
+}
+
 /// Why frames to the driver were dropped.
 #[derive(Debug, Default, Serialize)]
 pub struct RxDrops {
@@ -347,4 +390,38 @@ pub struct PairCounters {
     pub tx: TxCounters,
     /// To the driver.
     pub rx: RxCounters,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    /// The paths of the counters in JSON, except gauges.
+    fn paths(value: &Value, before: &str, found: &mut Vec<String>) {
+        for (name, value) in value.as_object().unwrap() {
+            match value {
+                Value::Object(_) => paths(value, &format!("{name}."), found),
+                _ if name == "ring_fill" => {}
+                _ => found.push(format!("{before}{name}")),
+            }
+        }
+    }
+
+    #[test]
+    fn all_counters_of_a_pair_are_saved() {
+        let pair = serde_json::to_value(PairCounters::default()).unwrap();
+        let (tx, rx) = (TxCounters::default(), RxCounters::default());
+        let names = |all: &[(&'static str, &Counter)]| -> Vec<String> {
+            all.iter().map(|(name, _)| (*name).to_owned()).collect()
+        };
+        for (direction, mut saved) in [("tx", names(&tx.all())), ("rx", names(&rx.all()))] {
+            let mut found = Vec::new();
+            paths(&pair[direction], "", &mut found);
+            saved.sort();
+            found.sort();
+            assert_eq!(found, saved, "{direction}");
+        }
+    }
 }

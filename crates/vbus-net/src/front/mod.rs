@@ -16,6 +16,7 @@ mod pair;
 mod pairs;
 mod ring;
 mod rx;
+mod saved;
 mod tx;
 
 pub use coalesce::Setting;
@@ -25,3 +26,4 @@ pub use nic::Nic;
 pub use pairs::{Pairs, Setup};
 pub use ring::{Ring, RxRing, TxRing};
 pub use rx::{Choices, HEAD_MAX, Receiver};
+pub use saved::{NicState, PairsState, ReceiverState};

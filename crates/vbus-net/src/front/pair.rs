@@ -5,6 +5,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use serde_json::Value;
 use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{ErrorCode, MemoryContext, Progress, Task, lock};
@@ -114,6 +115,16 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
     /// Waits until a running delivery has ended. Later deliveries see what the driver has changed.
     pub fn settle(&mut self) {
         self.rx.with(|_| ());
+    }
+
+    /// What the pair's end of the back end has, as plain data.
+    pub fn save(&mut self) -> Result<Value, String> {
+        self.queue.save()
+    }
+
+    /// Goes on from what [`save`](Self::save) returned.
+    pub fn restore(&mut self, state: &Value) -> Result<(), String> {
+        self.queue.restore(state)
     }
 
     /// Sends frames with at most `budget` units of work. Returns the units that it used.

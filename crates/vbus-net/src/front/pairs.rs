@@ -11,6 +11,7 @@ use super::nic::Nic;
 use super::pair::{Pair, PairTask, Rx};
 use super::ring::{RxRing, TxRing};
 use super::rx::{Choices, Receiver, RxQueue, RxSlot};
+use super::saved::PairsState;
 use super::tx::TxQueue;
 use crate::backend::{Done, Plug, Port};
 use crate::sink::SharedSink;
@@ -56,21 +57,25 @@ impl<T: TxRing + 'static, R: RxRing + 'static> Pairs<T, R> {
     /// The back end or the event loop refuses. Nothing is left behind.
     pub fn start(setup: &Setup<'_>) -> Result<Pairs<T, R>, ErrorCode> {
         let Setup { nic, receiver, memory, .. } = setup;
-        let slots = nic.pairs.iter().map(|counters| RxSlot::new(counters.clone()));
         let shares = nic.backend.shares_sinks(setup.by_hash);
-        let rx: Vec<Rx<R>> = slots
-            .map(|slot| match shares {
-                true => Rx::Shared(Arc::new(Mutex::new(slot))),
-                false => Rx::Own(slot),
-            })
-            .collect();
-        let lanes = rx.iter().filter_map(|rx| match rx {
-            Rx::Shared(slot) => Some(slot.clone() as SharedSink),
-            Rx::Own(_) => None,
+        let (mut rx, mut lanes): (Vec<Rx<R>>, Vec<SharedSink>) = (Vec::new(), Vec::new());
+        nic.lend(|paused| {
+            for counters in &*nic.pairs {
+                let slot = RxSlot::new(counters.clone(), paused && shares);
+                rx.push(match shares {
+                    true => Rx::Shared(Arc::new(Mutex::new(slot))),
+                    false => Rx::Own(slot),
+                });
+            }
+            lanes.extend(rx.iter().filter_map(|rx| match rx {
+                Rx::Shared(slot) => Some(slot.clone() as SharedSink),
+                Rx::Own(_) => None,
+            }));
+            lanes.clone()
         });
         let shared = (receiver.filter.clone(), receiver.steering.clone());
         let (mtu, queues) = (nic.config.mtu, nic.config.queue_pairs);
-        let port = Port::new(&nic.name, mtu, queues, shared, lanes.collect());
+        let port = Port::new(&nic.name, mtu, queues, shared, lanes);
         let plug = nic.backend.plug(Arc::new(port))?;
         let (receiver, memory) = ((*receiver).clone(), (*memory).clone());
         // Dropping it stops the tasks that were made before an error.
@@ -163,6 +168,31 @@ impl<T: TxRing + 'static, R: RxRing + 'static> Pairs<T, R> {
             )
         });
         lock(&running.pair).set_rx(rx);
+    }
+
+    /// What the back end keeps of the driver, as plain data. The device is quiesced. What the pairs
+    /// took from their rings and did not finish is taken again by the ends that resume the rings.
+    ///
+    /// # Errors
+    /// The back end cannot be saved.
+    pub fn save(&self) -> Result<PairsState, String> {
+        let queues = self.pairs.iter().map(|running| lock(&running.pair).save());
+        Ok(PairsState { plug: self.plug.save()?, queues: queues.collect::<Result<_, _>>()? })
+    }
+
+    /// Goes on from what [`save`](Self::save) returned, when the pairs have their rings and before
+    /// their tasks run: another ring would be without what a former one had begun.
+    ///
+    /// # Errors
+    /// The state is wrong.
+    pub fn restore(&self, state: &PairsState) -> Result<(), String> {
+        if state.queues.len() != self.pairs.len() {
+            let (pairs, others) = (self.pairs.len(), state.queues.len());
+            return Err(format!("it has {pairs} queue pairs, not {others}"));
+        }
+        self.plug.restore(&state.plug)?;
+        let mut pairs = self.pairs.iter().zip(&state.queues);
+        pairs.try_for_each(|(running, saved)| lock(&running.pair).restore(saved))
     }
 
     /// The driver has changed which pairs are in use.

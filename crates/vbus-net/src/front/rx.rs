@@ -17,13 +17,14 @@ use super::backpressure::Backpressure;
 use super::coalesce::{Held, Setting};
 use super::counters::{PairCounters, RxCounters};
 use super::ring::RxRing;
-use crate::filter::Filter;
+use super::saved::{Address, ReceiverState, RssState, VlanMap};
+use crate::filter::{Addresses, Filter, Vlans};
 use crate::frame::{
     Body, CHAIN_MAX, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Hash, Header, PIECES_MAX, Packet,
     TAG_BYTES,
 };
 use crate::offload::dhcp_checksum;
-use crate::rss::Rss;
+use crate::rss::{Rss, kinds};
 use crate::sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, Waiter};
 use crate::steering::Steering;
 
@@ -34,6 +35,9 @@ const HASH_HEADER_BYTES: usize = HEADER_BYTES + 8;
 pub const HEAD_MAX: usize = HASH_HEADER_BYTES + FRONT_MAX;
 /// An Ethernet header with a tag that the switch has put in.
 const FRONT_MAX: usize = ETH_BYTES + TAG_BYTES;
+
+/// The most entries of an indirection table.
+const RSS_TABLE_MAX: usize = 128;
 
 /// Which frames the driver of a connection accepts. All its receive rings share this.
 pub struct Receiver {
@@ -106,6 +110,82 @@ impl Receiver {
     /// Sets the offloads that the driver accepts from now on.
     pub fn set_offloads(&self, offloads: Offloads) {
         self.offloads.store(offloads.bits(), Ordering::Relaxed);
+    }
+
+    /// What the driver accepts, as plain data.
+    pub fn save(&self) -> ReceiverState {
+        let Addresses { promiscuous, all_multicast, listed } = self.filter.addresses();
+        let vlans = self
+            .filter
+            .vlans()
+            .map(|vlans| VlanMap(vlans.iter().flat_map(|word| word.to_le_bytes()).collect()));
+        let (queues, rss) = self.steering.state();
+        let rss = rss.map(|rss| {
+            let (kinds, key, table) = rss.parts();
+            let (key, table) = (*key, table.to_vec());
+            RssState { kinds, key, table, unclassified: rss.unclassified() }
+        });
+        ReceiverState {
+            mac: self.filter.mac(),
+            promiscuous,
+            all_multicast,
+            listed: listed.into_iter().map(Address).collect(),
+            vlans,
+            offloads: self.offloads().bits(),
+            queues,
+            rss,
+        }
+    }
+
+    /// Goes on from what [`save`](Self::save) returned, except the address: that is the back
+    /// end's to grant ([`Plug::set_mac`](crate::Plug::set_mac)). At most `listed` addresses may be
+    /// listed, and at most `queues` queue pairs in use.
+    ///
+    /// # Errors
+    /// A value is out of its range. The text says which. The front checks what its driver had to
+    /// accept first.
+    pub fn restore(&self, state: &ReceiverState, listed: usize, queues: u16) -> Result<(), String> {
+        if state.listed.len() > listed {
+            return Err(format!("{} addresses are listed; at most {listed}", state.listed.len()));
+        }
+        let vlans = state.vlans.as_ref().map(|VlanMap(bytes)| {
+            let mut vlans = Box::new([0; 64]);
+            for (word, bytes) in vlans.iter_mut().zip(bytes.chunks_exact(8)) {
+                *word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+            }
+            (bytes.len() == size_of::<Vlans>()).then_some(vlans).ok_or("vlans has not 512 bytes")
+        });
+        let vlans = vlans.transpose()?;
+        if Offloads::from_bits(state.offloads).bits() != state.offloads {
+            return Err(format!("offloads are {:#x}, which are none", state.offloads));
+        }
+        let rss = state.rss.as_ref().map(|RssState { kinds, key, table, unclassified }| {
+            let wanted = kinds & !kinds::ALL == 0 && table.len() <= RSS_TABLE_MAX;
+            let rss = Rss::new(*kinds, *key, table.clone()).filter(|_| wanted);
+            rss.map(|rss| match unclassified {
+                Some(queue) => rss.with_unclassified(*queue),
+                None => rss,
+            })
+        });
+        let rss = match rss {
+            Some(None) => return Err("rss has kinds or a table that no driver can set".into()),
+            Some(Some(rss)) => Some(rss),
+            None => None,
+        };
+        if state.queues > queues || !self.steering.replace(state.queues, rss) {
+            return Err(format!(
+                "{} queues, or a table for others; at most {queues}",
+                state.queues
+            ));
+        }
+        self.filter.set_addresses(Addresses {
+            promiscuous: state.promiscuous,
+            all_multicast: state.all_multicast,
+            listed: state.listed.iter().map(|Address(mac)| *mac).collect(),
+        });
+        self.filter.set_vlans(vlans);
+        self.set_offloads(Offloads::from_bits(state.offloads));
+        Ok(())
     }
 }
 
@@ -527,6 +607,10 @@ impl<R: RxRing> RxQueue<R> {
     fn starve(&mut self, on_full: OnFull) -> Delivery {
         self.tell();
         self.rx().starved.one();
+        self.make_wait(on_full)
+    }
+
+    fn make_wait(&mut self, on_full: OnFull) -> Delivery {
         match on_full {
             OnFull::Drop => self.refused(RxDrop::NoBuffers),
             _ if self.holds_all() => self.refused(RxDrop::NoBuffers),
@@ -691,12 +775,14 @@ impl<R: RxRing> RxSink for Lent<'_, R> {
 pub struct RxSlot<R: RxRing> {
     pub(super) queue: Option<RxQueue<R>>,
     counters: Arc<PairCounters>,
+    /// The device is quiesced.
+    paused: bool,
 }
 
 impl<R: RxRing> RxSlot<R> {
     /// A slot without a ring. It counts the frames that come meanwhile as dropped.
-    pub fn new(counters: Arc<PairCounters>) -> RxSlot<R> {
-        RxSlot { queue: None, counters }
+    pub fn new(counters: Arc<PairCounters>, paused: bool) -> RxSlot<R> {
+        RxSlot { queue: None, counters, paused }
     }
 
     /// Calls `work` with the queue and a view of the driver's memory. `None`: there is no ring.
@@ -709,6 +795,9 @@ impl<R: RxRing> RxSlot<R> {
 
 impl<R: RxRing> RxSink for RxSlot<R> {
     fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
+        if let (true, Some(queue)) = (self.paused, &mut self.queue) {
+            return queue.make_wait(on_full);
+        }
         let delivery = self.look(|queue, view| queue.deliver(view, packet, on_full));
         delivery.unwrap_or_else(|| {
             self.count_drop(RxDrop::NoLink);
@@ -717,10 +806,13 @@ impl<R: RxRing> RxSink for RxSlot<R> {
     }
 
     fn has_room(&mut self, bytes: usize) -> bool {
-        self.look(|queue, view| queue.has_room(view, bytes)).unwrap_or(false)
+        !self.paused && self.look(|queue, view| queue.has_room(view, bytes)).unwrap_or(false)
     }
 
     fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {
+        if self.paused {
+            return Reserved::Full;
+        }
         self.look(|queue, view| queue.reserve(view, read)).unwrap_or(Reserved::Full)
     }
 
@@ -729,6 +821,7 @@ impl<R: RxRing> RxSink for RxSlot<R> {
     }
 
     fn post(&mut self) {
+        // While it is paused there is nothing to post.
         if let Some(queue) = &mut self.queue {
             queue.post();
         }
@@ -741,11 +834,20 @@ impl<R: RxRing> RxSink for RxSlot<R> {
     }
 
     fn arm(&mut self) -> Armed {
-        self.queue.as_mut().map_or(Armed::Waiting, RxQueue::arm)
+        let queue = self.queue.as_mut().filter(|_| !self.paused);
+        queue.map_or(Armed::Waiting, RxQueue::arm)
     }
 
     fn count_drop(&mut self, reason: RxDrop) {
         self.counters.rx.drops.count(reason);
+    }
+
+    fn pause(&mut self, paused: bool) {
+        if let Some(queue) = &mut self.queue {
+            queue.post();
+            queue.wake_waiters();
+        }
+        self.paused = paused;
     }
 }
 

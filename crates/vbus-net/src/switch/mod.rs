@@ -24,11 +24,12 @@ mod wait_budget;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use vbus_core::{Counter, ErrorCode, TaskHandle, lock};
-use vbus_tap::{Mac, Offloads, show_mac};
+use vbus_core::{Counter, ErrorCode, TaskHandle, lock, state};
+use vbus_tap::{Mac, Offloads, is_group, show_mac};
 
 pub use self::rules::{PortRules, SwitchPort};
 pub use self::vlan::Vlan;
@@ -230,6 +231,14 @@ impl Backend for SwitchBackend {
         value["port"] = self.rules.inspect();
         value
     }
+
+    fn save(&self) -> Result<Value, String> {
+        Ok(state::nothing())
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        state::is_nothing(saved)
+    }
 }
 
 /// A port on the switch. It leaves the switch when its plug and its queues have been dropped.
@@ -266,4 +275,52 @@ impl Plug for SwitchPlug {
     fn filter_changed(&self) {
         self.0.switch.changed();
     }
+
+    fn save(&self) -> Result<Value, String> {
+        let learned = self.0.switch.read().learned_from(self.0.seat.port.id(), Instant::now());
+        let learned = learned.into_iter().map(|(vlan, mac, age)| {
+            let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+            LearnedState { vlan, mac, age_ms }
+        });
+        state::part(&PlugState { learned: learned.collect() })
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        let PlugState { learned } = state::read_part(saved)?;
+        let Member { switch, seat, .. } = &*self.0;
+        if !learned.is_empty() && !seat.rules.learn {
+            return Err("addresses are learned, and the settings do not allow that".into());
+        }
+        if learned.len() > table::LEARNED_PER_PORT {
+            return Err(format!("{} addresses are learned", learned.len()));
+        }
+        let now = Instant::now();
+        for LearnedState { vlan, mac, age_ms } in learned {
+            // What has aged meanwhile, or belongs to another device now, is not learned.
+            let seen = now.checked_sub(Duration::from_millis(age_ms));
+            if let (Some(seen), false) = (seen, is_group(mac)) {
+                let _ = switch.write().learn((vlan, mac), seat.port.id(), seat.own, seen);
+            }
+        }
+        switch.changed();
+        Ok(())
+    }
+}
+
+/// A port as plain data (spec/state-format.md, "Back ends").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PlugState {
+    /// The addresses that the switch has learned from the port.
+    learned: Vec<LearnedState>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LearnedState {
+    vlan: u16,
+    #[serde(with = "hex::serde")]
+    mac: Mac,
+    /// Milliseconds since the last frame from the address.
+    age_ms: u64,
 }

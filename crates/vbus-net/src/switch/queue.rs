@@ -4,9 +4,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vbus_core::lock;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vbus_core::memory::DriverSlice;
 use vbus_core::shm::signal::Armed;
+use vbus_core::{lock, state};
 use vbus_tap::{Mac, is_group, show_mac};
 
 use super::Member;
@@ -45,6 +47,33 @@ pub struct SwitchQueue {
     /// The next receiver of a frame that goes to several.
     next: usize,
     pieces: Pieces,
+    /// How far the next frame has come already, in a queue that this one goes on for.
+    begun: Option<BegunState>,
+}
+
+/// How far a frame has come, as plain data (spec/state-format.md, "Back ends").
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BegunState {
+    /// The devices whose queues have counted the frame.
+    done: Vec<String>,
+    /// The device that has a part of it.
+    current: Option<PartState>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PartState {
+    device: String,
+    /// The number of the next plain frame.
+    next: usize,
+}
+
+/// A queue as plain data.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QueueState {
+    begun: Option<BegunState>,
 }
 
 /// An answer of the table, for the frames that follow.
@@ -113,7 +142,32 @@ impl SwitchQueue {
             admitted: None,
             next: 0,
             pieces: Pieces::default(),
+            begun: None,
         }
+    }
+
+    /// Goes on with a frame that another queue has begun. Its receivers are sorted, those that have
+    /// it first.
+    fn go_on(
+        &mut self,
+        class: Class,
+        packet: &Packet<'_>,
+        begun: BegunState,
+    ) -> Result<(), TxDrop> {
+        self.find_route(class.id, packet.destination())?;
+        let BegunState { done, current } = begun;
+        let has_it = |seat: &Arc<Seat>| done.contains(&seat.port.name);
+        let has_part = |seat: &Arc<Seat>| {
+            current.as_ref().is_some_and(|current| current.device == seat.port.name)
+        };
+        self.route.to.sort_by_key(|seat| (!has_it(seat), !has_part(seat)));
+        self.next = self.route.to.iter().take_while(|seat| has_it(seat)).count();
+        if let (Some(seat), Some(part)) = (self.route.to.get(self.next), &current) {
+            if has_part(seat) {
+                (self.pieces.of, self.pieces.next) = (seat.port.id(), part.next);
+            }
+        }
+        Ok(())
     }
 
     /// Checks the source address, and learns it if the port may have others than its own.
@@ -315,7 +369,7 @@ impl SwitchQueue {
 
     /// The next frame is another one.
     fn begin(&mut self) {
-        (self.admitted, self.next) = (None, 0);
+        (self.admitted, self.next, self.begun) = (None, 0, None);
         (self.pieces.of, self.pieces.loaded) = (0, None);
     }
 }
@@ -334,7 +388,10 @@ impl Queue for SwitchQueue {
             self.begin();
             return Sent::Dropped(TxDrop::BadFrame);
         };
-        let admitted = if was_admitted.is_none() {
+        let begun = self.begun.take();
+        let admitted = if let Some(begun) = begun {
+            self.go_on(class, &packet, begun)
+        } else if was_admitted.is_none() {
             self.admit(&packet, class)
         } else if self.next == 0 && self.pieces.of == 0 {
             // No port has a part of the frame yet. The one that it waits for may have gone.
@@ -373,5 +430,25 @@ impl Queue for SwitchQueue {
 
     fn arm(&mut self) -> Armed {
         self.waiting.as_ref().map_or(Armed::Waiting, |sink| lock(sink).arm())
+    }
+
+    fn save(&mut self) -> Result<Value, String> {
+        let to = &self.route.to;
+        let current = to.get(self.next).filter(|seat| seat.port.id() == self.pieces.of);
+        let current = current.filter(|_| self.pieces.next != 0);
+        let current = current
+            .map(|seat| PartState { device: seat.port.name.clone(), next: self.pieces.next });
+        // A frame that no port has any part of begins anew.
+        let is_begun = self.admitted.is_some() && (self.next != 0 || current.is_some());
+        let begun = is_begun.then(|| BegunState {
+            done: to.iter().take(self.next).map(|seat| seat.port.name.clone()).collect(),
+            current,
+        });
+        state::part(&QueueState { begun: begun.or_else(|| self.begun.clone()) })
+    }
+
+    fn restore(&mut self, saved: &Value) -> Result<(), String> {
+        self.begun = state::read_part::<QueueState>(saved)?.begun;
+        Ok(())
     }
 }

@@ -15,7 +15,7 @@ use crate::bucket::Bucket;
 /// addresses go to every port whose filter passes them.
 const LEARNED_MAX: usize = 4096;
 /// The most addresses learned from one port, so that one driver cannot fill the table for all.
-const LEARNED_PER_PORT: usize = 512;
+pub(super) const LEARNED_PER_PORT: usize = 512;
 /// How long the switch remembers an address after its last frame.
 const AGE: Duration = Duration::from_secs(300);
 /// How often the switch looks for aged addresses, at most, when it has no room.
@@ -114,6 +114,17 @@ impl Table {
     /// The learned addresses: VLAN, address and number of the port.
     pub fn learned(&self) -> impl Iterator<Item = (u16, Mac, u64)> + '_ {
         self.learned.iter().map(|((vlan, mac), learned)| (*vlan, *mac, learned.port))
+    }
+
+    /// The addresses that were learned from port `id` and are still valid: VLAN, address, and the
+    /// time since their last frame.
+    pub fn learned_from(&self, id: u64, now: Instant) -> Vec<(u16, Mac, Duration)> {
+        let of_port = self.learned.iter().filter(|(_, one)| one.port == id && one.is_fresh(now));
+        let mut all: Vec<_> = of_port
+            .map(|((vlan, mac), one)| (*vlan, *mac, now.saturating_duration_since(one.at)))
+            .collect();
+        all.sort_unstable();
+        all
     }
 
     /// The port whose own address is `mac`.
