@@ -2,12 +2,15 @@
 //! A virtio device, and what it gets from a transport. Neither knows the other: a device works
 //! behind any transport, and a transport in front of any device.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Weak};
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vbus_core::{ConnectionCounters, Doorbell, ErrorCode, Executor, MemoryContext};
 
-use crate::queue::Queue;
+use crate::queue::{Chain, Queue, State};
 
 /// Feature bits that belong neither to a device nor to its queues (VIRTIO 1.3, section 6).
 pub mod feature {
@@ -68,6 +71,18 @@ pub trait VirtioDevice: Send + Sync {
     /// # Errors
     /// The device cannot work now. It then needs a reset.
     fn start(self: Arc<Self>, driver: Driver) -> Result<Box<dyn Session>, ErrorCode>;
+
+    /// Makes the session again that a driver had with a device that this one goes on for, in place
+    /// of [`start`](Self::start). `state` is what [`Session::save`] returned. The session gets its
+    /// queues next, and then [`Session::restored`]. Its tasks do not run before that. The state may
+    /// be forged.
+    ///
+    /// # Errors
+    /// The state is wrong. The text says what. The provided method refuses.
+    fn restart(self: Arc<Self>, driver: Driver, state: &Value) -> Result<Box<dyn Session>, String> {
+        let _ = (driver, state);
+        Err("the device has no saved state".into())
+    }
 }
 
 /// A driver that has set DRIVER_OK, as the device sees it.
@@ -97,6 +112,58 @@ pub trait Session: Send {
     /// The driver resets queue `index`. When this returns, nothing touches the queue or its buffers
     /// any more.
     fn disable(&mut self, index: u16);
+
+    /// As [`enable`](Self::enable), of a queue from which another session has taken the chains
+    /// `taken`, oldest first, and has not returned them. This session serves them first. The
+    /// provided method takes no queue with such chains.
+    ///
+    /// # Errors
+    /// As [`enable`](Self::enable).
+    fn enable_again(
+        &mut self,
+        index: u16,
+        enabled: Enabled,
+        taken: Vec<Chain>,
+    ) -> Result<(), ErrorCode> {
+        if taken.is_empty() { self.enable(index, enabled) } else { Err(ErrorCode::DENIED) }
+    }
+
+    /// A session that [`VirtioDevice::restart`] has made has all its queues.
+    ///
+    /// # Errors
+    /// The state was wrong. The text says what.
+    fn restored(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// What the session has, as plain data, and the state of each queue that it has. Its tasks
+    /// stand still, and it changes nothing.
+    ///
+    /// # Errors
+    /// As [`Unsaved`] says. The provided method refuses.
+    fn save(&mut self) -> Result<SavedSession, Unsaved> {
+        Err(Unsaved::Not("the device has no saved state".into()))
+    }
+}
+
+/// A session as plain data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedSession {
+    /// The session's own part.
+    pub own: Value,
+    /// The state of each queue that the session serves, by its number.
+    pub queues: BTreeMap<u16, State>,
+}
+
+/// Why a session has no state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unsaved {
+    /// The driver has broken the protocol, and the session was about to end: the device needs a
+    /// reset.
+    Broken(ErrorCode),
+    /// It cannot be saved. The text says why.
+    Not(String),
 }
 
 /// A queue that the driver has enabled, and its signals.

@@ -26,4 +26,4 @@ pub use nic::Nic;
 pub use pairs::{Pairs, Setup};
 pub use ring::{Ring, RxRing, TxRing};
 pub use rx::{Choices, HEAD_MAX, Receiver};
-pub use saved::{NicState, PairsState, ReceiverState};
+pub use saved::{ModesState, NicState, PairsState, ReceiverState};

@@ -58,8 +58,13 @@ impl Nic {
         let handed = opener.handed_over(name);
         let backend =
             config.backend.open(switches, opener, config.mac, shape, link.clone(), handed)?;
+        Ok(Nic::new(name, config, link, backend))
+    }
+
+    /// The device `name` in front of this back end, which sets the carrier of `link`.
+    pub fn new(name: &str, config: Config, link: Arc<Link>, backend: Box<dyn Backend>) -> Nic {
         let pairs = (0..config.queue_pairs).map(|_| Arc::default()).collect();
-        Ok(Nic { name: name.into(), config, link, backend, pairs, lent: Mutex::default() })
+        Nic { name: name.into(), config, link, backend, pairs, lent: Mutex::default() }
     }
 
     /// Whether the device is quiesced. The receive queues `lanes` that others deliver to are paused

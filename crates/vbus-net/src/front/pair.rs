@@ -117,6 +117,13 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
         self.rx.with(|_| ());
     }
 
+    /// How far the transmit ring and the receive ring are.
+    pub fn rings(&mut self) -> Result<[Option<Value>; 2], ErrorCode> {
+        let tx = self.tx.as_ref().map(|tx| tx.ring.save()).transpose()?;
+        let rx = self.rx.with(|rx| rx.save_ring()).transpose()?;
+        Ok([tx, rx])
+    }
+
     /// What the pair's end of the back end has, as plain data.
     pub fn save(&mut self) -> Result<Value, String> {
         self.queue.save()

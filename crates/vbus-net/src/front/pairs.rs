@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex, Weak};
 
+use serde_json::Value;
 use vbus_core::{ConnectionCounters, ErrorCode, Executor, MemoryContext, Task, TaskHandle, lock};
 use vbus_tap::Offloads;
 
@@ -178,6 +179,15 @@ impl<T: TxRing + 'static, R: RxRing + 'static> Pairs<T, R> {
     pub fn save(&self) -> Result<PairsState, String> {
         let queues = self.pairs.iter().map(|running| lock(&running.pair).save());
         Ok(PairsState { plug: self.plug.save()?, queues: queues.collect::<Result<_, _>>()? })
+    }
+
+    /// How far the rings of each pair are ([`TxRing::save`], [`RxRing::save`]), first the transmit
+    /// ring; `None`: the pair has no such ring.
+    ///
+    /// # Errors
+    /// The driver broke the protocol, and the next poll would find it.
+    pub fn rings(&self) -> Result<Vec<[Option<Value>; 2]>, ErrorCode> {
+        self.pairs.iter().map(|running| lock(&running.pair).rings()).collect()
     }
 
     /// Goes on from what [`save`](Self::save) returned, when the pairs have their rings and before

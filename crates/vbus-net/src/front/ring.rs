@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a front's rings must do, whatever their layout is.
 
+use serde_json::Value;
 use vbus_core::ErrorCode;
 use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::signal::Armed;
@@ -55,6 +56,15 @@ pub trait TxRing: Ring {
     /// # Errors
     /// As [`take`](Self::take).
     fn done(&mut self, view: &View<'_>) -> Result<(), ErrorCode>;
+
+    /// How far the ring is, as plain data, if another end cannot find that in the driver's memory.
+    /// The provided method has nothing.
+    ///
+    /// # Errors
+    /// The driver broke the protocol, and the next poll would find it.
+    fn save(&self) -> Result<Value, ErrorCode> {
+        Ok(Value::Null)
+    }
 }
 
 /// A ring of buffers for frames to the driver.
@@ -102,6 +112,19 @@ pub trait RxRing: Ring {
         len: usize,
         more: bool,
     ) -> Result<(), ErrorCode>;
+
+    /// How far the ring is, as [`TxRing::save`]. `held` are the buffers that were taken and not
+    /// given back, oldest first.
+    ///
+    /// # Errors
+    /// As [`TxRing::save`].
+    fn save<'b>(&self, held: impl Iterator<Item = &'b Self::Buffer>) -> Result<Value, ErrorCode>
+    where
+        Self::Buffer: 'b,
+    {
+        drop(held);
+        Ok(Value::Null)
+    }
 
     /// Whether the device holds so many buffers that the driver cannot post more, or may not before
     /// it gets some back.

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
+use serde_json::Value;
 use vbus_core::io_vec::IoVecMut;
 use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::signal::Armed;
@@ -17,8 +18,8 @@ use super::backpressure::Backpressure;
 use super::coalesce::{Held, Setting};
 use super::counters::{PairCounters, RxCounters};
 use super::ring::RxRing;
-use super::saved::{Address, ReceiverState, RssState, VlanMap};
-use crate::filter::{Addresses, Filter, Vlans};
+use super::saved::{Address, ModesState, ReceiverState, RssState, VlanMap};
+use crate::filter::{Filter, Vlans};
 use crate::frame::{
     Body, CHAIN_MAX, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Hash, Header, PIECES_MAX, Packet,
     TAG_BYTES,
@@ -114,7 +115,7 @@ impl Receiver {
 
     /// What the driver accepts, as plain data.
     pub fn save(&self) -> ReceiverState {
-        let Addresses { promiscuous, all_multicast, listed } = self.filter.addresses();
+        let addresses = self.filter.addresses();
         let vlans = self
             .filter
             .vlans()
@@ -127,9 +128,8 @@ impl Receiver {
         });
         ReceiverState {
             mac: self.filter.mac(),
-            promiscuous,
-            all_multicast,
-            listed: listed.into_iter().map(Address).collect(),
+            modes: ModesState::of(&addresses),
+            listed: addresses.listed.into_iter().map(Address).collect(),
             vlans,
             offloads: self.offloads().bits(),
             queues,
@@ -178,11 +178,8 @@ impl Receiver {
                 state.queues
             ));
         }
-        self.filter.set_addresses(Addresses {
-            promiscuous: state.promiscuous,
-            all_multicast: state.all_multicast,
-            listed: state.listed.iter().map(|Address(mac)| *mac).collect(),
-        });
+        let listed = state.listed.iter().map(|Address(mac)| *mac).collect();
+        self.filter.set_addresses(state.modes.with(listed));
         self.filter.set_vlans(vlans);
         self.set_offloads(Offloads::from_bits(state.offloads));
         Ok(())
@@ -241,6 +238,12 @@ impl<R: RxRing> RxQueue<R> {
             fault: None,
             backpressure,
         }
+    }
+
+    /// How far the ring is, as plain data.
+    pub(super) fn save_ring(&self) -> Result<Value, ErrorCode> {
+        self.fault.map_or(Ok(()), Err)?;
+        self.ring.save(self.stash.iter())
     }
 
     fn rx(&self) -> &RxCounters {

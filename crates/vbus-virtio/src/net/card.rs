@@ -4,8 +4,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-use vbus_core::{ErrorCode, Progress, Task, lock};
-use vbus_net::front::{Duplex, Nic};
+use serde::{Deserialize, Serialize};
+use vbus_core::{ErrorCode, Progress, Task, lock, state};
+use vbus_net::front::{Duplex, Nic, NicState};
 use vbus_net::rss;
 
 use super::abi::{self, config as at, feature};
@@ -59,6 +60,27 @@ impl VirtioNic {
     pub fn announced(&self) {
         self.announced.store(self.nic.link.announces(), Ordering::Relaxed);
         self.publish(false);
+    }
+
+    /// The card as plain data.
+    ///
+    /// # Errors
+    /// Its back end cannot be saved.
+    pub fn save(&self) -> Result<CardState, String> {
+        let announced = self.announced.load(Ordering::Relaxed);
+        Ok(CardState { nic: self.nic.save()?, announced })
+    }
+
+    /// Goes on from what [`save`](Self::save) returned.
+    ///
+    /// # Errors
+    /// The state is wrong, or of a card with other settings.
+    pub fn restore(&self, saved: &CardState) -> Result<(), String> {
+        state::check_count("announced", saved.announced)?;
+        self.nic.restore(&saved.nic)?;
+        self.announced.store(saved.announced, Ordering::Relaxed);
+        self.publish(false);
+        Ok(())
     }
 
     fn features(&self) -> u64 {
@@ -132,6 +154,15 @@ impl VirtioNic {
         }
         area
     }
+}
+
+/// A card as plain data (spec/state-format.md, "virtio-net").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CardState {
+    nic: NicState,
+    /// How many of the requests to announce its addresses the driver has answered.
+    announced: u64,
 }
 
 /// The task that tells the driver of changes of the link.

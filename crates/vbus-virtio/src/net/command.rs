@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The commands of the control queue (VIRTIO 1.3, section 5.1.6.5), out of a driver's bytes.
 
+use serde::{Deserialize, Serialize};
+use vbus_net::front::ModesState;
 use vbus_net::rss::{KEY_BYTES, kinds};
 use vbus_net::{Addresses, Mac, Rss, Vlans};
 
 use super::abi::{command as number, feature};
 
 /// The most addresses of one kind that a driver can list. More, and all of that kind pass.
-const LISTED_MAX: usize = 64;
+pub const LISTED_MAX: usize = 64;
 
 /// The most entries of a table of queues.
 pub const RSS_TABLE_MAX: u16 = 128;
@@ -194,6 +196,16 @@ fn table(data: &[u8]) -> Option<(Listed, &[u8])> {
     Some((listed, rest))
 }
 
+/// Which frames the driver wants, as plain data (spec/state-format.md, "virtio-net").
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WantedState {
+    modes: ModesState,
+    /// `None`: the list was too long, and all of the kind pass.
+    unicast: Option<Vec<String>>,
+    multicast: Option<Vec<String>>,
+}
+
 /// Which frames the driver wants. A driver that says nothing wants all.
 #[derive(Clone, Debug)]
 pub struct Wanted {
@@ -253,6 +265,42 @@ impl Wanted {
             listed: listed.copied().collect(),
             ..self.modes.clone()
         }
+    }
+
+    /// What the driver wants, as plain data.
+    pub fn save(&self) -> WantedState {
+        let list =
+            |listed: &Listed| listed.as_ref().map(|macs| macs.iter().map(hex::encode).collect());
+        WantedState {
+            modes: ModesState::of(&self.modes),
+            unicast: list(&self.unicast),
+            multicast: list(&self.multicast),
+        }
+    }
+
+    /// What [`save`](Self::save) returned, with these VLANs.
+    ///
+    /// # Errors
+    /// An address is none, or there are too many.
+    pub fn restored(saved: &WantedState, vlans: Option<Box<Vlans>>) -> Result<Wanted, String> {
+        let list = |listed: &Option<Vec<String>>| {
+            let Some(texts) = listed else { return Ok(None) };
+            if texts.len() > LISTED_MAX {
+                return Err(format!("{} addresses are listed", texts.len()));
+            }
+            let mac = |text: &String| {
+                let mut mac = Mac::default();
+                let decoded = hex::decode_to_slice(text, &mut mac);
+                decoded.map(|()| mac).map_err(|_| format!("{text:?} is no address"))
+            };
+            texts.iter().map(mac).collect::<Result<_, _>>().map(Some)
+        };
+        Ok(Wanted {
+            modes: saved.modes.with(Vec::new()),
+            unicast: list(&saved.unicast)?,
+            multicast: list(&saved.multicast)?,
+            vlans,
+        })
     }
 
     /// The VLANs that pass.

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The control queue: its task carries out the driver's commands, one after another.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
 use std::task::Poll;
 
 use vbus_core::memory::View;
 use vbus_core::shm::signal::Armed;
-use vbus_core::{ErrorCode, Progress, Task, TaskHandle};
+use vbus_core::{ErrorCode, Progress, Task, TaskHandle, lock};
 use vbus_net::front::Choices;
 use vbus_net::is_group;
 
@@ -16,7 +17,7 @@ use super::offloads;
 use super::ring::code;
 use super::work::Work;
 use crate::device::{Call, Enabled};
-use crate::queue::{Chain, Queue};
+use crate::queue::{Chain, Queue, State, Unsettled};
 
 /// The control queue of a session.
 pub struct Control {
@@ -24,6 +25,8 @@ pub struct Control {
     queue: Queue,
     call: Call,
     chain: Chain,
+    /// Chains that another end has taken and not answered.
+    taken: VecDeque<Chain>,
     /// The back end is at work for the command in `chain`.
     waits: bool,
     /// The task of this queue.
@@ -39,10 +42,25 @@ enum Answer {
 }
 
 impl Control {
-    pub fn new(work: Arc<Work>, enabled: Enabled, task: TaskHandle) -> Control {
+    /// The control queue of `enabled`. `taken` are chains that another end has taken and not
+    /// answered: those commands are carried out again. `task` serves it.
+    pub fn new(work: Arc<Work>, enabled: Enabled, taken: Vec<Chain>, task: TaskHandle) -> Control {
         let Enabled { queue, call, .. } = enabled;
         work.wake_when_set_up(&task);
-        Control { work, queue, call, chain: Chain::new(), waits: false, task }
+        let (chain, taken) = (Chain::new(), taken.into());
+        Control { work, queue, call, chain, taken, waits: false, task }
+    }
+
+    /// How far the queue is. A command that is in work is one that was not answered.
+    ///
+    /// # Errors
+    /// The driver broke the protocol.
+    pub fn state(&self) -> Result<State, ErrorCode> {
+        let held = self.waits.then_some(&self.chain).into_iter().chain(&self.taken);
+        self.queue.state(held).map_err(|unsettled| match unsettled {
+            Unsettled::Retired(violation) => code(violation),
+            _ => ErrorCode::FAILED,
+        })
     }
 
     /// Carries out the commands that are there, `budget` at most. Returns how many. None begins
@@ -58,10 +76,14 @@ impl Control {
                     Answer::Now(result.is_ok(), Vec::new())
                 }
                 Poll::Ready(_) => {
-                    let taken =
-                        self.queue.turn(&view).and_then(|mut turn| turn.next(&mut self.chain));
-                    if !taken.map_err(code)? {
-                        break;
+                    if let Some(chain) = self.taken.pop_front() {
+                        self.chain = chain;
+                    } else {
+                        let taken =
+                            self.queue.turn(&view).and_then(|mut turn| turn.next(&mut self.chain));
+                        if !taken.map_err(code)? {
+                            break;
+                        }
                     }
                     let bytes = read(&self.chain, &view)?;
                     self.carry_out(bytes.as_deref().and_then(parse))
@@ -192,7 +214,7 @@ fn read(chain: &Chain, view: &View<'_>) -> Result<Option<Vec<u8>>, ErrorCode> {
 }
 
 /// The task of a control queue.
-pub struct ControlTask(pub Control);
+pub struct ControlTask(pub Arc<Mutex<Control>>);
 
 impl Task for ControlTask {
     fn work(&self) -> String {
@@ -200,14 +222,17 @@ impl Task for ControlTask {
     }
 
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
-        let served = self.0.serve(budget)?;
+        let served = lock(&self.0).serve(budget)?;
         Ok(if served > 0 { Progress::Busy } else { Progress::Idle })
     }
 
     fn arm(&mut self) -> Result<Armed, ErrorCode> {
-        let control = &mut self.0;
+        let control = &mut *lock(&self.0);
         if control.work.is_setting_up() {
             return Ok(Armed::Waiting); // The back end wakes the task.
+        }
+        if !control.taken.is_empty() {
+            return Ok(Armed::Missed);
         }
         let memory = control.work.driver.memory.clone();
         let view = memory.view();

@@ -17,6 +17,7 @@ mod ring;
 mod session;
 mod work;
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -24,7 +25,7 @@ use vbus_core::settings::Settings;
 use vbus_core::shm::abi::class;
 use vbus_core::{
     Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Joined, Metric, Open,
-    TaskHandle, lock,
+    TaskHandle, lock, state,
 };
 use vbus_net::front::{Config, METRICS, Nic};
 use vbus_net::{BACKEND_METRICS, Opener, Switches};
@@ -141,6 +142,30 @@ impl Device for OnBus {
     fn reconfigure(&self, old: &Value, new: &Value) -> Result<(), String> {
         let (config, _) = parse(new).map_err(|error| error.to_string())?;
         self.nic.nic().reconfigure(old, new, &config)
+    }
+
+    fn quiesce(&self) {
+        self.nic.nic().quiesce();
+    }
+
+    fn resume(&self) {
+        self.nic.nic().resume();
+    }
+
+    fn settled(&self, config: &Value) -> Value {
+        self.nic.nic().settled(config)
+    }
+
+    fn descriptors(&self) -> std::io::Result<Vec<(String, OwnedFd)>> {
+        self.nic.nic().backend.descriptors()
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        state::part(&self.nic.save()?)
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        self.nic.restore(&state::read_part(saved)?)
     }
 
     fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {

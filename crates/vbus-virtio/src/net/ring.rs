@@ -5,13 +5,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use vbus_core::ErrorCode;
+use serde_json::Value;
 use vbus_core::memory::{DriverSlice, MemoryContext, View};
 use vbus_core::shm::signal::Armed;
+use vbus_core::{ErrorCode, state};
 use vbus_net::front::{Ring, RxRing, TxRing};
 
 use crate::device::{Call, Enabled};
-use crate::queue::{Chain, Part, Queue, Violation};
+use crate::queue::{Chain, Part, Queue, Unsettled, Violation};
 
 /// How many chains a ring takes at a time, for one look at where the queue is.
 const BATCH: usize = 32;
@@ -58,34 +59,48 @@ pub struct Receiving {
 }
 
 impl TxFrames {
-    /// The ring over `enabled`, a queue in `memory`.
-    pub fn new(enabled: Enabled, memory: Arc<MemoryContext>) -> TxFrames {
-        Frames::over(enabled, memory, Sending::default())
+    /// The ring over `enabled`, a queue in `memory`. `taken` are chains that another end has taken
+    /// and not returned, oldest first.
+    pub fn new(enabled: Enabled, memory: Arc<MemoryContext>, taken: Vec<Chain>) -> TxFrames {
+        Frames::over(enabled, memory, Sending::default(), taken)
     }
 }
 
 impl RxFrames {
     /// The ring over `enabled`, a queue in `memory`. A header of `header_bytes` bytes precedes each
     /// frame. `mergeable`: a frame may use several buffers. `indirect`: the driver may use indirect
-    /// tables.
+    /// tables. `taken` are chains that another end has taken and not returned, oldest first.
     pub fn new(
         enabled: Enabled,
         memory: Arc<MemoryContext>,
         header_bytes: usize,
         (mergeable, indirect): (bool, bool),
+        taken: Vec<Chain>,
     ) -> RxFrames {
         let size = usize::from(enabled.queue.layout().size);
         let descriptors = (!indirect).then_some(size);
         let side = Receiving { mergeable, bytes_min: header_bytes, descriptors, parts: 0 };
-        Frames::over(enabled, memory, side)
+        Frames::over(enabled, memory, side, taken)
     }
 }
 
 impl<S> Frames<S> {
-    fn over(enabled: Enabled, memory: Arc<MemoryContext>, side: S) -> Frames<S> {
+    fn over(enabled: Enabled, memory: Arc<MemoryContext>, side: S, taken: Vec<Chain>) -> Frames<S> {
         let Enabled { queue, call, .. } = enabled;
-        let (ahead, back, spare) = Default::default();
-        Frames { queue, call, memory, ahead, back, spare, side }
+        let (back, spare) = Default::default();
+        Frames { queue, call, memory, ahead: taken.into(), back, spare, side }
+    }
+
+    /// The queue's state. `held` are the chains that the front holds.
+    fn state<'c>(&'c self, held: impl Iterator<Item = &'c Chain>) -> Result<Value, ErrorCode> {
+        let state = self.queue.state(held.chain(&self.ahead)).map_err(|unsettled| {
+            match unsettled {
+                Unsettled::Retired(violation) => code(violation),
+                // The ends of a poll leave nothing unpublished and nothing unnamed.
+                _ => ErrorCode::FAILED,
+            }
+        })?;
+        state::part(&state).map_err(|_| ErrorCode::FAILED)
     }
 
     /// The next chain that the driver has made available.
@@ -196,6 +211,10 @@ impl TxRing for TxFrames {
         self.back.extend(self.side.chain.take().map(|chain| (chain, 0)));
         Ok(())
     }
+
+    fn save(&self) -> Result<Value, ErrorCode> {
+        self.state(self.side.chain.iter())
+    }
 }
 
 impl RxRing for RxFrames {
@@ -243,6 +262,11 @@ impl RxRing for RxFrames {
         self.side.parts -= chain.writable().len();
         self.back.push((chain, u32::try_from(len).unwrap_or(u32::MAX)));
         Ok(())
+    }
+
+    fn save<'b>(&self, held: impl Iterator<Item = &'b Chain>) -> Result<Value, ErrorCode> {
+        let held: Vec<_> = held.collect();
+        self.state(held.iter().copied())
     }
 
     fn holds_all(&self) -> bool {

@@ -1,22 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A network card at work for one driver.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
-use vbus_core::{ErrorCode, Task, TaskHandle};
-use vbus_net::front::{Pairs, Receiver, Setup};
-use vbus_net::{Filter, Steering};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vbus_core::{ErrorCode, Task, TaskHandle, lock, state};
+use vbus_net::front::{Pairs, PairsState, Receiver, ReceiverState, Setup};
+use vbus_net::{Filter, Mac, Steering, is_group};
 
 use super::abi::{config, feature};
 use super::card::VirtioNic;
-use super::command::Wanted;
+use super::command::{LISTED_MAX, Wanted, WantedState};
 use super::control::{Control, ControlTask};
 use super::offloads;
 use super::ring::{RxFrames, TxFrames};
-use super::work::Work;
-use crate::device::{Driver, Enabled, Kind, Session, Transport, VirtioDevice, feature as common};
+use super::work::{CoalescingState, Work};
+use crate::device::{
+    Driver, Enabled, Kind, SavedSession, Session, Transport, Unsaved, VirtioDevice,
+    feature as common,
+};
+use crate::queue::Chain;
 
 impl VirtioDevice for VirtioNic {
     fn kind(&self) -> Kind {
@@ -34,17 +41,81 @@ impl VirtioDevice for VirtioNic {
     fn start(self: Arc<Self>, driver: Driver) -> Result<Box<dyn Session>, ErrorCode> {
         Ok(Box::new(NicSession::start(self, driver)?))
     }
+
+    fn restart(self: Arc<Self>, driver: Driver, saved: &Value) -> Result<Box<dyn Session>, String> {
+        Ok(Box::new(NicSession::restart(self, driver, saved)?))
+    }
+}
+
+/// A session as plain data (spec/state-format.md, "virtio-net").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    receiver: ReceiverState,
+    wanted: WantedState,
+    coalescing: CoalescingState,
+    pairs: PairsState,
 }
 
 /// A session. It has the rings of the queues that the driver has enabled.
 pub struct NicSession {
     work: Arc<Work>,
-    control: Option<TaskHandle>,
+    control: Option<(TaskHandle, Arc<Mutex<Control>>)>,
+    /// What another session had, until this one has its queues.
+    saved: Option<Saved>,
 }
 
 impl NicSession {
     /// Plugs the driver in.
     pub fn start(card: Arc<VirtioNic>, driver: Driver) -> Result<NicSession, ErrorCode> {
+        let session = NicSession::plug_in(card, driver)?;
+        session.configure()?;
+        Ok(session)
+    }
+
+    /// Plugs a driver in that another session had.
+    fn restart(card: Arc<VirtioNic>, driver: Driver, saved: &Value) -> Result<NicSession, String> {
+        let saved: Saved = state::read_part(saved)?;
+        let mac = card.nic().config.mac;
+        let features = driver.features;
+        let mut session = NicSession::plug_in(card, driver).map_err(|error| error.to_string())?;
+        let work = &session.work;
+        let has = |wanted: u64, what: &str| match features & wanted != 0 {
+            true => Ok(()),
+            false => Err(format!("{what} is there without its feature")),
+        };
+        let Saved { receiver, wanted, .. } = &saved;
+        let accepted = offloads::to_driver(features).bits();
+        if receiver.offloads() & !accepted != 0 {
+            return Err("offloads are none that were accepted".into());
+        }
+        if receiver.has_vlans() != (features & feature::CTRL_VLAN != 0) {
+            return Err("vlans are there without their feature, or not there with it".into());
+        }
+        if let Some(by_hash) = receiver.has_rss() {
+            let either = feature::RSS | feature::HASH_REPORT;
+            has(if by_hash { feature::RSS } else { either }, "rss")?;
+        }
+        if receiver.queues() > 1 {
+            has(feature::MQ | feature::RSS, "more than one queue pair")?;
+        }
+        work.receiver.restore(receiver, 2 * LISTED_MAX, work.queue_pairs())?;
+        let wanted = Wanted::restored(wanted, work.receiver.filter.vlans())?;
+        work.receiver.filter.set_addresses(wanted.addresses());
+        *lock(&work.wanted) = wanted;
+        if receiver.mac() != mac {
+            has(feature::CTRL_MAC_ADDR, "another address")?;
+            let mac = receiver.mac();
+            if mac == Mac::default() || is_group(mac) || !work.pairs.plug().set_mac(mac) {
+                return Err("the driver's address belongs to another device".into());
+            }
+        }
+        session.saved = Some(saved);
+        Ok(session)
+    }
+
+    /// Plugs the driver in. The back end is not set up for it.
+    fn plug_in(card: Arc<VirtioNic>, driver: Driver) -> Result<NicSession, ErrorCode> {
         let (features, nic) = (driver.features, card.nic());
         let wanted = Wanted::new(features & feature::CTRL_VLAN != 0);
         let filter = Arc::new(Filter::new(nic.config.mac));
@@ -69,11 +140,21 @@ impl NicSession {
             fail: driver.fail.clone(),
         })?;
         let work = Arc::new(Work::new((card, driver), receiver, pairs, wanted));
+        Ok(NicSession { work, control: None, saved: None })
+    }
+
+    /// Sets the back end up. The rings may come later, and the back end may take longer.
+    fn configure(&self) -> Result<(), ErrorCode> {
+        let work = &self.work;
         let fail = work.driver.fail.clone();
-        // The rings come next. The back end may take longer to set itself up.
         let done = move |done: Result<(), ErrorCode>| done.unwrap_or_else(|code| fail(code));
-        work.pairs.configure(work.receiver.choices(), Box::new(done))?;
-        Ok(NicSession { work, control: None })
+        work.pairs.configure(work.receiver.choices(), Box::new(done))
+    }
+
+    fn stop_control(&mut self) {
+        if let Some((task, _)) = self.control.take() {
+            task.stop();
+        }
     }
 
     /// The number of the control queue, if the driver uses it.
@@ -87,23 +168,34 @@ impl NicSession {
 
 impl Session for NicSession {
     fn enable(&mut self, index: u16, enabled: Enabled) -> Result<(), ErrorCode> {
+        self.enable_again(index, enabled, Vec::new())
+    }
+
+    fn enable_again(
+        &mut self,
+        index: u16,
+        enabled: Enabled,
+        taken: Vec<Chain>,
+    ) -> Result<(), ErrorCode> {
         let work = &self.work;
         let features = work.driver.features;
         let doorbell = enabled.doorbell.clone();
         if self.control_queue() == Some(index) {
             let fail = work.driver.fail.clone();
+            let mut control = None;
             let made = work.driver.executor.spawn_with(
                 work.driver.worker,
                 work.driver.counters.clone(),
                 move |code| fail(code),
                 |task| {
-                    let control = Control::new(work.clone(), enabled, task.clone());
-                    Ok::<_, Infallible>(Box::new(ControlTask(control)) as Box<dyn Task>)
+                    let made = Control::new(work.clone(), enabled, taken, task.clone());
+                    let made = control.insert(Arc::new(Mutex::new(made))).clone();
+                    Ok::<_, Infallible>(Box::new(ControlTask(made)) as Box<dyn Task>)
                 },
             );
             let Ok(task) = made;
             let bound = doorbell.bind(&task);
-            self.control = Some(task);
+            self.control = control.map(|control| (task, control));
             return bound;
         }
         let pair = usize::from(index / 2);
@@ -114,10 +206,10 @@ impl Session for NicSession {
         if index % 2 == 0 {
             let mergeable = features & feature::MRG_RXBUF != 0;
             let indirect = features & common::INDIRECT_DESC != 0;
-            let ring = RxFrames::new(enabled, memory, header_bytes, (mergeable, indirect));
+            let ring = RxFrames::new(enabled, memory, header_bytes, (mergeable, indirect), taken);
             work.pairs.set_rx(pair, Some((ring, coalesce)));
         } else {
-            let ring = TxFrames::new(enabled, memory);
+            let ring = TxFrames::new(enabled, memory, taken);
             work.pairs.set_tx(pair, Some((ring, header_bytes, coalesce)));
         }
         doorbell.bind(task)
@@ -125,9 +217,7 @@ impl Session for NicSession {
 
     fn disable(&mut self, index: u16) {
         if self.control_queue() == Some(index) {
-            if let Some(task) = self.control.take() {
-                task.stop();
-            }
+            self.stop_control();
             return;
         }
         let pair = usize::from(index / 2);
@@ -137,14 +227,43 @@ impl Session for NicSession {
         }
         self.work.forget_coalesce(index);
     }
+
+    fn restored(&mut self) -> Result<(), String> {
+        let Some(Saved { coalescing, pairs, .. }) = self.saved.take() else { return Ok(()) };
+        lock(&self.work.coalescing).restore(&coalescing)?;
+        self.work.pairs.restore(&pairs)?;
+        self.configure().map_err(|error| error.to_string())
+    }
+
+    fn save(&mut self) -> Result<SavedSession, Unsaved> {
+        let work = &self.work;
+        let mut queues = BTreeMap::new();
+        let rings = work.pairs.rings().map_err(Unsaved::Broken)?;
+        for (pair, [tx, rx]) in (0..).zip(rings) {
+            for (index, ring) in [(pair * 2, rx), (pair * 2 + 1, tx)] {
+                if let Some(ring) = ring {
+                    queues.insert(index, state::read_part(&ring).map_err(Unsaved::Not)?);
+                }
+            }
+        }
+        if let (Some((_, control)), Some(index)) = (&self.control, self.control_queue()) {
+            queues.insert(index, lock(control).state().map_err(Unsaved::Broken)?);
+        }
+        let saved = Saved {
+            receiver: work.receiver.save(),
+            wanted: lock(&work.wanted).save(),
+            coalescing: lock(&work.coalescing).save(),
+            pairs: work.pairs.save().map_err(Unsaved::Not)?,
+        };
+        let own = state::part(&saved).map_err(Unsaved::Not)?;
+        Ok(SavedSession { own, queues })
+    }
 }
 
 impl Drop for NicSession {
     fn drop(&mut self) {
         // The control task first: it may change the pairs.
-        if let Some(task) = self.control.take() {
-            task.stop();
-        }
+        self.stop_control();
         self.work.pairs.stop();
     }
 }
@@ -254,9 +373,7 @@ mod tests {
             let slow = Slow::default();
             let mut settings = Settings::new(&json!({ "backend": "null" })).unwrap();
             let config = Config::take(&mut settings).unwrap();
-            let (name, backend) = ("n".to_owned(), Box::new(slow.clone()));
-            let (link, pairs) = (Arc::default(), Arc::new([Arc::default()]));
-            let nic = Nic { name, config, link, backend, pairs };
+            let nic = Nic::new("n", config, Arc::default(), Box::new(slow.clone()));
             let card = Arc::new(VirtioNic::new(nic, Offer { packed: true, rss: false }));
             let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
             let host = Host::new("n", executor, 1, 3);

@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
 
+use serde::{Deserialize, Serialize};
 use vbus_core::{ErrorCode, TaskHandle, lock};
 use vbus_net::front::{Choices, Pairs, Receiver, Setting};
 use vbus_net::{Offloads, Rss};
@@ -50,6 +51,33 @@ impl Coalescing {
         Coalescing { queues, of_new: Default::default() }
     }
 
+    /// The settings as plain data.
+    pub fn save(&self) -> CoalescingState {
+        let of = |setting: &Option<Arc<Setting>>| setting.as_ref().map(|setting| setting.get());
+        let pair = |coalesce: Coalesce| (coalesce.usecs, coalesce.frames);
+        let [rx, tx] = self.of_new.map(pair);
+        CoalescingState { rx, tx, queues: self.queues.iter().map(of).collect() }
+    }
+
+    /// Goes on from what [`save`](Self::save) returned, with the same queues enabled.
+    ///
+    /// # Errors
+    /// They are others.
+    pub fn restore(&mut self, saved: &CoalescingState) -> Result<(), String> {
+        let CoalescingState { rx, tx, queues } = saved;
+        let mut both = self.queues.iter().zip(queues);
+        if self.queues.len() != queues.len() || !both.all(|(a, b)| a.is_some() == b.is_some()) {
+            return Err("coalescing is of other queues than those that are enabled".into());
+        }
+        self.of_new = [*rx, *tx].map(|(usecs, frames)| Coalesce { frames, usecs });
+        for (setting, saved) in self.queues.iter().zip(queues) {
+            if let (Some(setting), Some((usecs, frames))) = (setting, saved) {
+                setting.set(*usecs, *frames);
+            }
+        }
+        Ok(())
+    }
+
     /// The driver has enabled queue `number`. Returns its setting. `None`: no pair has it.
     fn enable(&mut self, number: u16) -> Option<Arc<Setting>> {
         let slot = self.queues.get_mut(usize::from(number))?;
@@ -81,6 +109,18 @@ impl Coalescing {
         }
         true
     }
+}
+
+/// How interrupts are held back, as plain data (spec/state-format.md, "virtio-net"): microseconds
+/// and frames each.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CoalescingState {
+    /// Of queues that the driver enables: receive queues, transmit queues.
+    rx: (u32, u32),
+    tx: (u32, u32),
+    /// Of each queue; `None`: it is not enabled.
+    queues: Vec<Option<(u32, u32)>>,
 }
 
 impl Work {

@@ -21,13 +21,17 @@ mod registers;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 
-use vbus_core::{ConnectionState, Endpoint, ErrorCode, Host, lock};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vbus_core::{ConnectionState, DeviceState, Endpoint, ErrorCode, Host, lock, state};
 use vbus_pci::vbus_pci_config::{
     Builder, CONVENTIONAL_BYTES, ConfigSpace, EXPRESS_BYTES, Header, MsixLayout,
 };
 use vbus_pci::{BarHandler, Interrupts, IoEventFd, Options, PciFunction};
 
-use crate::device::{Call, Driver, Enabled, Kind, Session, Transport, VirtioDevice, status};
+use crate::device::{
+    Call, Driver, Enabled, Kind, SavedSession, Session, Transport, Unsaved, VirtioDevice, status,
+};
 use crate::queue::{BadLayout, Layout, Queue, RingFeatures};
 use registers::{NO_VECTOR, Registers, Request, at as field};
 
@@ -105,7 +109,9 @@ pub fn function(
     device.attach(Arc::downgrade(&transport));
     let registers = Registers::new(&kind);
     let handler = VirtioFunction { device, kind, vectors, registers, shared };
+    let endpoint = handler.shared.endpoint.clone();
     PciFunction::new(space, interrupts, executor, worker)
+        .of_device(endpoint.name(), endpoint.identity().class_name)
         .with_bar(0, Box::new(handler))
         .with_window(usize::from(at::WINDOW))
 }
@@ -355,20 +361,7 @@ impl VirtioFunction {
         let shared = &self.shared;
         let host = shared.host();
         let mut running = lock(&shared.running);
-        running.number += 1;
-        let (number, weak) = (running.number, Arc::downgrade(shared));
-        let driver = Driver {
-            features: self.registers.features(),
-            memory: host.memory().clone(),
-            executor: host.executor().clone(),
-            worker: host.worker(),
-            counters: host.counters().clone(),
-            fail: Arc::new(move |code| {
-                if let Some(shared) = weak.upgrade() {
-                    shared.fail(number, code);
-                }
-            }),
-        };
+        let driver = self.driver(&mut running);
         let begun = self.device.clone().start(driver).map_err(Fault::from);
         let begun = begun.and_then(|mut session| {
             for (index, layout) in self.registers.enabled() {
@@ -397,6 +390,54 @@ impl VirtioFunction {
         }
     }
 
+    /// What the next session gets.
+    fn driver(&self, running: &mut Running) -> Driver {
+        let host = self.shared.host();
+        running.number += 1;
+        let (number, weak) = (running.number, Arc::downgrade(&self.shared));
+        Driver {
+            features: self.registers.features(),
+            memory: host.memory().clone(),
+            executor: host.executor().clone(),
+            worker: host.worker(),
+            counters: host.counters().clone(),
+            fail: Arc::new(move |code| {
+                if let Some(shared) = weak.upgrade() {
+                    shared.fail(number, code);
+                }
+            }),
+        }
+    }
+
+    /// Makes the session of `saved`, with the queues of the registers.
+    fn resume_session(&self, running: &mut Running, saved: &SavedSession) -> Result<(), String> {
+        let driver = self.driver(running);
+        let mut session = self.device.clone().restart(driver, &saved.own)?;
+        let features = RingFeatures::of(self.registers.features());
+        let mut states = saved.queues.clone();
+        for (index, layout) in self.registers.enabled() {
+            let failed = |error: &dyn std::fmt::Display| format!("queue {index}: {error}");
+            let (queue, taken) = match states.remove(&index) {
+                Some(state) => {
+                    Queue::resume(layout, features, &state).map_err(|error| failed(&error))?
+                }
+                // The session had no use for it.
+                None => {
+                    let queue = Queue::new(layout, features).map_err(|error| failed(&error))?;
+                    (queue, Vec::new())
+                }
+            };
+            let again = session.enable_again(index, self.enabled(index, queue), taken);
+            again.map_err(|error| failed(&error))?;
+        }
+        if let Some((index, _)) = states.first_key_value() {
+            return Err(format!("queue {index} is not enabled"));
+        }
+        session.restored()?;
+        running.session = Some(session);
+        Ok(())
+    }
+
     /// The driver has enabled queue `index`. The device gets it now if it has started.
     fn enable(&mut self, index: u16) {
         let Some(layout) = self.registers.layout(index) else { return };
@@ -412,12 +453,68 @@ impl VirtioFunction {
 
     /// Gives queue `index` to the session.
     fn give(&self, session: &mut dyn Session, index: u16, layout: Layout) -> Result<(), Fault> {
-        let host = self.shared.host();
         let features = RingFeatures::of(self.registers.features());
         let queue = Queue::new(layout, features).map_err(|error| Fault::Layout(index, error))?;
+        Ok(session.enable(index, self.enabled(index, queue))?)
+    }
+
+    fn enabled(&self, index: u16, queue: Queue) -> Enabled {
+        let host = self.shared.host();
         let doorbell = host.doorbells().doorbell(u32::from(index));
         let call = Call::new(self.shared.clone(), index, host.counters().clone());
-        Ok(session.enable(index, Enabled { queue, doorbell, call })?)
+        Enabled { queue, doorbell, call }
+    }
+
+    /// Takes over the state. Returns an error that says what is wrong.
+    fn take_over(&mut self, saved: &FunctionState) -> Result<(), String> {
+        saved.registers.check(&self.kind, self.vectors)?;
+        let is_started = saved.registers.is_started();
+        if saved.session.is_some() && (!is_started || saved.needs_reset || saved.broken.is_some()) {
+            return Err("a session is there without a driver that has started".into());
+        }
+        let shared = self.shared.clone();
+        shared.endpoint.restore(&saved.device).map_err(|error| error.why)?;
+        self.registers = saved.registers.clone();
+        let (config_vector, queue_vectors) = self.registers.vectors();
+        shared.config_vector.store(config_vector, Ordering::Relaxed);
+        for (slot, vector) in shared.queue_vectors.iter().zip(queue_vectors) {
+            slot.store(vector, Ordering::Relaxed);
+        }
+        *lock(&shared.isr) = saved.isr;
+        shared.started.store(is_started, Ordering::Relaxed);
+        shared.needs_reset.store(saved.needs_reset, Ordering::Relaxed);
+        let state = match (&saved.session, saved.broken) {
+            (Some(session), _) => {
+                let mut running = lock(&shared.running);
+                let resumed = self.resume_session(&mut running, session);
+                if resumed.is_err() {
+                    shared.end(&mut running);
+                }
+                resumed?;
+                ConnectionState::Open
+            }
+            (None, Some(code)) => ConnectionState::Broken(ErrorCode(code)),
+            (None, None) => ConnectionState::Closed,
+        };
+        shared.host().set_state(state);
+        // The device publishes its configuration as it is with the session.
+        let transport: Arc<dyn Transport> = shared.clone();
+        self.device.attach(Arc::downgrade(&transport));
+        {
+            let mut config = lock(&shared.config);
+            config.1 = saved.config_generation;
+            if config.0 != saved.config {
+                config.1 = config.1.wrapping_add(1);
+            }
+        }
+        // The last interrupts may have been lost.
+        if state == ConnectionState::Open {
+            for (index, _) in self.registers.enabled() {
+                shared.queue_used(index);
+            }
+        }
+        shared.interrupt_config();
+        Ok(())
     }
 
     /// Ends the session, and forgets what the driver has set up. Returns whether it had started.
@@ -537,4 +634,56 @@ impl BarHandler for VirtioFunction {
         };
         (0..self.kind.queues).map(eventfd).collect()
     }
+
+    fn save(&mut self) -> Result<Value, String> {
+        let shared = &self.shared;
+        let mut running = lock(&shared.running);
+        let mut needs_reset = shared.needs_reset.load(Ordering::Relaxed);
+        let mut broken = match shared.host().state() {
+            ConnectionState::Broken(code) => Some(code.0),
+            _ => None,
+        };
+        let session = match running.session.as_mut().map(|session| session.save()) {
+            Some(Err(Unsaved::Not(why))) => return Err(why),
+            // The session was about to end, and ends with the move.
+            Some(Err(Unsaved::Broken(code))) => {
+                (needs_reset, broken) = (true, Some(code.0));
+                None
+            }
+            Some(Ok(session)) => Some(session),
+            None => None,
+        };
+        let (config, config_generation) = lock(&shared.config).clone();
+        state::part(&FunctionState {
+            registers: self.registers.clone(),
+            isr: *lock(&shared.isr),
+            config,
+            config_generation,
+            needs_reset,
+            broken,
+            session,
+            device: shared.endpoint.save().map_err(|error| error.why)?,
+        })
+    }
+
+    fn restore(&mut self, saved: &Value) -> Result<(), String> {
+        self.take_over(&state::read_part(saved)?)
+    }
+}
+
+/// BAR0 as plain data (spec/state-format.md, "Virtio function").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FunctionState {
+    registers: Registers,
+    isr: u8,
+    /// The device configuration.
+    #[serde(with = "hex::serde")]
+    config: Vec<u8>,
+    config_generation: u8,
+    needs_reset: bool,
+    /// The error that ended the last session, if it ended by one.
+    broken: Option<u32>,
+    session: Option<SavedSession>,
+    device: DeviceState,
 }

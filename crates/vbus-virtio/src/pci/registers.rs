@@ -54,6 +54,7 @@ pub mod at {
 
 /// What the driver has written for one queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct QueueRegisters {
     /// Descriptors.
     pub size: u16,
@@ -71,6 +72,7 @@ pub struct QueueRegisters {
 
 /// The common configuration of one device. It holds all that the driver has written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Registers {
     device_feature_select: u32,
     driver_feature_select: u32,
@@ -125,6 +127,42 @@ impl Registers {
             queue_select: 0,
             queues: (0..kind.queues).map(|_| QueueRegisters::new(kind)).collect(),
         }
+    }
+
+    /// Checks that a driver of a device of this kind, with `vectors` vectors of MSI-X, can have
+    /// written these values.
+    ///
+    /// # Errors
+    /// It cannot. The text says which one.
+    pub fn check(&self, kind: &Kind, vectors: u16) -> Result<(), String> {
+        let has_vector = |vector: u16| vector < vectors || vector == NO_VECTOR;
+        if self.queues.len() != usize::from(kind.queues) {
+            return Err(format!("it has {} queues, not {}", kind.queues, self.queues.len()));
+        }
+        let fits = |queue: &QueueRegisters| {
+            (1..=kind.queue_size).contains(&queue.size) && has_vector(queue.vector)
+        };
+        if !self.queues.iter().all(fits) || !has_vector(self.config_vector) {
+            return Err("a size or a vector of a queue is none that it can have".into());
+        }
+        let agreed = self.status & status::FEATURES_OK != 0;
+        let features = self.driver_features;
+        if agreed && (features & !kind.features != 0 || features & feature::VERSION_1 == 0) {
+            let offered = kind.features;
+            return Err(format!("features {features:#x}; the device offers {offered:#x}"));
+        }
+        if self.status & status::NEEDS_RESET != 0 || (self.is_started() && !agreed) {
+            return Err(format!("the status is {:#x}", self.status));
+        }
+        if !agreed && self.queues.iter().any(|queue| queue.enabled) {
+            return Err("a queue is enabled before the features are agreed on".into());
+        }
+        Ok(())
+    }
+
+    /// The vectors of the configuration and of each queue.
+    pub fn vectors(&self) -> (u16, impl Iterator<Item = u16> + '_) {
+        (self.config_vector, self.queues.iter().map(|queue| queue.vector))
     }
 
     /// The device status without [`status::NEEDS_RESET`].

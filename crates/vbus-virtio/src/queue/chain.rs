@@ -10,6 +10,7 @@ use super::violation::Violation;
 /// around, and it is not empty. Nothing else is known of it. A device asks its
 /// [view](vbus_core::View) for the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Part {
     /// Guest address.
     pub addr: u64,

@@ -153,7 +153,7 @@ impl Queue {
 
     /// The queue's state. `held` are the chains that the device has not returned, all of them, in
     /// any order. All that was returned must be published.
-    pub fn state(&self, held: &[Chain]) -> Result<State, Unsettled> {
+    pub fn state<'c>(&self, held: impl IntoIterator<Item = &'c Chain>) -> Result<State, Unsettled> {
         if let Some(violation) = self.retired {
             return Err(Unsettled::Retired(violation));
         }
@@ -163,9 +163,15 @@ impl Queue {
         }
         let age = |head: &Head| self.sequence.wrapping_sub(head.sequence);
         let own = |chain: &'_ &Chain| chain.head.is_some_and(|head| head.queue == self.number);
-        let mut chains: Vec<_> =
-            held.iter().filter(own).filter_map(|c| c.head.map(|head| (head, c))).collect();
-        if chains.len() != usize::from(self.held) || chains.len() != held.len() {
+        let mut others = 0;
+        let mut chains = Vec::new();
+        for chain in held {
+            match chain.head.filter(|_| own(&chain)) {
+                Some(head) => chains.push((head, chain)),
+                None => others += 1,
+            }
+        }
+        if chains.len() != usize::from(self.held) || others != 0 {
             let held = chains.len();
             return Err(Unsettled::Held { held, in_flight: self.held.into() });
         }

@@ -9,6 +9,7 @@ use super::violation::Violation;
 
 /// How far a queue is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Position {
     /// Split: the index, modulo 2^16, of the buffer that the device takes next. Packed: the place
     /// in the ring.
@@ -67,6 +68,7 @@ impl Position {
 
 /// A buffer in flight.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct InFlight {
     /// Split: the number of the first descriptor. Packed: the buffer id.
     pub id: u16,
@@ -84,6 +86,7 @@ pub struct InFlight {
 
 /// All that another process needs to go on with a queue, beside its layout and features.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct State {
     /// How far the queue is.
     pub position: Position,

@@ -7,5 +7,6 @@ mod driver;
 mod hostile;
 mod in_order;
 mod nic;
+mod saved;
 mod state;
 mod transport;

@@ -12,57 +12,57 @@ use vbus_virtio::net::VirtioNetClass;
 use crate::driver::{Driver, NEEDS_RESET, Queue, RING_RESET, Signal, VERSION_1, eventually, field};
 
 /// Feature bits.
-const CSUM: u64 = 1 << 0;
-const GUEST_CSUM: u64 = 1 << 1;
-const GUEST_OFFLOADS: u64 = 1 << 2;
+pub const CSUM: u64 = 1 << 0;
+pub const GUEST_CSUM: u64 = 1 << 1;
+pub const GUEST_OFFLOADS: u64 = 1 << 2;
 const GUEST_TSO4: u64 = 1 << 7;
-const HOST_TSO4: u64 = 1 << 11;
+pub const HOST_TSO4: u64 = 1 << 11;
 const MRG_RXBUF: u64 = 1 << 15;
-const CTRL_VQ: u64 = 1 << 17;
-const CTRL_RX: u64 = 1 << 18;
-const CTRL_VLAN: u64 = 1 << 19;
+pub const CTRL_VQ: u64 = 1 << 17;
+pub const CTRL_RX: u64 = 1 << 18;
+pub const CTRL_VLAN: u64 = 1 << 19;
+pub const ANNOUNCE: u64 = 1 << 21;
 const CTRL_RX_EXTRA: u64 = 1 << 20;
-const ANNOUNCE: u64 = 1 << 21;
 const MQ: u64 = 1 << 22;
-const CTRL_MAC: u64 = 1 << 23;
+pub const CTRL_MAC: u64 = 1 << 23;
 const RING_PACKED: u64 = 1 << 34;
 /// VQ_NOTF_COAL and NOTF_COAL.
-const COALESCE: u64 = 3 << 52;
+pub const COALESCE: u64 = 3 << 52;
 const HASH_REPORT: u64 = 1 << 57;
 const RSS: u64 = 1 << 60;
 
-const HEADER: usize = 12;
-const MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
+pub const HEADER: usize = 12;
+pub const MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
 
 /// A bus with the class.
-struct Lab {
-    bus: Bus,
+pub struct Lab {
+    pub bus: Bus,
 }
 
 /// A card whose driver has started.
-struct Card {
-    driver: Driver,
-    rx: Queue,
-    tx: Queue,
+pub struct Card {
+    pub driver: Driver,
+    pub rx: Queue,
+    pub tx: Queue,
     control: Option<Queue>,
     signal: Signal,
 }
 
 impl Lab {
-    fn new() -> Lab {
+    pub fn new() -> Lab {
         let opener: Arc<dyn Opener> = Arc::new(Direct);
         let class = VirtioNetClass::on(Switches::default(), opener);
         Lab { bus: vbus_test_driver::bus(2, vec![Box::new(class)]) }
     }
 
-    fn endpoint(&self, number: usize, more: Value) -> Arc<Endpoint> {
+    pub fn endpoint(&self, number: usize, more: Value) -> Arc<Endpoint> {
         let mut settings = json!({ "mac": vbus_net::show_mac(MACS[number]) });
         settings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         self.bus.create(&format!("net{number}"), "virtio-net", &settings).unwrap()
     }
 
     /// Card `number` with these settings, and a driver that accepts `features`.
-    fn card(&self, number: usize, more: Value, features: u64) -> Card {
+    pub fn card(&self, number: usize, more: Value, features: u64) -> Card {
         let endpoint = self.endpoint(number, more);
         let function = device_function(endpoint.clone(), Options::default());
         let mut driver = Driver::new(endpoint, function);
@@ -114,7 +114,7 @@ impl Card {
 
     /// Sends a command with room for an answer of `room` bytes. Returns what the device has
     /// written.
-    fn ask(&mut self, command: &[u8], room: u32) -> Vec<u8> {
+    pub fn ask(&mut self, command: &[u8], room: u32) -> Vec<u8> {
         let addr = self.driver.memory.alloc(command.len() + room as usize);
         let answer = addr + command.len() as u64;
         self.driver.memory.write(addr, &[command, &vec![0xff; room as usize]].concat());
@@ -144,14 +144,14 @@ impl Card {
     }
 }
 
-fn frame(to: [u8; 6], from: [u8; 6], len: usize) -> Vec<u8> {
+pub fn frame(to: [u8; 6], from: [u8; 6], len: usize) -> Vec<u8> {
     let body = (0..len).map(|i| u8::try_from(i % 251).unwrap());
     to.into_iter().chain(from).chain([0x88, 0xb5]).chain(body).collect()
 }
 
 /// A segment of TCP over IPv4 with `payload` bytes, and the header that leaves it to be cut into
 /// pieces of 1000.
-fn segment(payload: usize) -> ([u8; HEADER], Vec<u8>) {
+pub fn segment(payload: usize) -> ([u8; HEADER], Vec<u8>) {
     let mut bytes = frame(MACS[1], MACS[0], 0);
     (bytes[12], bytes[13]) = (8, 0);
     let total = u16::try_from(40 + payload).unwrap().to_be_bytes();

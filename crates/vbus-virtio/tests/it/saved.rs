@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Cards that are saved, and go on in fresh ones on another bus, with the same memory.
+#![allow(clippy::cast_possible_truncation)] // The numbers are small.
+
+use std::collections::VecDeque;
+
+use serde_json::{Value, json};
+use vbus_core::state::Document;
+use vbus_pci::{FunctionState, IrqIndex, Options, Peer, device_function};
+use vbus_test_driver::Random;
+
+use crate::driver::{NEEDS_RESET, eventually, field};
+use crate::nic::{
+    ANNOUNCE, COALESCE, CSUM, CTRL_MAC, CTRL_RX, CTRL_VLAN, CTRL_VQ, Card, GUEST_CSUM,
+    GUEST_OFFLOADS, HEADER, HOST_TSO4, Lab, MACS, frame, segment,
+};
+
+/// The chains of a queue of these tests.
+const CHAINS: usize = 16;
+/// Room for a frame to be sent.
+const SLOT: usize = 16 << 10;
+
+/// Two cards on a switch, the first of which sends to the second.
+struct World {
+    lab: Lab,
+    cards: [Card; 2],
+    settings: Value,
+    /// Memory for frames to send, and of buffers to receive.
+    tx_slots: u64,
+    rx_slots: u64,
+    sent: usize,
+    unreaped: usize,
+    posted: usize,
+    /// The buffers that the device has, in order.
+    buffers: VecDeque<u64>,
+    /// Frames that the second card will get, and that its driver has not taken.
+    coming: usize,
+    random: Random,
+    seen: Vec<Vec<u8>>,
+}
+
+impl World {
+    fn new(seed: u64, settings: Value) -> World {
+        let lab = Lab::new();
+        let control = CTRL_VQ | CTRL_RX | CTRL_VLAN | CTRL_MAC | ANNOUNCE | COALESCE;
+        let features = control | CSUM | HOST_TSO4 | GUEST_CSUM | GUEST_OFFLOADS;
+        let mut cards = [0, 1].map(|number| lab.card(number, settings.clone(), features));
+        let tx_slots = cards[0].driver.memory.alloc(CHAINS * SLOT);
+        let rx_slots = cards[1].driver.memory.alloc(CHAINS * 2048);
+        let (buffers, seen) = Default::default();
+        World {
+            lab,
+            cards,
+            settings,
+            tx_slots,
+            rx_slots,
+            sent: 0,
+            unreaped: 0,
+            posted: 0,
+            buffers,
+            coming: 0,
+            random: Random(seed),
+            seen,
+        }
+    }
+
+    /// Saves both cards, and lets fresh ones on a fresh bus go on.
+    fn renew(&mut self) {
+        let lab = Lab::new();
+        for card in &self.cards {
+            card.driver.endpoint.quiesce().unwrap();
+        }
+        let states = self.cards.each_mut().map(|card| card.driver.function.save().unwrap());
+        for (number, card) in self.cards.iter_mut().enumerate() {
+            let read = FunctionState::from_text(&states[number].to_text().unwrap()).unwrap();
+            let endpoint = lab.endpoint(number, self.settings.clone());
+            card.driver.memory.share(&endpoint);
+            let mut function = device_function(endpoint.clone(), Options::default());
+            let eventfds = card.driver.function.irq_eventfds(IrqIndex::Intx).unwrap();
+            function.connect_irqs(IrqIndex::Intx, 0, eventfds).unwrap();
+            endpoint.quiesce().unwrap();
+            function.restore(&read, Peer::Same).unwrap();
+            (card.driver.function, card.driver.endpoint) = (function, endpoint);
+        }
+        for (card, state) in self.cards.iter_mut().zip(&states) {
+            let again = card.driver.function.save().unwrap();
+            assert_eq!(unmoving(&again), unmoving(state), "the state as it was restored");
+            card.driver.endpoint.resume();
+        }
+        self.lab = lab;
+    }
+
+    fn save_in_vain(&mut self) {
+        let card = &mut self.cards[self.random.index(2)];
+        card.driver.endpoint.quiesce().unwrap();
+        card.driver.function.save().unwrap();
+        card.driver.endpoint.resume();
+    }
+
+    fn send(&mut self, header: &[u8; HEADER], bytes: &[u8]) {
+        let driver = &mut self.cards[0];
+        while self.unreaped > 12 {
+            driver.tx.wait(&driver.driver.memory);
+            self.unreaped -= 1;
+        }
+        let addr = self.tx_slots + (self.sent % CHAINS * SLOT) as u64;
+        self.sent += 1;
+        self.unreaped += 1;
+        driver.driver.memory.write(addr, &[&header[..], bytes].concat());
+        let rest = bytes.len() as u32 - 20;
+        let parts = [(addr, 12, false), (addr + 12, 20, false), (addr + 32, rest, false)];
+        driver.tx.add(&driver.driver.memory, &parts);
+        driver.driver.notify(&driver.tx);
+    }
+
+    fn post(&mut self) {
+        let addr = self.rx_slots + (self.posted % CHAINS * 2048) as u64;
+        self.posted += 1;
+        self.buffers.push_back(addr);
+        let card = &mut self.cards[1];
+        card.rx.add(&card.driver.memory, &[(addr, 100, true), (addr + 100, 1948, true)]);
+        card.driver.notify(&card.rx);
+    }
+
+    fn take(&mut self, frames: usize) {
+        for _ in 0..frames.min(self.coming) {
+            if self.buffers.is_empty() {
+                self.post();
+            }
+            let card = &mut self.cards[1];
+            let (_, len) = card.rx.wait(&card.driver.memory);
+            let addr = self.buffers.pop_front().unwrap();
+            self.seen.push(card.driver.memory.read(addr, len as usize));
+            self.coming -= 1;
+        }
+    }
+
+    fn step(&mut self) {
+        let n = self.random.next();
+        match self.random.below(12) {
+            0..=3 if self.coming < 8 => {
+                let to = if n % 5 == 0 { [0xff; 6] } else { MACS[1] };
+                let bytes = frame(to, MACS[0], 46 + (n % 1400) as usize);
+                self.send(&[0; HEADER], &bytes);
+                self.coming += 1;
+            }
+            4 if self.coming < 8 => {
+                let payload = 100 + (n % 6000) as usize;
+                let (header, bytes) = segment(payload);
+                self.send(&header, &bytes);
+                self.coming += payload.div_ceil(1000);
+            }
+            5..=6 => self.take(1 + (n % 6) as usize),
+            7 if self.buffers.len() < 10 => self.post(),
+            8..=9 => {
+                // What changes the way of a frame comes when no frame is on its way.
+                self.take(usize::MAX);
+                self.command(n);
+            }
+            _ => {}
+        }
+    }
+
+    fn command(&mut self, n: u64) {
+        let byte = n as u8;
+        let command = match self.random.below(8) {
+            0 => vec![0, 0, byte & 1],
+            1 => [&[1, 1][..], [&MACS[0], &MACS[1], &[2, 0, 0, 0, 0, 9]][n as usize % 3]].concat(),
+            2 => vec![2, byte & 1, byte, 1],
+            3 => vec![3, 0],
+            4 => vec![5, 0, byte & 2, 0, 0, 0, 0, 0, 0, 0],
+            5 => vec![6, byte & 1, 3, 0, 0, 0, byte, 0, 0, 0],
+            6 => vec![6, 3, byte & 3, 0],
+            _ => vec![4, 0, 2, 0],
+        };
+        let room = if command[..2] == [6, 3] { 9 } else { 1 };
+        // The address is that of the second card again, so that frames find it.
+        let answers = [self.cards[1].ask(&command, room), self.ask_for_own_address()];
+        self.seen.push(format!("{command:?}: {answers:?}").into_bytes());
+        let endpoint = &self.cards[1].driver.endpoint;
+        let request = json!({ "op": "announce" });
+        endpoint.device().control(&request, &mut |_| true).unwrap();
+        let card = &mut self.cards[1];
+        eventually("the announcement", || (card.driver.config(6, 2) & 2 != 0).then_some(()));
+    }
+
+    fn ask_for_own_address(&mut self) -> Vec<u8> {
+        self.cards[1].ask(&[&[1, 1][..], &MACS[1]].concat(), 1)
+    }
+
+    /// Takes all that is on its way. Returns all that the drivers have seen.
+    fn end(mut self) -> Vec<Vec<u8>> {
+        self.take(usize::MAX);
+        let card = &mut self.cards[1];
+        assert!(card.rx.used(&card.driver.memory).is_none());
+        assert_eq!(card.driver.status() & NEEDS_RESET, 0);
+        let config: Vec<_> = (0..24).map(|at| card.driver.config(at, 1)).collect();
+        let registers = [field::STATUS, field::SELECT].map(|field| card.driver.get(field));
+        self.seen.push(format!("{config:?} {registers:?}").into_bytes());
+        self.seen
+    }
+}
+
+/// A state without what passes by itself.
+fn unmoving(state: &FunctionState) -> Value {
+    let mut value: Value = serde_json::from_str(&state.to_text().unwrap()).unwrap();
+    let state = &mut value["state"];
+    // A restored function has interrupted its driver.
+    state["interrupts"] = json!(null);
+    let bar = &mut state["bars"][0]["state"];
+    bar["isr"] = json!(0);
+    // A task publishes the state of the link soon after a driver has started.
+    (bar["config"], bar["config_generation"]) = (json!(null), json!(0));
+    for name in ["wakeups", "polls", "polls_empty", "moves", "stalls", "interrupts"] {
+        bar["device"]["counters"][name] = json!(0);
+    }
+    value
+}
+
+/// As the test of venet has it.
+fn moves(settings: &Value, seeds: std::ops::Range<u64>) {
+    for seed in seeds {
+        let [mut plain, mut saved] = [0, 1].map(|_| World::new(seed, settings.clone()));
+        let mut when = Random(!seed);
+        for _ in 0..50 {
+            plain.step();
+            saved.step();
+            match when.below(4) {
+                0 => saved.renew(),
+                1 => {
+                    // Both worlds use as many random numbers.
+                    plain.random.index(2);
+                    saved.save_in_vain();
+                }
+                _ => {}
+            }
+        }
+        saved.renew();
+        let (plain, saved) = (plain.end(), saved.end());
+        assert_eq!(plain.len(), saved.len(), "seed {seed}");
+        for (n, (plain, saved)) in plain.iter().zip(&saved).enumerate() {
+            let show = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            assert!(plain == saved, "seed {seed}, {n}: {} and {}", show(plain), show(saved));
+        }
+    }
+}
+
+/// What the drivers of two cards see does not depend on whether the cards are saved, and go on in
+/// fresh ones, at any step.
+#[test]
+fn drivers_do_not_see_that_their_cards_are_saved() {
+    moves(&json!({ "backpressure-ms": 3_600_000 }), 0..16);
+}
