@@ -3,13 +3,15 @@
 //! moves and ends routes.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vbus_core::shm::abi::pic::{
     CALL_MOVE, CALL_ROUTE, CALL_UNROUTE, NAME_OFFSET, NO_ROUTE, ROUTE_BYTES, ROUTES_MAX,
 };
-use vbus_core::{Connection, ErrorCode, Region, Route, Router};
+use vbus_core::{Connection, ErrorCode, InterruptSink, Region, Route, Router, state as data};
 
 use super::page::{Cpu, Line};
 use vbus_core::lock;
@@ -22,6 +24,8 @@ pub struct PicState {
     cpus: BTreeMap<u32, Arc<Cpu>>,
     /// The routes, by device and vector.
     routes: BTreeMap<(String, u16), Routed>,
+    /// Routes of a device that this one goes on for, whose devices were not there yet.
+    wanted: Vec<RouteState>,
 }
 
 struct Routed {
@@ -29,6 +33,48 @@ struct Routed {
     cpu: Arc<Cpu>,
     cpu_number: u32,
     route: Route,
+    /// Where the interrupts go while the device is quiesced.
+    parked: Option<Arc<Parked>>,
+}
+
+/// Takes the interrupts of a route without touching the driver's page.
+#[derive(Default)]
+struct Parked {
+    /// One has come. Relaxed: it is read when the route leads elsewhere, and whoever redirects a
+    /// route waits for those who use it.
+    triggered: AtomicBool,
+}
+
+impl InterruptSink for Parked {
+    fn trigger(&self, _vector: u16) {
+        self.triggered.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A connection as plain data (spec/state-format.md, "pic").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedPic {
+    /// The counts of each registered page.
+    pages: Vec<PageState>,
+    routes: Vec<RouteState>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PageState {
+    cpu: u32,
+    raised: u64,
+    messages: u64,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RouteState {
+    device: String,
+    vector: u16,
+    line: u16,
+    cpu: u32,
 }
 
 /// The buffer of ROUTE, UNROUTE and MOVE.
@@ -68,11 +114,96 @@ impl PicState {
         let (device, vector) = &request.what;
         let cpu = line.cpu.clone();
         let route = router.route(device, *vector, line)?;
-        self.routes.insert(
-            request.what,
-            Routed { line: request.line, cpu, cpu_number: request.cpu, route },
-        );
+        let (line, cpu_number, parked) = (request.line, request.cpu, None);
+        self.routes.insert(request.what, Routed { line, cpu, cpu_number, route, parked });
         Ok(0)
+    }
+
+    /// Lets interrupts wait without touching a page, until [`go_on`](Self::go_on).
+    pub fn park(&mut self) {
+        for routed in self.routes.values_mut() {
+            let parked = Arc::new(Parked::default());
+            if routed.route.redirect(parked.clone()) {
+                routed.parked = Some(parked);
+            }
+        }
+    }
+
+    /// Undoes [`park`](Self::park), and raises the lines of the interrupts that came meanwhile.
+    pub fn go_on(&mut self, router: Option<&Router>) {
+        for saved in std::mem::take(&mut self.wanted) {
+            let (device, vector) = (saved.device.clone(), saved.vector);
+            let made = router.map_or(Err(ErrorCode::NOT_OPEN), |router| self.make(router, saved));
+            if let Err(error) = made {
+                tracing::warn!(device, vector, %error, "a route of interrupts cannot be made again");
+            }
+        }
+        for routed in self.routes.values_mut() {
+            let Some(parked) = routed.parked.take() else { continue };
+            let line = Arc::new(Line { cpu: routed.cpu.clone(), number: routed.line });
+            if routed.route.redirect(line) && parked.triggered.load(Ordering::Relaxed) {
+                routed.cpu.raise(routed.line);
+            }
+        }
+    }
+
+    /// Makes a route of the state. Its first interrupt may have been lost, so the line is raised
+    /// when the device goes on.
+    fn make(&mut self, router: &Router, saved: RouteState) -> Result<(), ErrorCode> {
+        let RouteState { device, vector, line, cpu: cpu_number } = saved;
+        let request = Request { what: (device, vector), line, cpu: cpu_number };
+        let cpu = self.line(&request)?.cpu.clone();
+        if self.routes.len() >= ROUTES_MAX || self.routes.contains_key(&request.what) {
+            return Err(ErrorCode::LIMIT);
+        }
+        let parked = Arc::new(Parked::default());
+        let route = router.route(&request.what.0, vector, parked.clone())?;
+        let parked = Some(parked);
+        self.routes.insert(request.what, Routed { line, cpu, cpu_number, route, parked });
+        Ok(())
+    }
+
+    fn save(&self) -> SavedPic {
+        let page = |(cpu, of): (&u32, &Arc<Cpu>)| PageState {
+            cpu: *cpu,
+            raised: of.raised.get(),
+            messages: of.messages.get(),
+        };
+        let alive = self.routes.iter().filter(|(_, routed)| routed.route.is_alive());
+        let route = |((device, vector), routed): (&(String, u16), &Routed)| RouteState {
+            device: device.clone(),
+            vector: *vector,
+            line: routed.line,
+            cpu: routed.cpu_number,
+        };
+        let wanted = self.wanted.iter().cloned();
+        SavedPic {
+            pages: self.cpus.iter().map(page).collect(),
+            routes: alive.map(route).chain(wanted).collect(),
+        }
+    }
+
+    /// Goes on from what [`save`](Self::save) returned, with the pages registered.
+    fn restore(&mut self, router: &Router, saved: SavedPic) -> Result<(), String> {
+        for PageState { cpu, raised, messages } in saved.pages {
+            let page = self.cpus.get(&cpu).ok_or_else(|| format!("there is no page {cpu}"))?;
+            data::check_count("raised", raised)?;
+            data::check_count("messages", messages)?;
+            page.raised.add(raised);
+            page.messages.add(messages);
+        }
+        if saved.routes.len() > ROUTES_MAX {
+            return Err(format!("there are {} routes", saved.routes.len()));
+        }
+        for route in saved.routes {
+            let name = format!("the route of vector {} of {:?}", route.vector, route.device);
+            match self.make(router, route.clone()) {
+                // Its device may be restored later.
+                Err(ErrorCode::NOT_OPEN | ErrorCode::DENIED) => self.wanted.push(route),
+                made => made.map_err(|error| format!("{name}: {error}"))?,
+            }
+        }
+        Ok(())
     }
 
     /// Serves MOVE. The driver changes nothing in the pages for this. If the old line is pending,
@@ -141,6 +272,24 @@ impl PicConnection {
     pub fn new(state: Arc<Mutex<PicState>>, cpus: u16, router: Router) -> PicConnection {
         PicConnection { state, cpus, router }
     }
+
+    /// The connection of a driver that had these regions with a device that this one goes on for.
+    pub fn again(
+        state: Arc<Mutex<PicState>>,
+        cpus: u16,
+        router: Router,
+        regions: Vec<Region>,
+        saved: &Value,
+    ) -> Result<PicConnection, String> {
+        let saved: SavedPic = data::read_part(saved)?;
+        let mut this = PicConnection::new(state, cpus, router);
+        for region in regions {
+            let number = region.id;
+            this.region_added(region).map_err(|error| format!("page {number}: {error}"))?;
+        }
+        lock(&this.state).restore(&this.router, saved)?;
+        Ok(this)
+    }
 }
 
 impl Connection for PicConnection {
@@ -157,6 +306,10 @@ impl Connection for PicConnection {
         let mut state = lock(&self.state);
         state.cpus.insert(number, Arc::new(Cpu::new(region)?));
         Ok(())
+    }
+
+    fn save(&mut self) -> Result<Value, String> {
+        data::part(&lock(&self.state).save())
     }
 
     fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {

@@ -15,7 +15,10 @@ use serde_json::{Value, json};
 use vbus_core::settings::Settings;
 use vbus_core::shm::abi::{class, pic as abi};
 use vbus_core::shm::pic::LINES_MAX;
-use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open};
+use vbus_core::{
+    Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open, Region,
+    Router, state,
+};
 
 use connection::{PicConnection, PicState};
 use vbus_core::lock;
@@ -40,7 +43,7 @@ impl DeviceClass for PicClass {
         let mut settings = Settings::new(config)?;
         let cpus = settings.integer("cpus", 1..=abi::CPUS_MAX)?.unwrap_or(CPUS);
         settings.finish()?;
-        Ok(Arc::new(PicDevice { cpus, state: Arc::default() }))
+        Ok(Arc::new(PicDevice { cpus, state: Arc::default(), router: Mutex::default() }))
     }
 
     fn metrics(&self) -> Vec<Metric> {
@@ -52,6 +55,8 @@ struct PicDevice {
     cpus: u16,
     /// The state of the open connection; empty without one.
     state: Arc<Mutex<PicState>>,
+    /// Makes the routes again of a device that this one goes on for.
+    router: Mutex<Option<Router>>,
 }
 
 impl Device for PicDevice {
@@ -70,6 +75,34 @@ impl Device for PicDevice {
 
     fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         Ok(Box::new(PicConnection::new(self.state.clone(), self.cpus, open.router)))
+    }
+
+    fn quiesce(&self) {
+        lock(&self.state).park();
+    }
+
+    fn resume(&self) {
+        let router = lock(&self.router).clone();
+        lock(&self.state).go_on(router.as_ref());
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        Ok(state::nothing())
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        state::is_nothing(saved)
+    }
+
+    fn reopen(
+        &self,
+        open: Open,
+        regions: Vec<Region>,
+        saved: &Value,
+    ) -> Result<Box<dyn Connection>, String> {
+        *lock(&self.router) = Some(open.router.clone());
+        let (state, cpus) = (self.state.clone(), self.cpus);
+        Ok(Box::new(PicConnection::again(state, cpus, open.router, regions, saved)?))
     }
 
     fn inspect(&self) -> Value {
