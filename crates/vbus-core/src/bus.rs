@@ -111,6 +111,20 @@ impl Bus {
         self.add(name, device)
     }
 
+    /// As [`create`](Self::create), of a device that goes on from a state
+    /// ([`Endpoint::restore`]): it is quiesced before anything of it runs.
+    pub fn create_quiesced(
+        &self,
+        name: &str,
+        class: &str,
+        config: &Value,
+    ) -> Result<Arc<Endpoint>, BusError> {
+        let maker = self.class(class)?;
+        self.check_new(name)?;
+        let device = maker.create(name, config).map_err(|e| BusError::Create(name.into(), e))?;
+        self.join(name, device, true)
+    }
+
     /// Checks whether [`create`](Self::create) could add a device of class `class` as `name`. It
     /// makes no device, so it does not find every error.
     pub fn check(&self, name: &str, class: &str, config: &Value) -> Result<(), BusError> {
@@ -134,6 +148,16 @@ impl Bus {
 
     /// Adds a device as `name`.
     pub fn add(&self, name: &str, device: Arc<dyn Device>) -> Result<Arc<Endpoint>, BusError> {
+        self.join(name, device, false)
+    }
+
+    /// Adds a device. `quiesced`: nothing of it runs before [`Endpoint::resume`].
+    fn join(
+        &self,
+        name: &str,
+        device: Arc<dyn Device>,
+        quiesced: bool,
+    ) -> Result<Arc<Endpoint>, BusError> {
         self.check_new(name)?;
         let (identity, config) = (device.identity(), device.config());
         identity.check().map_err(|what| BusError::Identity(name.into(), what))?;
@@ -154,6 +178,9 @@ impl Bus {
         devices.insert(name.into(), endpoint.clone());
         self.outlets.insert(name, endpoint.host().outlet());
         drop(devices);
+        if quiesced {
+            self.executor.halt(endpoint.counters());
+        }
         let joined = Joined {
             notifier: endpoint.notifier(),
             executor: &self.executor,
@@ -163,6 +190,10 @@ impl Bus {
         if let Err(error) = endpoint.device().joined(joined) {
             let _ = self.remove(name);
             return Err(BusError::Create(name.into(), error));
+        }
+        if quiesced {
+            // No call is in progress, so that it does not wait for one.
+            endpoint.quiesce_now();
         }
         tracing::info!(device = name, class = endpoint.identity().class_name, "added");
         Ok(endpoint)

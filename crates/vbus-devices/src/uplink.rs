@@ -2,6 +2,7 @@
 //! `uplink`: a port of a switch that leads to a network outside of the bus (spec/venet.md,
 //! "Uplinks"). It is no device for a driver.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -87,5 +88,36 @@ impl Device for UplinkDevice {
 
     fn removed(&self) {
         self.0.stop();
+    }
+
+    fn quiesce(&self) {
+        self.0.quiesce();
+    }
+
+    fn resume(&self) {
+        self.0.resume();
+    }
+
+    fn settled(&self, config: &Value) -> Value {
+        let mut settled = config.clone();
+        let inspect = self.0.inspect();
+        if let (Some(settings), Some(tap)) =
+            (settled.as_object_mut(), inspect["backend"].get("tap"))
+        {
+            settings.insert("tap".into(), tap.clone());
+        }
+        settled
+    }
+
+    fn descriptors(&self) -> std::io::Result<Vec<(String, OwnedFd)>> {
+        self.0.descriptors()
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        self.0.save()
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        self.0.restore(saved)
     }
 }

@@ -14,6 +14,9 @@ use crate::frame::{Body, ETH_BYTES, FRAME_MAX, Hash, Header, Packet};
 use crate::offload::{Plain, complete_dhcp};
 use crate::sink::{Delivery, OnFull, Read, RxDrop, RxSink};
 
+/// What is wrong with a saved frame.
+const NO_FRAME: &str = "a frame that waits is none";
+
 /// A frame in memory of this process.
 #[derive(Default)]
 pub(crate) struct ReadFrame {
@@ -42,6 +45,32 @@ impl ReadFrame {
         self.len = rest.min(FRAME_MAX);
         complete_dhcp(&mut self.header, &self.eth, &mut self.body[..self.len]);
         Ok(true)
+    }
+
+    /// The header of 12 bytes, and the frame.
+    pub fn save(&self) -> Vec<u8> {
+        let body = self.body.get(..self.len).unwrap_or(&[]);
+        [&self.header.bytes(0)[..], &self.eth, body].concat()
+    }
+
+    /// Takes over what [`save`](Self::save) returned.
+    ///
+    /// # Errors
+    /// It is no frame.
+    pub fn restore(&mut self, bytes: &[u8]) -> Result<(), String> {
+        let parts = bytes.split_first_chunk::<HEADER_BYTES>();
+        let parts = parts.and_then(|(head, frame)| Some((head, frame.split_first_chunk()?)));
+        let (head, (eth, body)) =
+            parts.filter(|(_, (_, body))| body.len() <= FRAME_MAX).ok_or(NO_FRAME)?;
+        let header = Header::parse(head);
+        // The kernel's headers pass this check, which clears what a driver may not say.
+        if !header.clone().check(ETH_BYTES + body.len(), Offloads::ALL) {
+            return Err(NO_FRAME.into());
+        }
+        (self.header, self.eth, self.len) = (header, *eth, body.len());
+        self.body.resize(FRAME_MAX, 0);
+        self.body[..body.len()].copy_from_slice(body);
+        Ok(())
     }
 
     pub fn packet(&self) -> Packet<'_> {
@@ -154,14 +183,8 @@ impl Inbound {
 
     /// The frame that is here, as plain data.
     pub fn save(&self) -> Option<InboundState> {
-        if !self.is_held {
-            return None;
-        }
-        let frame = &self.frame;
-        let mut bytes = frame.header.bytes(0).to_vec();
-        bytes.extend_from_slice(&frame.eth);
-        bytes.extend_from_slice(frame.body.get(..frame.len).unwrap_or(&[]));
-        Some(InboundState { bytes, next: self.cut.map(|(next, _)| next) })
+        let next = self.cut.map(|(next, _)| next);
+        self.is_held.then(|| InboundState { bytes: self.frame.save(), next })
     }
 
     /// Goes on from what [`save`](Self::save) returned.
@@ -169,29 +192,12 @@ impl Inbound {
     /// # Errors
     /// It is no frame.
     pub fn restore(&mut self, saved: Option<&InboundState>) -> Result<(), String> {
-        const HEAD: usize = HEADER_BYTES + ETH_BYTES;
         let Some(InboundState { bytes, next }) = saved else { return Ok(()) };
-        let bad = "a frame that waits is none";
-        let (head, body) = bytes.split_at_checked(HEAD).ok_or(bad)?;
-        let (Some((front, eth)), true) =
-            (head.split_first_chunk::<HEADER_BYTES>(), body.len() <= FRAME_MAX)
-        else {
-            return Err(bad.into());
-        };
-        let header = Header::parse(front);
-        // The kernel's headers pass this check, which clears what a driver may not say.
-        if !header.clone().check(ETH_BYTES + body.len(), Offloads::ALL) {
-            return Err(bad.into());
-        }
-        self.frame.header = header;
-        self.frame.eth.copy_from_slice(eth);
-        self.frame.body.resize(FRAME_MAX, 0);
-        self.frame.body[..body.len()].copy_from_slice(body);
-        self.frame.len = body.len();
+        self.frame.restore(bytes)?;
         self.is_held = true;
         if let Some(next) = *next {
             let count = self.plain.load(&self.frame.packet()).filter(|count| next < *count);
-            self.cut = Some((next, count.ok_or(bad)?));
+            self.cut = Some((next, count.ok_or(NO_FRAME)?));
         }
         Ok(())
     }

@@ -6,22 +6,25 @@
 //! share the interface's queue with this task.
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vbus_core::settings::Settings;
 use vbus_core::shm::signal::Armed;
+use vbus_core::state::Counts;
 use vbus_core::{
-    ConnectionCounters, Counter, CreateError, ErrorCode, Executor, Progress, Task, TaskHandle, lock,
+    ConnectionCounters, Counter, CreateError, ErrorCode, Executor, Progress, Task, TaskHandle,
+    lock, state,
 };
-use vbus_tap::{Mac, Offloads};
+use vbus_tap::{HEADER_BYTES, Mac, Offloads};
 
 use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
 use crate::config::BackendConfig;
 use crate::filter::{Addresses, Filter};
-use crate::frame::{ETH_OVERHEAD, FRAME_MAX, Header, Packet};
+use crate::frame::{ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Header, Packet};
 use crate::inbound::ReadFrame;
 use crate::link::Link;
 use crate::medium::Medium;
@@ -85,7 +88,14 @@ pub struct Uplink {
     inside: SwitchBackend,
     link: Arc<Link>,
     counters: Arc<Counters>,
-    task: Mutex<Option<TaskHandle>>,
+    running: Mutex<Option<Running>>,
+}
+
+/// The task of an uplink that carries frames, and what it works on.
+struct Running {
+    task: TaskHandle,
+    pump: Arc<Mutex<Pump>>,
+    line: Arc<Mutex<Line>>,
 }
 
 /// Frames in one direction.
@@ -97,6 +107,25 @@ struct Direction {
 }
 
 impl Direction {
+    /// All counters by their paths in JSON.
+    fn all(&self) -> [(&'static str, &Counter); 12] {
+        let drops = &self.drops;
+        [
+            ("frames", &self.frames),
+            ("bytes", &self.bytes),
+            ("drops.no_buffers", &drops.no_buffers),
+            ("drops.too_slow", &drops.too_slow),
+            ("drops.too_long", &drops.too_long),
+            ("drops.bad_frame", &drops.bad_frame),
+            ("drops.no_link", &drops.no_link),
+            ("drops.refused", &drops.refused),
+            ("drops.rate", &drops.rate),
+            ("drops.spoofed", &drops.spoofed),
+            ("drops.denied", &drops.denied),
+            ("drops.storm", &drops.storm),
+        ]
+    }
+
     fn count(&self, bytes: usize) {
         self.frames.one();
         self.bytes.add(bytes as u64);
@@ -167,8 +196,8 @@ impl Uplink {
         // The port is plugged in for as long as the uplink exists. The link that counts is the
         // outside's.
         let inside = SwitchBackend::new(switch, rules, Arc::default());
-        let (name, counters, task) = (name.into(), Arc::default(), Mutex::default());
-        Ok(Uplink { name, config, outside, inside, link, counters, task })
+        let (name, counters, running) = (name.into(), Arc::default(), Mutex::default());
+        Ok(Uplink { name, config, outside, inside, link, counters, running })
     }
 
     /// Carries frames from now on, in a task on worker `worker` of `executor`, with these counters.
@@ -194,6 +223,7 @@ impl Uplink {
             is_news: false,
             waiters: Vec::new(),
             task: None,
+            paused: false,
         }));
         let port = |lanes| {
             // Everything that is on its way to the outside passes.
@@ -216,30 +246,122 @@ impl Uplink {
         let failed = move |error: ErrorCode| {
             tracing::error!(device = name, %error, "the uplink carries no more frames");
         };
+        let mut made = None;
         let make = |task: &TaskHandle| {
             lock(&line).task = Some(task.clone());
             let plugs = [outside.clone(), inside.clone()];
             let queues = (outside.queue(0, task)?, inside.queue(0, task)?);
-            Ok::<_, ErrorCode>(Box::new(Pump {
+            let pump = Arc::new(Mutex::new(Pump {
                 outside: queues.0,
                 inside: queues.1,
-                _plugs: plugs,
+                plugs,
                 line: line.clone(),
                 sending: VecDeque::new(),
                 is_blocked: false,
                 until: None,
                 inlet: Inlet::new(self.counters.clone(), usize::from(mtu)),
-            }) as Box<dyn Task>)
+            }));
+            made = Some(pump.clone());
+            Ok::<_, ErrorCode>(Box::new(PumpTask(pump)) as Box<dyn Task>)
         };
         let task = executor.spawn_with(worker, counters, failed, make)?;
-        *lock(&self.task) = Some(task);
+        *lock(&self.running) = made.map(|pump| Running { task, pump, line });
+        Ok(())
+    }
+
+    /// Stops everything that is no task of the uplink: what devices send to the outside, and the
+    /// back end.
+    pub fn quiesce(&self) {
+        self.pause(true);
+        self.outside.quiesce();
+    }
+
+    /// Undoes [`quiesce`](Self::quiesce).
+    pub fn resume(&self) {
+        self.outside.resume();
+        self.pause(false);
+    }
+
+    fn pause(&self, paused: bool) {
+        if let Some(running) = &*lock(&self.running) {
+            lock(&running.line).pause(paused);
+        }
+    }
+
+    /// As [`Backend::descriptors`].
+    ///
+    /// # Errors
+    /// The process has no more descriptors.
+    pub fn descriptors(&self) -> std::io::Result<Vec<(String, OwnedFd)>> {
+        self.outside.descriptors()
+    }
+
+    /// The uplink as plain data, with the frames that are on their way.
+    ///
+    /// # Errors
+    /// It cannot be saved. The text says why.
+    pub fn save(&self) -> Result<Value, String> {
+        let running = lock(&self.running);
+        let Some(Running { pump, line, .. }) = &*running else {
+            return Err("it carries no frames".into());
+        };
+        let pump = &mut *lock(pump);
+        let line = lock(line);
+        let frames = pump.sending.iter().chain(&line.frames).map(|frame| {
+            let bytes = frame.bytes.get(..frame.len).unwrap_or_default();
+            FrameState([&frame.header.bytes(0)[..], bytes].concat())
+        });
+        let inlet = &pump.inlet;
+        state::part(&UplinkState {
+            from_outside: state::counts(&self.counters.from_outside.all()),
+            to_outside: state::counts(&self.counters.to_outside.all()),
+            frames: frames.collect(),
+            held: inlet.is_held.then(|| FrameState(inlet.frame.save())),
+            backend: self.outside.save()?,
+            outside: EndState { plug: pump.plugs[0].save()?, queue: pump.outside.save()? },
+            inside: EndState { plug: pump.plugs[1].save()?, queue: pump.inside.save()? },
+        })
+    }
+
+    /// Goes on from what [`save`](Self::save) returned. The uplink has carried no frames, and is
+    /// quiesced.
+    ///
+    /// # Errors
+    /// The state is wrong. The text says what.
+    pub fn restore(&self, saved: &Value) -> Result<(), String> {
+        let saved: UplinkState = state::read_part(saved)?;
+        let running = lock(&self.running);
+        let Some(Running { pump, line, .. }) = &*running else {
+            return Err("it carries no frames".into());
+        };
+        let pump = &mut *lock(pump);
+        let mut line = lock(line);
+        let frames = saved.frames.iter().map(|frame| Frame::restored(frame, line.offloads));
+        let frames: VecDeque<_> = frames.collect::<Result<_, _>>()?;
+        let bytes = frames.iter().map(|frame| frame.len).sum::<usize>();
+        // A whole queue can be on its way, and another one behind it.
+        if frames.len() > 2 * QUEUED_FRAMES || bytes > 2 * (QUEUED_BYTES + FRAME_MAX) {
+            return Err(format!("{} frames of {bytes} bytes wait", frames.len()));
+        }
+        state::add_counts(&self.counters.from_outside.all(), &saved.from_outside)?;
+        state::add_counts(&self.counters.to_outside.all(), &saved.to_outside)?;
+        self.outside.restore(&saved.backend)?;
+        pump.plugs[0].restore(&saved.outside.plug)?;
+        pump.plugs[1].restore(&saved.inside.plug)?;
+        pump.outside.restore(&saved.outside.queue)?;
+        pump.inside.restore(&saved.inside.queue)?;
+        if let Some(FrameState(bytes)) = &saved.held {
+            pump.inlet.frame.restore(bytes)?;
+            pump.inlet.is_held = true;
+        }
+        (line.frames, line.bytes) = (frames, bytes);
         Ok(())
     }
 
     /// Carries no more frames. The port leaves the switch.
     pub fn stop(&self) {
-        if let Some(task) = lock(&self.task).take() {
-            task.stop();
+        if let Some(running) = lock(&self.running).take() {
+            running.task.stop();
         }
     }
 
@@ -270,7 +392,47 @@ struct Frame {
     len: usize,
 }
 
+/// An uplink as plain data (spec/state-format.md, "uplink").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UplinkState {
+    from_outside: Counts,
+    to_outside: Counts,
+    /// Frames on their way to the outside, oldest first.
+    frames: Vec<FrameState>,
+    /// The frame of the outside that waits for a port's buffers.
+    held: Option<FrameState>,
+    /// What the back end has for the device.
+    backend: Value,
+    outside: EndState,
+    inside: EndState,
+}
+
+/// What a back end has for one end of an uplink.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EndState {
+    plug: Value,
+    queue: Value,
+}
+
+/// The header of 12 bytes, and a frame.
+#[derive(Serialize, Deserialize)]
+struct FrameState(#[serde(with = "hex::serde")] Vec<u8>);
+
 impl Frame {
+    /// The frame of a state, for an outside that accepts these offloads.
+    fn restored(FrameState(saved): &FrameState, offloads: Offloads) -> Result<Frame, String> {
+        let no_frame = "a frame that waits is none";
+        let (head, bytes) = saved.split_first_chunk::<HEADER_BYTES>().ok_or(no_frame)?;
+        let mut header = Header::parse(head);
+        let fits = (ETH_BYTES..=FRAME_MAX).contains(&bytes.len());
+        if !fits || !header.check(bytes.len(), offloads) {
+            return Err(no_frame.into());
+        }
+        Ok(Frame { header, bytes: bytes.to_vec(), len: bytes.len() })
+    }
+
     fn packet(&self) -> Option<Packet<'_>> {
         let packet = Packet::plain(self.bytes.get(..self.len)?)?;
         Some(Packet { header: self.header, ..packet })
@@ -295,11 +457,13 @@ struct Line {
     is_news: bool,
     waiters: Vec<Waiter>,
     task: Option<TaskHandle>,
+    /// The uplink is quiesced: it takes no frames.
+    paused: bool,
 }
 
 impl Line {
     fn is_full(&self) -> bool {
-        self.frames.len() >= QUEUED_FRAMES || self.bytes >= QUEUED_BYTES
+        self.paused || self.frames.len() >= QUEUED_FRAMES || self.bytes >= QUEUED_BYTES
     }
 
     fn drops(&self) -> &Drops {
@@ -381,6 +545,13 @@ impl RxSink for Line {
 
     fn count_drop(&mut self, reason: RxDrop) {
         self.drops().received(reason);
+    }
+
+    fn pause(&mut self, paused: bool) {
+        (self.paused, self.full_since) = (paused, None);
+        for waiter in self.waiters.drain(..) {
+            waiter.task.wake();
+        }
     }
 }
 
@@ -524,8 +695,8 @@ impl RxSink for Entrance<'_> {
 struct Pump {
     outside: Box<dyn Queue>,
     inside: Box<dyn Queue>,
-    /// The plugs live as long as their queues.
-    _plugs: [Arc<dyn Plug>; 2],
+    /// The plugs, that of the outside first. They live as long as their queues.
+    plugs: [Arc<dyn Plug>; 2],
     line: Arc<Mutex<Line>>,
     /// Frames that are being sent to the outside.
     sending: VecDeque<Frame>,
@@ -574,7 +745,28 @@ impl Pump {
     }
 }
 
-impl Task for Pump {
+/// The task of an uplink. It shares its lock with whoever saves the uplink.
+struct PumpTask(Arc<Mutex<Pump>>);
+
+impl Task for PumpTask {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
+        lock(&self.0).poll(budget)
+    }
+
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
+        lock(&self.0).arm()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        lock(&self.0).deadline()
+    }
+
+    fn carried(&self) -> u64 {
+        lock(&self.0).carried()
+    }
+}
+
+impl Pump {
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let sent = self.send(budget);
         (self.inlet.is_part, self.inlet.is_offered) = (false, false);

@@ -52,11 +52,23 @@ impl Endpoint {
                 }
                 continue;
             }
-            if !self.quiesced.swap(true, Ordering::Relaxed) {
-                self.executor().halt(self.counters());
-                self.contain(|| self.device.quiesce());
-            }
+            self.stand_still();
+            drop(inner);
             return Ok(());
+        }
+    }
+
+    /// [`quiesce`](Self::quiesce) of a device that no driver has opened.
+    pub(crate) fn quiesce_now(&self) {
+        let _inner = lock(&self.inner);
+        self.stand_still();
+    }
+
+    /// The caller holds the lock of `inner`.
+    fn stand_still(&self) {
+        if !self.quiesced.swap(true, Ordering::Relaxed) {
+            self.executor().halt(self.counters());
+            self.contain(|| self.device.quiesce());
         }
     }
 

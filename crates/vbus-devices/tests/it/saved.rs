@@ -1,7 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Devices that are saved and go on in a fresh device, on another bus, with the same memory.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 use vbus_core::shm::abi::venet::{self as abi, status_page as word};
@@ -10,9 +16,10 @@ use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::state::Document;
 use vbus_core::{Bus, ConnectionState, DeviceState, Endpoint, ErrorCode};
 
+use vbus_net::{Direct, HandedOver, Opener};
 use vbus_test_driver::Random;
 
-use crate::driver::{Interrupts, Memory, Net, Shape, add, bus, frame, open};
+use crate::driver::{Interrupts, Memory, Net, Shape, TIMEOUT, add, bus, frame, open};
 use crate::offloads::large;
 
 /// Saves the device behind `endpoint`, which stands still from then on.
@@ -273,9 +280,11 @@ fn without_times(state: &DeviceState) -> String {
     for name in ["wakeups", "polls", "polls_empty", "moves", "stalls", "interrupts"] {
         state["counters"][name] = json!(0);
     }
-    let plug = &mut state["connection"]["open"]["state"]["pairs"]["plug"];
-    for learned in plug["learned"].as_array_mut().into_iter().flatten() {
-        learned["age_ms"] = json!(0);
+    for plug in ["/connection/open/state/pairs/plug", "/device/inside/plug"] {
+        let learned = state.pointer_mut(plug).map(|plug| &mut plug["learned"]);
+        for learned in learned.and_then(Value::as_array_mut).into_iter().flatten() {
+            learned["age_ms"] = json!(0);
+        }
     }
     value.to_string()
 }
@@ -308,4 +317,141 @@ fn drivers_do_not_see_that_their_venet_devices_are_saved() {
             assert!(plain == saved, "seed {seed}, {n}: {} and {}", show(plain), show(saved));
         }
     }
+}
+
+/// Hands the descriptors of former devices over, by the device's name.
+#[derive(Default)]
+struct Handing(Mutex<HashMap<String, Vec<(String, OwnedFd)>>>);
+
+impl Opener for Handing {
+    fn create(&self, path: &Path) -> std::io::Result<File> {
+        Direct.create(path)
+    }
+
+    fn listen(&self, path: &Path) -> std::io::Result<OwnedFd> {
+        Direct.listen(path)
+    }
+
+    fn remove(&self, path: &Path) {
+        Direct.remove(path);
+    }
+
+    fn connect(&self, path: &Path) -> std::io::Result<OwnedFd> {
+        Direct.connect(path)
+    }
+
+    fn tap(
+        &self,
+        name: &str,
+        queues: u16,
+        mtu: u16,
+    ) -> std::io::Result<(String, Vec<vbus_tap::Queue>)> {
+        Direct.tap(name, queues, mtu)
+    }
+
+    fn handed_over(&self, device: &str) -> HandedOver {
+        HandedOver::new(self.0.lock().unwrap().remove(device).unwrap_or_default())
+    }
+}
+
+/// Lets fresh devices on a fresh bus go on for those of `bus`: `devices` are names, classes and
+/// settings, and `net` is the driver of one of them.
+fn hand_over(bus: &Bus, devices: &[(&str, &str, Value)], net: &mut Net) -> Bus {
+    let opener = Arc::new(Handing::default());
+    let endpoints = devices.iter().map(|(name, ..)| bus.get(name).unwrap());
+    let endpoints: Vec<_> = endpoints.collect();
+    for endpoint in &endpoints {
+        endpoint.quiesce().unwrap();
+        let fds = endpoint.device().descriptors().unwrap();
+        opener.0.lock().unwrap().insert(endpoint.name().into(), fds);
+    }
+    let next = vbus_test_driver::bus(2, vbus_devices::classes_opening(opener));
+    let mut all = Vec::new();
+    for (endpoint, (name, class, config)) in endpoints.iter().zip(devices) {
+        let settled = endpoint.device().settled(config);
+        let fresh = next.create_quiesced(name, class, &settled).unwrap();
+        assert!(fresh.is_quiesced());
+        if *name == net.endpoint.name() {
+            fresh.set_interrupt_sink(net.interrupts.clone());
+            net.memory.share(&fresh);
+            net.endpoint = fresh.clone();
+        }
+        let text = endpoint.save().unwrap().to_text().unwrap();
+        fresh.restore(&DeviceState::from_text(&text).unwrap()).unwrap();
+        assert_eq!(without_times(&fresh.save().unwrap()), without_times(&endpoint.save().unwrap()));
+        all.push(fresh);
+    }
+    all.iter().for_each(|endpoint| endpoint.resume());
+    next
+}
+
+fn framed(frame: &[u8]) -> Vec<u8> {
+    [&(frame.len() as u32).to_be_bytes()[..], frame].concat()
+}
+
+/// Sends frames from the driver `net` to a peer that does not read, and half a frame back. Then
+/// other devices go on, and the peer reads all.
+fn goes_on_with_its_peer(
+    mut bus: Bus,
+    devices: &[(&str, &str, Value)],
+    mut net: Net,
+    mut peer: UnixStream,
+) {
+    peer.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let first = bus.get(devices[0].0).unwrap();
+    net.interrupts
+        .clone()
+        .wait("the link", || (first.inspect()["device"]["link"] == true).then_some(()));
+    let to_driver = framed(&frame(A, B, 77, 1000));
+    peer.write_all(&to_driver[..300]).unwrap();
+    let mut sent = Vec::new();
+    for n in 0..400 {
+        let bytes = frame(B, A, n, 1400);
+        // The last ones wait in the ring, or on their way.
+        if !net.submit(0, &[0; 12], &bytes, 1) {
+            break;
+        }
+        net.kick_tx(0);
+        sent.extend(framed(&bytes));
+    }
+    for _ in 0..2 {
+        bus = hand_over(&bus, devices, &mut net);
+    }
+    peer.write_all(&to_driver[300..]).unwrap();
+    let mut got = vec![0; sent.len()];
+    peer.read_exact(&mut got).unwrap();
+    assert!(got == sent, "frames were lost, doubled or changed");
+    assert_eq!(net.recv(0), frame(A, B, 77, 1000));
+    net.send(0, &frame(B, A, 1, 60));
+    let mut got = vec![0; 64];
+    peer.read_exact(&mut got).unwrap();
+    assert_eq!(got, framed(&frame(B, A, 1, 60)));
+}
+
+/// The back end's socket, what waits for it and what came in part stay with the driver.
+#[test]
+fn a_stream_goes_on_with_its_peer() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("peer");
+    let listener = UnixListener::bind(&path).unwrap();
+    let config = json!({ "mac": "02:00:00:00:00:01", "backend": "stream", "connect": path });
+    let bus = bus(2);
+    let net = Net::new(&bus, "n", config.clone(), Shape::default());
+    let (peer, _) = listener.accept().unwrap();
+    goes_on_with_its_peer(bus, &[("n", "venet", config)], net, peer);
+}
+
+/// So does the uplink of a switch, with the frames that it has taken from devices.
+#[test]
+fn an_uplink_goes_on_with_its_peer() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("peer");
+    let bus = bus(2);
+    let up = json!({ "switch": "s", "backend": "stream", "listen": path });
+    bus.create("up", "uplink", &up).unwrap();
+    let config = json!({ "mac": "02:00:00:00:00:01", "switch": "s", "backpressure-ms": 3_600_000 });
+    let net = Net::new(&bus, "n", config.clone(), Shape::default());
+    let peer = UnixStream::connect(&path).unwrap();
+    let up = ("up", "uplink", up);
+    goes_on_with_its_peer(bus, &[up, ("n", "venet", config)], net, peer);
 }
