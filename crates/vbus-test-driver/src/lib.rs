@@ -33,8 +33,10 @@
 //! ```
 #![allow(clippy::unwrap_used)] // Tests may panic.
 
+mod mutation;
 mod random;
 
+pub use mutation::mutate;
 pub use random::Random;
 
 use std::os::fd::OwnedFd;

@@ -455,3 +455,82 @@ fn an_uplink_goes_on_with_its_peer() {
     let up = ("up", "uplink", up);
     goes_on_with_its_peer(bus, &[up, ("n", "venet", config)], net, peer);
 }
+
+/// Whatever a forged state says, it is refused, or the device that goes on from it is safe: it
+/// serves its driver, ends the connection with an error code of its own, and can be closed.
+fn forged_states_do_no_harm(class: &str, config: &Value, state: &DeviceState, memory: &Memory) {
+    let bus = bus(1);
+    let original: Value = serde_json::from_str(&state.to_text().unwrap()).unwrap();
+    let (mut refused, mut taken) = (0, 0);
+    for seed in 0..1500 {
+        let mut random = Random(seed);
+        let mut forged = original.clone();
+        for _ in 0..=random.below(3) {
+            vbus_test_driver::mutate(&mut forged["state"], &mut random);
+        }
+        let Ok(state) = DeviceState::from_text(&forged.to_string()) else { continue };
+        let endpoint = bus.create_quiesced("d", class, config).unwrap();
+        memory.share(&endpoint);
+        match endpoint.restore(&state) {
+            Err(error) => {
+                assert!(!error.why.contains("panicked"), "seed {seed}: {error}");
+                assert_ne!(endpoint.state(), ConnectionState::Open, "seed {seed}");
+                refused += 1;
+            }
+            Ok(()) => taken += 1,
+        }
+        endpoint.resume();
+        // The tasks get their turn, and find out what they can.
+        for handle in 0..8 {
+            endpoint.ring(handle);
+        }
+        endpoint.inspect();
+        endpoint.quiesce().unwrap();
+        let broken = ConnectionState::Broken(ErrorCode::FAILED);
+        let was = matches!(state.to_text(), Ok(text) if text.contains("\"broken\":{\"code\""));
+        assert!(was || endpoint.state() != broken, "seed {seed}: a task panicked");
+        let _ = endpoint.save();
+        endpoint.resume();
+        endpoint.close();
+        bus.remove("d").unwrap();
+    }
+    assert!(refused > 100 && taken > 100, "{class}: {refused} refused, {taken} taken");
+}
+
+#[test]
+fn forged_states_of_venet_do_no_harm() {
+    let config = json!({ "mac": "02:00:00:00:00:01", "queue-pairs": 2, "learn": true });
+    let bus = bus(1);
+    let features = abi::F_TX | abi::F_RX | abi::F_MAC | abi::F_VLAN | abi::F_COALESCE | abi::F_RSS;
+    let shape = Shape { pairs: 2, entries: 16, features, ..Shape::default() };
+    let mut net = Net::new(&bus, "d", config.clone(), shape);
+    net.add_status_page();
+    net.add_counters_page(2);
+    let words =
+        |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
+    net.call(abi::CALL_SET_VLANS, &[words(&[1, 0]), vec![0x5a; 512]].concat()).unwrap();
+    let rss = [&words(&[3])[..], &[2, 0, 0, 0], &[7; 40], &[1, 0, 0, 0]].concat();
+    net.call(abi::CALL_SET_RSS, &rss).unwrap();
+    net.call(abi::CALL_FILTER, &[&words(&[2, 1])[..], &[2, 0, 0, 0, 0, 9]].concat()).unwrap();
+    net.submit(0, &[0; 12], &frame(B, A, 1, 60), 3);
+    net.kick_tx(0);
+    forged_states_do_no_harm("venet", &config, &save(&net.endpoint), &net.memory);
+}
+
+#[test]
+fn forged_states_of_state_pages_do_no_harm() {
+    let config = json!({ "pages": [
+        { "name": "setpoint", "bytes": 16, "owner": "device", "initial": "x" },
+        { "name": "load", "bytes": 8, "owner": "driver" },
+    ] });
+    let (_bus, endpoint, _) = fresh("state", &config);
+    let mut memory = Memory::new(&endpoint, 1 << 20);
+    open(&endpoint, &memory, 0).unwrap();
+    for (id, bytes) in [(0, 16), (1, 8)] {
+        let layout = Layout::new(bytes, 4).unwrap();
+        let addr = memory.alloc(layout.bytes());
+        layout.format(&memory.window(addr, layout.bytes()), 0).unwrap();
+        add(&endpoint, id, addr, layout.bytes(), SIGNAL_OFFSET).unwrap();
+    }
+    forged_states_do_no_harm("state", &config, &save(&endpoint), &memory);
+}
