@@ -152,10 +152,11 @@ impl Endpoint {
     }
 
     /// Goes on from the state of a device of the same class with the same settings. This device is
-    /// a fresh one that nobody has used, and it is quiesced. The peer's memory is mapped, and the
-    /// devices whose interrupts it carries ([`Router`](crate::Router)) are restored before it. The
+    /// a fresh one that nobody has used, and it is quiesced
+    /// ([`Bus::create_quiesced`](crate::Bus::create_quiesced)). The peer's memory is mapped. The
     /// driver gets an interrupt on every vector that it uses, because the last one may have been
-    /// lost. The device goes on with [`resume`](Self::resume).
+    /// lost. Devices whose interrupts another one carries ([`Router`](crate::Router)) are restored
+    /// before that one goes on. The device goes on with [`resume`](Self::resume).
     ///
     /// The state may be forged. What it says is checked as what a driver says.
     ///

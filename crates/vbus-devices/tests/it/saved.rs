@@ -10,16 +10,18 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
+use vbus_core::shm::abi::pic::{CALL_ROUTE, CALL_UNROUTE, NAME_OFFSET, ROUTE_BYTES};
 use vbus_core::shm::abi::venet::{self as abi, status_page as word};
+use vbus_core::shm::pic;
 use vbus_core::shm::signal::end;
 use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::state::Document;
-use vbus_core::{Bus, ConnectionState, DeviceState, Endpoint, ErrorCode};
+use vbus_core::{Bus, ConnectionState, DeviceState, Endpoint, ErrorCode, RegionRequest};
 
 use vbus_net::{Direct, HandedOver, Opener};
 use vbus_test_driver::Random;
 
-use crate::driver::{Interrupts, Memory, Net, Shape, TIMEOUT, add, bus, frame, open};
+use crate::driver::{Interrupts, Memory, Net, Shape, TIMEOUT, add, bus, call, frame, open};
 use crate::offloads::large;
 
 /// Saves the device behind `endpoint`, which stands still from then on.
@@ -533,4 +535,80 @@ fn forged_states_of_state_pages_do_no_harm() {
         add(&endpoint, id, addr, layout.bytes(), SIGNAL_OFFSET).unwrap();
     }
     forged_states_do_no_harm("state", &config, &save(&endpoint), &memory);
+}
+
+/// Takes the most urgent line, and ends it.
+fn take<M: vbus_core::shm::Memory>(lines: &mut pic::DriverEnd<M>) -> Option<u16> {
+    lines.take().inspect(|line| lines.end(*line))
+}
+
+/// An interrupt controller goes on with its routes, whether the devices that it serves are restored
+/// before it or after it. The interrupts of a controller that is quiesced wait.
+#[test]
+fn a_pic_goes_on_with_its_routes() {
+    let pages = json!({ "pages": [{ "name": "a", "bytes": 8, "owner": "device" }] });
+    let make = |bus: &Bus| {
+        let source = bus.create_quiesced("source", "state", &pages).unwrap();
+        source.set_router("pic");
+        [source, bus.create_quiesced("pic", "pic", &json!({})).unwrap()]
+    };
+    let mut bus_now = bus(1);
+    let [mut source, mut pic] = make(&bus_now);
+    [&source, &pic].iter().for_each(|endpoint| endpoint.resume());
+    let mut memory = Memory::new(&source, 1 << 20);
+    memory.share(&pic);
+    [&source, &pic].iter().for_each(|endpoint| open(endpoint, &memory, 0).unwrap());
+    let layout = Layout::new(8, 4).unwrap();
+    let addr = memory.alloc(layout.bytes());
+    let window = memory.window(addr, layout.bytes());
+    layout.format(&window, 0).unwrap();
+    add(&source, 0, addr, layout.bytes(), SIGNAL_OFFSET).unwrap();
+    let mut reader = Reader::attach(window, end::Driver).unwrap();
+    let addr = memory.alloc(pic::PAGE_BYTES);
+    let window = memory.window(addr, pic::PAGE_BYTES);
+    let mut lines = pic::DriverEnd::create(window, 32, pic::Nesting::Flat).unwrap();
+    pic.region_add(RegionRequest::new(0, addr, pic::PAGE_BYTES as u64)).unwrap();
+    let mut route = [0; ROUTE_BYTES];
+    route[2] = 5;
+    route[NAME_OFFSET..][..6].copy_from_slice(b"source");
+    call(&pic, &memory, CALL_ROUTE, &route).unwrap();
+    assert_eq!(
+        (take(&mut lines), take(&mut lines)),
+        (Some(5), None),
+        "a route begins with an interrupt"
+    );
+    let set = |source: &Endpoint, reader: &mut Reader<_, _>| {
+        let _ = reader.arm_newer(reader.version());
+        control(source, json!({ "op": "set", "page": "a", "text": "x" }));
+    };
+    for pic_first in [false, true] {
+        set(&source, &mut reader);
+        assert_eq!((take(&mut lines), take(&mut lines)), (Some(5), None));
+        pic.quiesce().unwrap();
+        set(&source, &mut reader);
+        assert_eq!(take(&mut lines), None, "the page is left alone");
+        let (of_source, of_pic) = (save(&source), save(&pic));
+        let next = bus(1);
+        let [other_source, other_pic] = make(&next);
+        [&other_source, &other_pic].iter().for_each(|endpoint| memory.share(endpoint));
+        if pic_first {
+            other_pic.restore(&of_pic).unwrap();
+        }
+        other_source.restore(&of_source).unwrap();
+        if !pic_first {
+            other_pic.restore(&of_pic).unwrap();
+        }
+        assert_eq!(take(&mut lines), None, "nothing moves before it goes on");
+        [&other_source, &other_pic].iter().for_each(|endpoint| endpoint.resume());
+        assert_eq!(
+            (take(&mut lines), take(&mut lines)),
+            (Some(5), None),
+            "the interrupt that waited"
+        );
+        (source, pic, bus_now) = (other_source, other_pic, next);
+    }
+    assert_eq!(bus_now.devices().len(), 2);
+    call(&pic, &memory, CALL_UNROUTE, &route).unwrap();
+    set(&source, &mut reader);
+    assert_eq!(take(&mut lines), None);
 }
