@@ -867,11 +867,12 @@ mod tests {
             is_news: false,
             waiters: Vec::new(),
             task: None,
+            paused: false,
         };
         let mut pump = Pump {
             outside: Box::new(End),
             inside: Box::new(End),
-            _plugs: [Arc::new(End), Arc::new(End)],
+            plugs: [Arc::new(End), Arc::new(End)],
             line: Arc::new(Mutex::new(line)),
             sending: VecDeque::new(),
             is_blocked: false,

@@ -433,9 +433,7 @@ mod tests {
         let slow = Slow::default();
         let mut settings = Settings::new(&json!({ "backend": "null", "queue-pairs": 2 })).unwrap();
         let config = Config::take(&mut settings).unwrap();
-        let pairs = (0..2).map(|_| Arc::default()).collect();
-        let (name, backend) = ("n".to_owned(), Box::new(slow.clone()));
-        let nic = Nic { name, config, link: Arc::default(), backend, pairs };
+        let nic = Nic::new("n", config, Arc::default(), Box::new(slow.clone()));
         let receiver = Arc::new(Receiver {
             mtu: 1500,
             filter: Arc::new(Filter::new([2, 0, 0, 0, 0, 1])),
