@@ -251,3 +251,51 @@ fn moves(settings: &Value, seeds: std::ops::Range<u64>) {
 fn drivers_do_not_see_that_their_cards_are_saved() {
     moves(&json!({ "backpressure-ms": 3_600_000 }), 0..16);
 }
+
+/// Whatever a forged state says, it is refused, or the card that goes on from it is safe.
+#[test]
+fn forged_states_do_no_harm() {
+    let mut world = World::new(1, json!({ "rss": true, "queue-pairs": 2 }));
+    world.post();
+    for _ in 0..3 {
+        world.send(&[0; HEADER], &frame(MACS[1], MACS[0], 1000));
+        world.coming += 1;
+    }
+    let card = &mut world.cards[1];
+    card.driver.endpoint.quiesce().unwrap();
+    let state = card.driver.function.save().unwrap();
+    let original: Value = serde_json::from_str(&state.to_text().unwrap()).unwrap();
+    let lab = Lab::new();
+    let (mut refused, mut taken) = (0, 0);
+    for seed in 0..600 {
+        let mut random = Random(seed);
+        let mut forged = original.clone();
+        for _ in 0..=random.below(3) {
+            vbus_test_driver::mutate(&mut forged["state"], &mut random);
+        }
+        let Ok(state) = FunctionState::from_text(&forged.to_string()) else { continue };
+        let endpoint = lab.endpoint(1, world.settings.clone());
+        endpoint.quiesce().unwrap();
+        card.driver.memory.share(&endpoint);
+        let mut function = device_function(endpoint.clone(), Options::default());
+        match function.restore(&state, Peer::Other) {
+            Err(error) => {
+                assert!(!error.why.contains("panicked"), "seed {seed}: {error}");
+                refused += 1;
+            }
+            Ok(()) => taken += 1,
+        }
+        endpoint.resume();
+        // The tasks get their turn, and find out what they can.
+        (0..5).for_each(|queue| endpoint.ring(queue));
+        endpoint.inspect();
+        endpoint.quiesce().unwrap();
+        let broken = vbus_core::ConnectionState::Broken(vbus_core::ErrorCode::FAILED);
+        assert!(endpoint.host().state() != broken, "seed {seed}: a task panicked");
+        let _ = function.save();
+        endpoint.resume();
+        drop(function);
+        lab.bus.remove("net1").unwrap();
+    }
+    assert!(refused > 50 && taken > 50, "{refused} refused, {taken} taken");
+}
