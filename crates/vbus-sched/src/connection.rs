@@ -5,11 +5,13 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vbus_core::shm::abi::sched as abi;
 use vbus_core::shm::signal::Armed;
-use vbus_core::{Connection, ErrorCode, Open, Progress, Region, Task, TaskHandle, lock};
+use vbus_core::{Connection, ErrorCode, Open, Progress, Region, Task, TaskHandle, lock, state};
 
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, CpuState};
 use crate::cpus::{Cpus, CpusState};
 
 /// A connection. Its task follows the request pages.
@@ -33,6 +35,36 @@ impl SchedConnection {
         SchedConnection { device, task }
     }
 
+    /// The connection of a driver that had these regions with a device that this one goes on for.
+    pub fn again(
+        device: Arc<Cpus>,
+        open: &Open,
+        regions: Vec<Region>,
+        saved: &Value,
+    ) -> Result<SchedConnection, String> {
+        let Saved { cpus } = state::read_part(saved)?;
+        let connection = SchedConnection::new(device, open);
+        for region in regions {
+            let shown = connection.show_again(&region);
+            shown.map_err(|error| format!("region id {}: {error}", region.id))?;
+        }
+        connection.device.restore(&cpus)?;
+        Ok(connection)
+    }
+
+    fn show_again(&self, region: &Region) -> Result<(), ErrorCode> {
+        let (cpu, is_report) = self.page(region.id)?;
+        {
+            let mut state = lock(&self.device.state);
+            let cpu = state.cpus.get_mut(cpu).ok_or(ErrorCode::BAD_ARGUMENT)?;
+            if is_report {
+                return cpu.show_reports_again(region);
+            }
+            cpu.show_requests(region)?;
+        }
+        region.doorbell.bind(&self.task)
+    }
+
     /// The page that region `id` holds: the number of the virtual CPU, and whether the page is the
     /// report page.
     fn page(&self, id: u32) -> Result<(usize, bool), ErrorCode> {
@@ -42,6 +74,14 @@ impl SchedConnection {
         }
         Ok((cpu as usize, id == abi::report_page(cpu)))
     }
+}
+
+/// A connection as plain data (spec/state-format.md, "sched").
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    /// All virtual CPUs of the device, by number.
+    cpus: Vec<CpuState>,
 }
 
 impl Connection for SchedConnection {
@@ -61,6 +101,10 @@ impl Connection for SchedConnection {
         region.doorbell.bind(&self.task).inspect_err(|_| {
             let _ = self.region_dropped(region.handle);
         })
+    }
+
+    fn save(&mut self) -> Result<Value, String> {
+        state::part(&Saved { cpus: self.device.save() })
     }
 
     fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {

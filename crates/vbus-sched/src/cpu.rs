@@ -3,15 +3,16 @@
 //! thread.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vbus_core::shm::abi::sched as abi;
 use vbus_core::shm::abi::sched::report as word;
 use vbus_core::shm::signal::{Armed, end};
 use vbus_core::shm::state::{Overrun, Reader, SIGNAL_OFFSET, Writer};
-use vbus_core::{ErrorCode, Interrupt, Metric, Region, Window};
+use vbus_core::{ErrorCode, Interrupt, Metric, Region, Window, state};
 
 use crate::config::CLASS_NAMES;
 use crate::policy::{BadRequest, Budget, Grant, Policy, Setting, Share, parse};
@@ -68,7 +69,8 @@ pub const METRICS: &[Metric] = &[
 ];
 
 /// The counts for one virtual CPU, over the life of the device.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Counts {
     updates: u64,
     changes: u64,
@@ -77,6 +79,25 @@ struct Counts {
     limited: u64,
     expired: u64,
     overruns: u64,
+}
+
+/// A virtual CPU as plain data (spec/state-format.md, "sched").
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuState {
+    outcome: u32,
+    counts: Counts,
+    /// The present request, if there is a request page.
+    request: Option<RequestState>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RequestState {
+    /// The version that the device looked at last.
+    seen: u64,
+    /// Milliseconds since then.
+    age_ms: u64,
 }
 
 /// The driver's present request.
@@ -125,6 +146,8 @@ pub struct Cpu {
     /// error, but not the same one again: the driver could cause that line at will.
     told: Option<Errno>,
     counts: Counts,
+    /// The thread has its own class, and shall have that of the present request again.
+    again: bool,
 }
 
 /// The result of a [`step`](Cpu::step).
@@ -157,7 +180,69 @@ impl Cpu {
             outcome: word::OK,
             told: None,
             counts: Counts::default(),
+            again: false,
         }
+    }
+
+    /// The device is quiesced: the thread gets its own class until the next step.
+    pub fn park(&mut self) {
+        let outcome = self.outcome;
+        self.settle(Instant::now(), None);
+        (self.outcome, self.again) = (outcome, true);
+    }
+
+    /// The virtual CPU as plain data.
+    pub fn save(&self, now: Instant) -> CpuState {
+        let request = self.requests.as_ref().map(|requests| {
+            let age = now.saturating_duration_since(requests.looked).as_millis();
+            RequestState { seen: requests.seen, age_ms: u64::try_from(age).unwrap_or(u64::MAX) }
+        });
+        CpuState { outcome: self.outcome, counts: self.counts, request }
+    }
+
+    /// Goes on from what [`save`](Self::save) returned, with the pages registered.
+    ///
+    /// # Errors
+    /// The state is wrong.
+    pub fn restore(&mut self, saved: &CpuState, now: Instant) -> Result<(), String> {
+        let Counts { updates, changes, clamped, refused, limited, expired, overruns } =
+            saved.counts;
+        for count in [updates, changes, clamped, refused, limited, expired, overruns] {
+            state::check_count("a count", count)?;
+        }
+        if saved.outcome > word::IS_SPENT {
+            return Err(format!("outcome is {}", saved.outcome));
+        }
+        match (&mut self.requests, &saved.request) {
+            (Some(requests), Some(RequestState { seen, age_ms })) => {
+                // The present request, if the driver has not made a newer one. It is counted.
+                if requests.reader.version() == *seen {
+                    requests.look(now, &mut Counts::default());
+                }
+                requests.seen = *seen;
+                let age = Duration::from_millis(*age_ms);
+                requests.looked = now.checked_sub(age).unwrap_or(now);
+            }
+            (None, None) => {}
+            _ => return Err("a request is there without its page, or not there with it".into()),
+        }
+        (self.outcome, self.counts, self.again) = (saved.outcome, saved.counts, true);
+        Ok(())
+    }
+
+    /// The driver had registered the report page with a device that this one goes on for.
+    pub fn show_reports_again(&mut self, region: &Region) -> Result<(), ErrorCode> {
+        if self.reports.is_some() {
+            return Err(ErrorCode::EXISTS);
+        }
+        // The driver is interrupted anyway.
+        let (writer, _) = Writer::resume(checked(region)?, end::Device)?;
+        if writer.layout().value_bytes() != abi::report::BYTES as usize {
+            return Err(ErrorCode::BAD_LENGTH);
+        }
+        self.reports =
+            Some(Reports { handle: region.handle, writer, interrupt: region.interrupt.clone() });
+        Ok(())
     }
 
     /// The driver registers the request page.
@@ -240,6 +325,9 @@ impl Cpu {
                     step.deadline = Some(at);
                 }
             }
+        } else if self.again && self.thread.is_some() {
+            step.busy = true;
+            self.settle(now, Some(policy));
         } else if self.outcome == word::NO_THREAD && self.thread.is_some() {
             step.busy = true;
             self.settle_first(now, policy);
@@ -295,6 +383,7 @@ impl Cpu {
     /// Gives the thread the part of the present request that `policy` grants; without a policy, its
     /// own class. Accounts for the time at a real-time class.
     fn settle(&mut self, now: Instant, policy: Option<&Policy>) {
+        self.again &= self.thread.is_none();
         self.account(now);
         let request = self
             .requests

@@ -2,12 +2,13 @@
 //! All virtual CPUs of a device, with their threads.
 
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use vbus_core::lock;
 
 use crate::config::{Config, Origin};
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, CpuState};
 use crate::lookup::Lookup;
 use crate::thread::{Thread, Threads};
 
@@ -70,6 +71,32 @@ impl Cpus {
         if let Origin::Threads(_) = self.config.origin {
             *lock(&self.threads) = threads;
         }
+    }
+
+    /// The device is quiesced: every thread has its own class.
+    pub fn park(&self) {
+        lock(&self.state).cpus.iter_mut().for_each(Cpu::park);
+    }
+
+    /// All virtual CPUs as plain data.
+    pub fn save(&self) -> Vec<CpuState> {
+        let now = Instant::now();
+        lock(&self.state).cpus.iter().map(|cpu| cpu.save(now)).collect()
+    }
+
+    /// Goes on from what [`save`](Self::save) returned, with the pages registered.
+    ///
+    /// # Errors
+    /// The state is wrong. The text says which virtual CPU's.
+    pub fn restore(&self, saved: &[CpuState]) -> Result<(), String> {
+        let (mut state, now) = (lock(&self.state), Instant::now());
+        if saved.len() != state.cpus.len() {
+            return Err(format!("it has {} virtual CPUs, not {}", state.cpus.len(), saved.len()));
+        }
+        for (number, (cpu, saved)) in state.cpus.iter_mut().zip(saved).enumerate() {
+            cpu.restore(saved, now).map_err(|why| format!("virtual CPU {number}: {why}"))?;
+        }
+        Ok(())
     }
 
     /// Policy, virtual CPUs and errors, as JSON.

@@ -39,7 +39,9 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use vbus_core::shm::abi::class;
-use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open};
+use vbus_core::{
+    Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open, Region, state,
+};
 
 use config::{Config, Origin};
 use connection::SchedConnection;
@@ -142,6 +144,29 @@ impl Device for SchedDevice {
 
     fn inspect(&self) -> Value {
         self.0.inspect()
+    }
+
+    /// Every thread has its own class while the device is quiesced: the device that goes on takes
+    /// it with that.
+    fn quiesce(&self) {
+        self.0.park();
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        Ok(state::nothing())
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), String> {
+        state::is_nothing(saved)
+    }
+
+    fn reopen(
+        &self,
+        open: Open,
+        regions: Vec<Region>,
+        saved: &Value,
+    ) -> Result<Box<dyn Connection>, String> {
+        Ok(Box::new(SchedConnection::again(self.0.clone(), &open, regions, saved)?))
     }
 }
 

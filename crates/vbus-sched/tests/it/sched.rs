@@ -17,7 +17,8 @@ use vbus_core::shm::Memory as _;
 use vbus_core::shm::abi::sched::{self as abi, report};
 use vbus_core::shm::signal::{Armed, end};
 use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET, Writer};
-use vbus_core::{Bus, Endpoint, ErrorCode, Window};
+use vbus_core::state::Document;
+use vbus_core::{Bus, DeviceState, Endpoint, ErrorCode, Window};
 
 use rustix::io::Errno;
 use vbus_sched::interview::Language;
@@ -295,6 +296,44 @@ fn a_thread_follows_its_page() {
     assert_eq!(cpus[0]["priority"], 3);
     assert_eq!(cpus[1]["class"], "none");
     assert_eq!(cpus[1]["thread"], idlers[1].tid);
+}
+
+/// While a device is quiesced its threads have their own class. The device that goes on gives them
+/// that of the present request again. The driver's counts go on.
+#[test]
+fn a_thread_gets_its_class_again_when_a_device_goes_on() {
+    let (bus_now, idler) = (bus(1), Idler::start());
+    let mut driver = Driver::open(&device(&bus_now, &[&idler], json!({})));
+    let mut pages = driver.pages(0);
+    assert_eq!(driver.ask(&mut pages, abi::CLASS_BATCH, 0).outcome, report::OK);
+    const BATCH: (u32, i32, i32) = (3, 0, 0);
+    let is_batch = |endpoint: &Endpoint| {
+        between_changes(endpoint, &idler).filter(|class| *class == BATCH).map(drop)
+    };
+    driver.endpoint.quiesce().unwrap();
+    assert_eq!(idler.class(), OWN);
+    driver.endpoint.resume();
+    driver.interrupts.wait("the class, again", || is_batch(&driver.endpoint));
+    driver.endpoint.quiesce().unwrap();
+    let text = driver.endpoint.save().unwrap().to_text().unwrap();
+    let next = bus(1);
+    let other = device(&next, &[&Idler::start()], json!({}));
+    // The former device has the thread until it is gone.
+    bus_now.remove("sched").unwrap();
+    drop(std::mem::replace(&mut driver.endpoint, other));
+    next.remove("sched").unwrap();
+    driver.endpoint = device(&next, &[&idler], json!({}));
+    driver.endpoint.set_interrupt_sink(driver.interrupts.clone());
+    driver.memory.share(&driver.endpoint);
+    driver.endpoint.quiesce().unwrap();
+    driver.endpoint.restore(&DeviceState::from_text(&text).unwrap()).unwrap();
+    assert_eq!(idler.class(), OWN);
+    driver.endpoint.resume();
+    driver.interrupts.wait("the class, by another device", || is_batch(&driver.endpoint));
+    let report = driver.ask(&mut pages, abi::CLASS_IDLE, 0);
+    assert_eq!((report.outcome, report.updates), (report::OK, 2));
+    assert_eq!(driver.ask(&mut pages, abi::CLASS_NONE, 0).outcome, report::OK);
+    assert_eq!(idler.class(), OWN);
 }
 
 /// The threads of this process, with counts of what is asked of them.
