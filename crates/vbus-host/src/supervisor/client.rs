@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The bus's side: starts the supervisor, and asks it.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
@@ -15,6 +16,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use serde_json::Value;
 use vbus_core::lock;
+use vbus_net::HandedOver;
 use vbus_sched::interview::Language;
 use vbus_sched::{Held, Limits, Setting, TakeError, time_in};
 
@@ -37,6 +39,8 @@ pub struct Supervisor {
     ends: [OwnedFd; 2],
     child: Mutex<Child>,
     threads: Threads,
+    /// What a former bus has handed over for its devices' back ends.
+    handed_over: Mutex<HashMap<String, HandedOver>>,
 }
 
 /// A socket to the supervisor.
@@ -76,7 +80,8 @@ impl Supervisor {
         let (quick, slow) = (Mutex::new(Link::Open(quick)), Mutex::new(Link::Open(slow)));
         let unknown = Threads { is_privileged: false, tells_time: false };
         let child = Mutex::new(child);
-        let mut supervisor = Supervisor { quick, slow, ends, child, threads: unknown };
+        let handed_over = Mutex::default();
+        let mut supervisor = Supervisor { quick, slow, ends, child, threads: unknown, handed_over };
         supervisor.threads = serde_json::from_value(supervisor.ask(&Verb::Threads)?.0)?;
         Ok(Arc::new(supervisor))
     }
@@ -159,6 +164,12 @@ impl Supervisor {
     pub fn inherit(self: &Arc<Self>, path: &Path) -> io::Result<SocketFile> {
         self.ask(&Verb::Inherit { path: text(path)? })?;
         Ok(SocketFile { path: path.to_owned(), supervisor: self.clone() })
+    }
+
+    /// Keeps what a former bus has handed over for the back end of a device, until the device is
+    /// made.
+    pub fn keep(&self, device: &str, descriptors: Vec<(String, OwnedFd)>) {
+        lock(&self.handed_over).insert(device.to_owned(), HandedOver::new(descriptors));
     }
 
     /// Reads the configuration file again. Returns its text and what the bus cannot find out
@@ -267,6 +278,10 @@ impl vbus_net::Opener for Supervisor {
     fn listen(&self, path: &Path) -> io::Result<OwnedFd> {
         let verb = Verb::Listen { path: text(path)?, backlog: 1, access: Access::default() };
         Ok(plain(self.descriptor(&verb)?))
+    }
+
+    fn handed_over(&self, device: &str) -> HandedOver {
+        lock(&self.handed_over).remove(device).unwrap_or_default()
     }
 
     fn remove(&self, path: &Path) {
@@ -397,6 +412,7 @@ mod tests {
             ends,
             child: Mutex::new(child),
             threads: Threads { is_privileged: false, tells_time: false },
+            handed_over: Mutex::default(),
         };
         (Arc::new(supervisor), [theirs_quick, theirs])
     }

@@ -107,6 +107,9 @@ pub struct State {
 #[serde(deny_unknown_fields)]
 pub struct DevicePart {
     pub name: String,
+    /// The settings with which an equal device is made: those of the offer, with what the device
+    /// has chosen itself, for example its address.
+    pub settled: Value,
     /// The names of its back end's descriptors.
     pub opened: Vec<String>,
     /// The number of its server's descriptors.
@@ -137,6 +140,7 @@ pub struct Handed {
 /// A device's state, with what belongs to it.
 pub struct DeviceParcel {
     pub name: String,
+    pub settled: Value,
     pub opened: Vec<(String, OwnedFd)>,
     pub state: DeviceContent,
 }
@@ -188,7 +192,7 @@ pub fn read_state(parcel: Parcel) -> Result<(u64, Vec<DeviceParcel>)> {
         if taken.len() == count { Ok(taken) } else { bail!("the state lacks descriptors") }
     };
     let mut parcels = Vec::new();
-    for DevicePart { name, opened, descriptors, state } in devices {
+    for DevicePart { name, settled, opened, descriptors, state } in devices {
         let of_back_end = take(opened.len())?;
         let of_server = take(descriptors as usize)?;
         let state = match state {
@@ -200,7 +204,7 @@ pub fn read_state(parcel: Parcel) -> Result<(u64, Vec<DeviceParcel>)> {
             StatePart::Alone(_) => bail!("the state of device {name:?} has descriptors"),
         };
         let opened = opened.into_iter().zip(of_back_end).collect();
-        parcels.push(DeviceParcel { name, opened, state });
+        parcels.push(DeviceParcel { name, settled, opened, state });
     }
     if rest.next().is_some() {
         bail!("the state has too many descriptors");

@@ -123,11 +123,13 @@ impl Leaves for Leaving<'_> {
         let host = &self.bus.host;
         host.hold(by)?;
         let (mut devices, mut descriptors) = (Vec::new(), Vec::new());
-        for Spec { name, .. } in &self.specs {
+        for Spec { name, settings, .. } in &self.specs {
             let (opened, of_server, state) = host.save(name)?;
+            let settled = host.get(name)?.device().settled(settings);
             let (names, of_back_end): (Vec<_>, Vec<_>) = opened.into_iter().unzip();
             devices.push(DevicePart {
                 name: name.clone(),
+                settled,
                 opened: names,
                 descriptors: u32::try_from(of_server.len()).unwrap_or(u32::MAX),
                 state,

@@ -18,4 +18,5 @@ mod serve;
 mod state;
 mod support;
 mod take_over;
+mod take_over_net;
 mod top;

@@ -31,7 +31,7 @@ fn pages(name: &str) -> String {
     )
 }
 
-fn upgrades(default: usize) -> usize {
+pub fn upgrades(default: usize) -> usize {
     std::env::var("VBUS_UPGRADES").ok().and_then(|n| n.parse().ok()).unwrap_or(default)
 }
 
@@ -105,7 +105,7 @@ fn taker(bus: &Served) -> Command {
 }
 
 /// Another process takes over. Its log goes to the file `log`.
-fn take_over(bus: &mut Served) {
+pub fn take_over(bus: &mut Served) {
     let log = std::fs::OpenOptions::new().append(true).open(&bus.log).unwrap();
     let mut next =
         taker(bus).args(["--ready-fd", "1"]).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
@@ -119,7 +119,7 @@ fn take_over(bus: &mut Served) {
 }
 
 /// The pauses in the log, in order.
-fn pauses(bus: &Served) -> Vec<Duration> {
+pub fn pauses(bus: &Served) -> Vec<Duration> {
     let log = std::fs::read_to_string(&bus.log).unwrap();
     let pause = |line: &str| {
         let text = line.split_once("they paused for ")?.1.trim();
@@ -311,24 +311,6 @@ fn a_new_process_that_cannot_says_why_and_the_old_one_goes_on() {
     let output = vbus().args(["serve", "--take-over", "--dir"]).arg(nobody.path()).output();
     let text = String::from_utf8(output.unwrap().stderr).unwrap();
     assert!(text.contains("no bus to take over serves in"), "{text}");
-}
-
-/// A device whose class has no saved state keeps the whole bus where it is, by name.
-#[test]
-fn a_class_without_saved_state_is_named() {
-    let config = [
-        pages("values0"),
-        "[[device]]\nname = \"cpus\"\nclass = \"sched\"\nqmp = \"none\"\n".into(),
-    ];
-    let bus = Served::start(&config.concat());
-    let output = taker(&bus).output().unwrap();
-    let text = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.contains("\"cpus\" of class \"sched\" cannot be saved"), "{text}");
-    assert_eq!(bus.devices(), ["cpus", "values0"]);
-    let driver = Driver::start(bus.dir.join("values0.sock"));
-    driver.goes_on("after the refusal");
-    driver.end();
 }
 
 /// The file differs from the bus: the new process first takes the bus as it is, and then changes

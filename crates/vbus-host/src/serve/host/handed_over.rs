@@ -112,12 +112,10 @@ impl Host {
     /// # Errors
     /// It cannot be made, or cannot go on from the state.
     pub fn restore(&self, spec: DeviceSpec, parcel: DeviceParcel) -> Result<Arc<Endpoint>> {
-        let DeviceParcel { name, opened, state } = parcel;
+        let DeviceParcel { name, settled, opened, state } = parcel;
         ensure!(name == spec.name, "the state is that of {name:?}, and not of {:?}", spec.name);
-        // So far no class with a saved state has a back end.
-        ensure!(opened.is_empty(), "device {name:?} has descriptors of a back end");
-        let endpoint = self.bus.create(&name, &spec.class, &spec.settings)?;
-        endpoint.quiesce()?;
+        self.supervisor.keep(&name, opened);
+        let endpoint = self.bus.create_quiesced(&name, &spec.class, &settled)?;
         if let Some(pic) = &spec.pic {
             endpoint.set_router(pic);
         }
