@@ -75,6 +75,11 @@
 //! [`View`] at the beginning of the poll and drop it at the end. A device with several queues
 //! spawns a [`Task`] for each on the [`Executor`] and binds the region's [`Doorbell`] to it.
 //!
+//! While the driver's machine is moved, the bus logs the pages that the device writes. Views and
+//! the ends of `shm` do that. A device that stores in the words of a [`Window`] without an end
+//! calls [`stored`](vbus_shm::memory::stored) afterwards, and one that lets a system call write a
+//! slice calls [`DriverSlice::wrote`](memory::DriverSlice::wrote).
+//!
 //! # Class numbers
 //! A class has a number and a name ([`Identity`]). The specification has the numbers below
 //! [`class::USER`](vbus_shm::abi::class::USER) (0x8000). All other classes may share the number
