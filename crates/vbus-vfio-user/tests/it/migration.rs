@@ -152,6 +152,18 @@ impl One {
     }
 }
 
+/// Connects, and waits for the client before to leave.
+pub fn patiently<C>(connect: impl Fn() -> Result<C, ClientError>) -> C {
+    let begun = Instant::now();
+    loop {
+        match connect() {
+            Ok(connected) => return connected,
+            Err(ClientError::Refused { errno: Errno::BUSY, .. }) if begun.elapsed() < BOUND => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
 /// A machine: its memory, and its client at the device.
 struct Machine {
     client: Mutex<Client>,
@@ -168,7 +180,7 @@ impl Machine {
         let memory = MemoryContext::new();
         let mapped = Some((file.try_clone().unwrap(), 0));
         memory.map(BASE, BYTES, mapped, Access::BOTH).unwrap();
-        let mut client = Client::connect(&one.path).unwrap();
+        let mut client = patiently(|| Client::connect(&one.path));
         client.dma_map(file.as_fd(), 0, BASE, BYTES).unwrap();
         let machine =
             Machine { client: Mutex::new(client), file, memory, doorbells: Mutex::default() };
