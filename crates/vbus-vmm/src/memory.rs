@@ -204,6 +204,11 @@ impl Ram {
         ranges(self.bytes).map(|(base, bytes, _)| (base, bytes)).chain([firmware]).collect()
     }
 
+    /// Address and size of each part that devices can reach.
+    pub(crate) fn ranges(&self) -> Vec<(u64, u64)> {
+        ranges(self.bytes).map(|(base, bytes, _)| (base, bytes)).collect()
+    }
+
     /// The pages of each of [`parts`](Self::parts) that were written since the last call, or since
     /// [`set_log`](Self::set_log): one bit for each page. Writes of this process and of the
     /// devices' servers are not among them.

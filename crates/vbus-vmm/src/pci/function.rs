@@ -24,6 +24,7 @@ use super::config::{config_space, in_use};
 use super::description::Description;
 use super::doorbells;
 use super::error::PlugError;
+use super::migration::{Ask, Migration};
 use super::msi::MsiVectors;
 use super::resources::Resources;
 use super::saved::{SavedFunction, SavedPending};
@@ -63,6 +64,7 @@ pub(super) struct Function {
     /// Doorbells in BAR0 may end in the kernel.
     mmio: bool,
     intx: Option<Intx>,
+    migration: Migration,
     pub(super) counters: Counters,
 }
 
@@ -155,6 +157,7 @@ impl Function {
             doorbells: Mutex::new(bells),
             mmio: resources.backing.mmio,
             intx,
+            migration: Migration::default(),
             counters: Counters::default(),
         })
     }
@@ -194,15 +197,23 @@ impl Function {
 
     /// Calls the server. Returns `None` if it refused or is gone.
     fn call<R>(&self, act: impl FnOnce(&mut Client) -> Result<R, ClientError>) -> Option<R> {
+        self.ask(act).inspect_err(|text| tracing::debug!("{text}")).ok()
+    }
+
+    /// Calls the server.
+    ///
+    /// # Errors
+    /// It refused or is gone. The text names the device.
+    fn ask<R>(&self, act: impl FnOnce(&mut Client) -> Result<R, ClientError>) -> Result<R, String> {
+        let name = &self.name;
         if self.is_gone() {
-            return None;
+            return Err(format!("{name}: its server has gone"));
         }
-        match act(&mut lock(&self.client)) {
-            Ok(value) => Some(value),
-            Err(e) if !e.is_final() => {
-                tracing::debug!("{}: {e}", self.name);
-                None
-            }
+        // The lock must not be held when the connection is ended below.
+        let done = act(&mut lock(&self.client));
+        match done {
+            Ok(value) => Ok(value),
+            Err(e) if !e.is_final() => Err(format!("{name}: {e}")),
             Err(e) => {
                 // The thread that watches the socket does the rest.
                 if !self.gone.swap(true, Ordering::AcqRel) {
@@ -213,7 +224,7 @@ impl Function {
                     );
                 }
                 let _ = rustix::net::shutdown(&self.connection, Shutdown::Both);
-                None
+                Err(format!("{name}: {e}"))
             }
         }
     }
@@ -236,6 +247,20 @@ impl Function {
         if let Some(Intx::Kernel(irqfd)) = &self.intx {
             irqfd.end();
         }
+    }
+
+    /// Does a part of the migration of what the server keeps.
+    ///
+    /// # Errors
+    /// The server refuses. The text names the device.
+    pub(super) fn migrate<R>(
+        &self,
+        act: impl FnOnce(&Migration, Ask<'_>) -> Result<R, String>,
+    ) -> Result<R, String> {
+        act(&self.migration, &|act| self.ask(act)).map_err(|text| {
+            let named = text.starts_with(&self.name);
+            if named { text } else { format!("{}: {text}", self.name) }
+        })
     }
 
     /// Holds its interrupts back. When this returns, every interrupt that the server has signalled

@@ -24,6 +24,7 @@ mod doorbells;
 mod error;
 mod function;
 mod hierarchy;
+mod migration;
 mod msi;
 mod resources;
 mod root_port;
@@ -90,6 +91,9 @@ impl Drop for Frozen<'_> {
         *lock(&self.0.plugging) = false;
     }
 }
+
+/// Takes the number of a slot and a piece of the state of the device in it.
+pub(crate) type PieceOfDevice<'a> = dyn FnMut(u8, &[u8]) -> Result<(), String> + 'a;
 
 /// All of PCI.
 pub struct PciRoot {
@@ -214,23 +218,106 @@ impl PciRoot {
         self.hierarchy.slots.iter().filter_map(name).collect()
     }
 
+    /// Checks that the servers of all devices can save them.
+    ///
+    /// # Errors
+    /// One cannot. The text names it.
+    pub(crate) fn check_savable(&self) -> Result<(), String> {
+        self.functions().try_for_each(|f| f.migrate(|migration, ask| migration.check(ask)))
+    }
+
+    /// Lets the devices' servers log the pages that the devices write.
+    ///
+    /// # Errors
+    /// A server refuses. [`end_log`](Self::end_log) is still due.
+    pub(crate) fn begin_log(&self) -> Result<(), String> {
+        self.functions().try_for_each(|f| f.migrate(|migration, ask| migration.begin_log(ask)))
+    }
+
+    /// Ends the logs.
+    pub(crate) fn end_log(&self) {
+        for function in self.functions() {
+            let _ = function.migrate(|migration, ask| {
+                migration.end_log(ask);
+                Ok(())
+            });
+        }
+    }
+
+    /// Passes address and size of what the devices have written to `written`, since the last call
+    /// or since the logs began. `parts` is the memory.
+    ///
+    /// # Errors
+    /// A server refuses. The text names the device.
+    pub(crate) fn take_log(
+        &self,
+        parts: &[(u64, u64)],
+        written: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), String> {
+        self.functions().try_for_each(|function| {
+            function.migrate(|migration, ask| migration.take_log(parts, ask, written))
+        })
+    }
+
+    /// Passes the states that the devices' servers keep to `piece`, with the number of the slot.
+    /// PCI must be [paused](Self::pause).
+    ///
+    /// # Errors
+    /// A server refuses, or `piece` fails.
+    pub(crate) fn read_devices(&self, piece: &mut PieceOfDevice<'_>) -> Result<(), String> {
+        for slot in &self.hierarchy.slots {
+            let Some((function, ..)) = slot.occupant() else { continue };
+            let mut piece = |bytes: &[u8]| piece(slot.number, bytes);
+            function.migrate(|migration, ask| migration.read(ask, &mut piece))?;
+        }
+        Ok(())
+    }
+
+    /// Lets the devices take new states, which [`write_device`](Self::write_device) gives to their
+    /// servers. [`wake`](Self::wake) lets them run.
+    ///
+    /// # Errors
+    /// A server refuses. The text names the device.
+    pub(crate) fn begin_restore(&self) -> Result<(), String> {
+        self.functions().try_for_each(|f| f.migrate(|migration, ask| migration.begin_restore(ask)))
+    }
+
+    /// Writes the next piece of the state of the device in slot `number`.
+    ///
+    /// # Errors
+    /// There is no such device, or its server refuses.
+    pub(crate) fn write_device(&self, number: u32, piece: &[u8]) -> Result<(), String> {
+        let mut slots = self.hierarchy.slots.iter();
+        let slot = slots.find(|slot| u32::from(slot.number) == number);
+        let function = slot.and_then(Slot::occupant).map(|(function, ..)| function);
+        let function = function.ok_or_else(|| format!("there is no device in slot {number}"))?;
+        function.migrate(|migration, ask| migration.write(piece, ask))
+    }
+
     fn functions(&self) -> impl Iterator<Item = Arc<Function>> + '_ {
         self.hierarchy.slots.iter().filter_map(|slot| Some(slot.occupant()?.0))
     }
 
-    /// Holds the interrupts of all devices back. When this returns, each that was signalled has
-    /// arrived at the interrupt controllers, or is part of [`save`](Self::save). No virtual CPU may
-    /// run until [`go_on`](Self::go_on).
+    /// Stops all devices. When this returns, they write no memory, and each interrupt that they
+    /// have signalled has arrived at the interrupt controllers, or is part of [`save`](Self::save).
+    /// No virtual CPU may run until [`go_on`](Self::go_on).
     ///
     /// # Errors
-    /// KVM refuses.
-    pub(crate) fn pause(&self) -> Result<(), vbus_kvm::Error> {
-        self.functions().try_for_each(|function| function.pause())
+    /// KVM or a server refuses. [`go_on`](Self::go_on) is still due.
+    pub(crate) fn pause(&self) -> Result<(), String> {
+        self.functions().try_for_each(|f| f.migrate(|migration, ask| migration.stop(ask)))?;
+        self.functions().try_for_each(|f| f.pause().map_err(|e| format!("{}: {e}", f.name)))
     }
 
     /// Ends a [`pause`](Self::pause).
     pub(crate) fn go_on(&self) {
-        self.functions().for_each(|function| function.go_on());
+        for function in self.functions() {
+            function.go_on();
+            // Without this the device would stand still for ever.
+            if let Err(text) = function.migrate(|migration, ask| migration.run(ask)) {
+                tracing::error!("{text}: the device stands still");
+            }
+        }
     }
 
     /// The state of PCI. It must be [paused](Self::pause).
@@ -258,7 +345,7 @@ impl PciRoot {
         slots.iter().zip(&saved.slots).try_for_each(|(slot, saved)| slot.restore(saved))
     }
 
-    /// Sends the interrupts that were pending when PCI was saved. The interrupt controllers and
+    /// Lets the devices run, and sends the interrupts that were pending when PCI was saved. The interrupt controllers and
     /// the virtual CPUs must have their states.
     ///
     /// # Errors
@@ -267,7 +354,11 @@ impl PciRoot {
         let slots = self.hierarchy.slots.iter().zip(&saved.slots);
         let pairs =
             slots.filter_map(|(slot, saved)| Some((slot.occupant()?.0, saved.function.as_ref()?)));
-        pairs.into_iter().try_for_each(|(function, saved)| function.wake(&saved.pending))
+        for (function, saved) in pairs {
+            function.migrate(|migration, ask| migration.run(ask))?;
+            function.wake(&saved.pending)?;
+        }
+        Ok(())
     }
 
     fn reserve(&self, name: &str) -> Result<&Slot, PlugError> {

@@ -20,6 +20,7 @@ use super::frame::{FrameError, Kind, PAGE, PAGE_BYTES, Reader, Section};
 use super::state::DevicesState;
 use crate::components::Components;
 use crate::memory::Ram;
+use crate::pci::SavedPci;
 use crate::vcpu_state::VcpuState;
 
 /// How the guest's clocks go on.
@@ -160,20 +161,30 @@ impl SavedMachine {
     /// The state is damaged, is that of another machine, or KVM does not take it. The sender goes
     /// on then.
     pub(crate) fn load(&mut self, components: &Components, clock: Clock) -> Result<()> {
+        components.pci.begin_restore().map_err(|text| anyhow!(text))?;
         self.answer(&Answer::Ready)?;
         let mut state = Collected::default();
-        while !state.take(&self.reader.next()?, &components.ram, self.description.cpus)? {}
-        state.apply(components, self.description.tsc_khz, clock)?;
-        if self.is_moved() {
-            self.answer(&Answer::Loaded)?;
-            let next = self.reader.next()?;
-            ensure!(next.kind == Kind::Go, "the sender sends more after the end");
-            return self.answer(&Answer::Running);
+        let cpus = self.description.cpus;
+        loop {
+            let section = self.reader.next()?;
+            if section.kind == Kind::Device {
+                let written = components.pci.write_device(section.number, section.content);
+                written.map_err(|text| anyhow!(text))?;
+            } else if state.take(&section, &components.ram, cpus)? {
+                break;
+            }
         }
-        match self.reader.next() {
-            Err(FrameError::Cut(_)) => Ok(()),
+        let pci = state.apply(components, self.description.tsc_khz, clock)?;
+        self.answer(&Answer::Loaded)?;
+        match (self.is_moved(), self.reader.next()) {
+            (true, Ok(section)) if section.kind == Kind::Go => {}
+            (false, Err(FrameError::Cut(_))) => {}
+            (true, Err(error)) => return Err(error).context("the sender has kept the machine"),
             _ => bail!(FrameError::Damaged("there is more after its end".into())),
         }
+        // Until here the sender can go on, so the devices have stood still, too.
+        components.pci.wake(&pci).map_err(|text| anyhow!(text))?;
+        self.answer(&Answer::Running)
     }
 }
 
@@ -226,8 +237,8 @@ impl Collected {
         Ok(false)
     }
 
-    /// Gives all of it to the machine.
-    fn apply(self, components: &Components, tsc_khz: u32, clock: Clock) -> Result<()> {
+    /// Gives all of it to the machine, but lets no device run yet. Returns the state of PCI.
+    fn apply(self, components: &Components, tsc_khz: u32, clock: Clock) -> Result<SavedPci> {
         let text = |text: String| anyhow!(text);
         let devices = self.devices.context("the state of the devices is missing")?;
         let ports = components.serial.len();
@@ -257,7 +268,7 @@ impl Collected {
         let data = kvm_clock_data { clock, ..Default::default() };
         components.vm().set_clock(&data).context("KVM does not take the clock")?;
         components.power.restore(&devices.power);
-        components.pci.wake(&devices.pci).map_err(text)
+        Ok(devices.pci)
     }
 }
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::answer::{Answer, expect, expect_running};
 use super::description::{Description, SavedDevice};
 use super::dirty::Pages;
-use super::frame::{Kind, PAGE, PAGE_BYTES, PAGES_MAX, Writer};
+use super::frame::{DEVICE_BYTES_MAX, Kind, PAGE, PAGE_BYTES, PAGES_MAX, Writer};
 use super::state::DevicesState;
 use crate::components::Components;
 use crate::events::{Parking, VmEvent};
@@ -72,9 +72,7 @@ pub(crate) fn save(
 ) -> Result<(Report, Option<Sender<bool>>)> {
     let _frozen = components.pci.freeze().map_err(|text| anyhow!(text))?;
     let description = description(components);
-    if let Some(device) = description.devices.first() {
-        bail!("{}: the state of a device of the bus cannot be saved yet", device.name);
-    }
+    components.pci.check_savable().map_err(|text| anyhow!(text))?;
     to.set_write_timeout(Some(TAKE))?;
     let answers = to.try_clone()?;
     let writer = Writer::new(BufWriter::with_capacity(64 << 10, to))?;
@@ -105,6 +103,8 @@ impl<W: Write> Save<'_, W> {
     fn copy(&mut self) -> Result<Option<Sender<bool>>> {
         let parked = Parked::new(self.components)?;
         let began = Instant::now();
+        // The devices stop first: they write memory, too.
+        self.pause()?;
         let mut pages = Pages::new(&self.components.ram.parts());
         for (address, bytes) in self.components.ram.data()? {
             pages.add(address, bytes);
@@ -152,7 +152,8 @@ impl<W: Write> Save<'_, W> {
         (self.progress)(Some(&format!("stopping the machine: {rest} KiB are left")))?;
         let parked = Parked::new(self.components)?;
         let stopped = Instant::now();
-        // What it has changed until it stopped.
+        self.pause()?;
+        // What it and its devices have changed until they stopped.
         let last = self.changed(&log, &mut known)?;
         self.pages(&pages, known.zeros)?;
         self.pages(&last, known.zeros)?;
@@ -176,6 +177,9 @@ impl<W: Write> Save<'_, W> {
         let clears = ram.clears();
         let mut pages = Pages::new(&ram.parts());
         pages.add_log(&log.take()?);
+        let parts = ram.ranges();
+        let devices = self.components.pci.take_log(&parts, &mut |at, len| pages.add(at, len));
+        devices.map_err(|text| anyhow!(text))?;
         known.zeros = false;
         if clears != known.clears {
             known.clears = clears;
@@ -218,10 +222,14 @@ impl<W: Write> Save<'_, W> {
         Ok(self.writer.section(Kind::Zeros, 0, &[&address.to_le_bytes(), &pages])?)
     }
 
-    /// Sends everything except memory. The machine must be parked.
+    /// Stops the devices. The machine must be parked.
+    fn pause(&self) -> Result<()> {
+        self.components.pci.pause().map_err(|text| anyhow!(text))
+    }
+
+    /// Sends everything except memory. The machine must be parked, and its devices stopped.
     fn state(&mut self) -> Result<()> {
         let components = self.components;
-        components.pci.pause()?;
         let clock = components.vm().get_clock().context("KVM does not tell its clock")?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let cpus = components.cpus.save()?;
@@ -235,6 +243,14 @@ impl<W: Write> Save<'_, W> {
             pci: components.pci.save(),
         };
         self.writer.json(Kind::Devices, &devices)?;
+        let writer = &mut self.writer;
+        let sent = components.pci.read_devices(&mut |slot, bytes| {
+            bytes.chunks(DEVICE_BYTES_MAX).try_for_each(|piece| {
+                let sent = writer.section(Kind::Device, slot.into(), &[piece]);
+                sent.map_err(|error| error.to_string())
+            })
+        });
+        sent.map_err(|text| anyhow!(text))?;
         for (number, bytes) in chips {
             self.writer.section(Kind::Chip, number, &[&bytes])?;
         }
@@ -258,8 +274,10 @@ struct Log<'a>(&'a Components);
 
 impl Log<'_> {
     fn new(components: &Components) -> Result<Log<'_>> {
+        let log = Log(components);
         components.ram.set_log(components.vm(), true)?;
-        Ok(Log(components))
+        components.pci.begin_log().map_err(|text| anyhow!(text))?;
+        Ok(log)
     }
 
     fn take(&self) -> Result<Vec<Vec<u64>>> {
@@ -269,6 +287,7 @@ impl Log<'_> {
 
 impl Drop for Log<'_> {
     fn drop(&mut self) {
+        self.0.pci.end_log();
         if let Err(error) = self.0.ram.set_log(self.0.vm(), false) {
             tracing::warn!("{error:#}");
         }

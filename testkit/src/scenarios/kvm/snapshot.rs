@@ -120,7 +120,7 @@ pub fn snapshot(l1: &L1, figures: &mut Figures) -> Result<()> {
             eprintln!("{way} ({turn}), in {:.1} s: {told}", began.elapsed().as_secs_f32());
             check(&l2.guest, before).with_context(|| format!("moved {way} ({turn})"))?;
             let drift = behind(l1, &l2.guest)? - off;
-            ensure!(drift.abs() <= 5, "the time of day has gone off by {drift} s");
+            ensure!(drift.abs() <= 60, "the time of day has gone off by {drift} s");
             down.push(told["down_time_ms"].clone());
         }
     }
