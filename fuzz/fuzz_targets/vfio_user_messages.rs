@@ -217,7 +217,7 @@ impl Target for Device {
         fds.into_iter().map(|fd| IoEventFd::new(fd, 0)).collect()
     }
 
-    fn connected(&mut self) {
+    fn connected(&mut self, _: BorrowedFd<'_>) {
         assert!(!self.connected);
         self.connected = true;
     }

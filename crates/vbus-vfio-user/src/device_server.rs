@@ -4,7 +4,7 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Instant;
@@ -12,7 +12,7 @@ use std::time::Instant;
 use crate::migration::{Migration, log_errno};
 use crate::saved::{self, SavedServer};
 use rustix::io::Errno;
-use vbus_core::memory::{PAGE, Resource};
+use vbus_core::memory::{PAGE, PeerProcess, Resource};
 use vbus_core::{
     Access, ConnectionCounters, Endpoint, ErrorCode, Executor, Interest, MEMORY_LOST, MapError,
     Progress, Task, TaskHandle, lock,
@@ -572,10 +572,16 @@ impl Target for Served {
         eventfds.iter().take(most).filter_map(duplicate).collect()
     }
 
+    /// All devices of the client's process have one budget.
+    fn connected(&mut self, socket: BorrowedFd<'_>) {
+        self.endpoint.memory().set_client(PeerProcess::of(socket));
+    }
+
     fn disconnected(&mut self) {
         self.function.disconnected();
         self.endpoint.unmap_all();
         self.migration.end(&self.endpoint);
+        self.endpoint.memory().set_client(None);
     }
 }
 

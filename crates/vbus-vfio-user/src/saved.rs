@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use vbus_core::Endpoint;
-use vbus_core::memory::{SavedMap, SavedMaps};
+use vbus_core::memory::{PeerProcess, SavedMap, SavedMaps};
 use vbus_pci::{FunctionState, IrqIndex, Options, PciFunction, device_function};
 use vfio_user_protocol::is_eventfd;
 use vfio_user_protocol::state::{ServerData, ServerState};
@@ -122,6 +122,9 @@ pub(crate) fn restore(
     if rest.next().is_some() {
         return Err(wrong("it has too many descriptors"));
     }
+    let state = ServerState { data: data.server, descriptors: of_server };
+    // Before the maps, which its budget bounds.
+    endpoint.memory().set_client(state.client().and_then(PeerProcess::of));
     let maps = SavedMaps { maps: data.maps, files };
     let unmapped = |error| format!("the memory of device {name:?} cannot be mapped: {error}");
     endpoint.memory().restore(&maps).map_err(unmapped)?;
@@ -156,7 +159,6 @@ pub(crate) fn restore(
         }
     }
     function.restore(&data.function, vbus_pci::Peer::Same).map_err(|error| error.to_string())?;
-    let state = ServerState { data: data.server, descriptors: of_server };
     Ok((state, Served::held(function, endpoint.clone())))
 }
 

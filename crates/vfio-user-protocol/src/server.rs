@@ -668,7 +668,7 @@ impl<T: Target> Server<T> {
                 client.sender.push(bytes, Vec::new());
                 self.stats.clients += 1;
                 info!(device = self.name, "client {} connected", client.number);
-                self.target.connected();
+                self.target.connected(client.socket.as_fd());
             }
             Answer::End(reply, violation) => {
                 if let Some(bytes) = reply {

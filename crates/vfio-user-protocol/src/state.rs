@@ -7,7 +7,7 @@
 //! [`ServerData`], which serde writes and reads. The receiver may be a newer program than the
 //! sender, and trusts it no more than it trusts a client: everything is checked.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::{Errno, FdFlags, fcntl_setfd, ioctl_fionbio};
 use rustix::net::{AddressFamily, SocketType, sockopt};
@@ -99,6 +99,17 @@ pub enum BadState {
 
 /// The most messages that can wait to be sent: a server with one such message receives no others.
 const UNSENT_MAX: usize = 2;
+
+impl ServerState {
+    /// The client's socket, if a client is connected. The state may be forged: the descriptor may be
+    /// of anything.
+    #[must_use]
+    pub fn client(&self) -> Option<BorrowedFd<'_>> {
+        self.data.client.as_ref()?;
+        let at = usize::try_from(self.data.candidates).ok()?.checked_add(1)?;
+        self.descriptors.get(at).map(AsFd::as_fd)
+    }
+}
 
 impl ServerData {
     /// The number of descriptors that belong to this.

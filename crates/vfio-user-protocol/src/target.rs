@@ -379,8 +379,11 @@ pub trait Target {
         Err(Errno::OPNOTSUPP)
     }
 
-    /// A client has connected and negotiated.
-    fn connected(&mut self) {}
+    /// A client has connected over `socket` and negotiated. The socket tells who it is
+    /// (`SO_PEERCRED` and `SO_PEERPIDFD` of socket(7)).
+    fn connected(&mut self, socket: BorrowedFd<'_>) {
+        let _ = socket;
+    }
 
     /// The client that [`Target::connected`] announced has gone, for any reason. The target drops
     /// the client's mappings and eventfds, also those that the client did not take back. The next

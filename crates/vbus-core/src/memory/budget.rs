@@ -6,57 +6,91 @@
 //! limit, the *total*. One peer may have half of what the others leave of it. The first peer may
 //! take half of the total, the next one a quarter, and so on: something is always left for the
 //! next.
+//!
+//! A peer is a process ([`PeerProcess`]): a VMM with many devices has one [`Client`] for all of
+//! them. Each device has an [`Account`] of it.
 
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use rustix::process::{Resource as Limit, getrlimit};
 use serde_json::{Value, json};
 
+use super::process::PeerProcess;
 use crate::lock::lock;
 use crate::metric::Metric;
 
-/// What the numbers of a client in the part `memory` of a device mean. The sums of all clients are
-/// not in it.
+/// What the numbers in the part `memory` of a device mean. The client is the process that uses the
+/// device. The sums of all clients are not in it.
 pub const METRICS: &[Metric] = &[
     Metric::gauge(
         "address_space.used",
         "memory_address_space_bytes",
-        "Bytes of address space in which the client's memory is mapped",
+        "Bytes of address space in which the client's memory is mapped, for this device",
+    )
+    .unit("bytes"),
+    Metric::gauge(
+        "address_space.client_used",
+        "memory_client_address_space_bytes",
+        "Bytes of address space in which the client's memory is mapped, for all its devices",
     )
     .unit("bytes"),
     Metric::gauge(
         "address_space.of",
         "memory_address_space_limit_bytes",
-        "The most bytes of address space that the client may have now",
+        "The most bytes of address space that the client may have now, for all its devices",
     )
     .unit("bytes"),
     Metric::gauge(
         "mappings.used",
         "memory_mappings",
-        "Mappings in the kernel for the client's memory",
+        "Mappings in the kernel for the client's memory, for this device",
+    )
+    .unit("mappings"),
+    Metric::gauge(
+        "mappings.client_used",
+        "memory_client_mappings",
+        "Mappings in the kernel for the client's memory, for all its devices",
     )
     .unit("mappings"),
     Metric::gauge(
         "mappings.of",
         "memory_mappings_limit",
-        "The most mappings that the client may have now",
+        "The most mappings that the client may have now, for all its devices",
     )
     .unit("mappings"),
-    Metric::gauge("maps.used", "memory_maps", "Ranges that the client has mapped").unit("maps"),
-    Metric::gauge("maps.of", "memory_maps_limit", "The most maps that the client may have now")
+    Metric::gauge("maps.used", "memory_maps", "Ranges that the client has mapped, for this device")
         .unit("maps"),
+    Metric::gauge(
+        "maps.client_used",
+        "memory_client_maps",
+        "Ranges that the client has mapped, for all its devices",
+    )
+    .unit("maps"),
+    Metric::gauge(
+        "maps.of",
+        "memory_maps_limit",
+        "The most maps that the client may have now, for all its devices",
+    )
+    .unit("maps"),
     Metric::gauge(
         "descriptors.used",
         "memory_descriptors",
-        "Descriptors of the client's memory files",
+        "Descriptors of the client's memory files, for this device",
+    )
+    .unit("descriptors"),
+    Metric::gauge(
+        "descriptors.client_used",
+        "memory_client_descriptors",
+        "Descriptors of the client's memory files, for all its devices",
     )
     .unit("descriptors"),
     Metric::gauge(
         "descriptors.of",
         "memory_descriptors_limit",
-        "The most descriptors that the client may have now",
+        "The most descriptors that the client may have now, for all its devices",
     )
     .unit("descriptors"),
 ];
@@ -107,7 +141,11 @@ type Amounts = [u64; Resource::ALL.len()];
 pub struct Exceeded {
     /// What there is too little of.
     pub resource: Resource,
-    /// How much the peer has.
+    /// The peer's process. `None`: it is not known.
+    pub process: Option<i32>,
+    /// How many devices the peer uses.
+    pub devices: usize,
+    /// How much the peer has, for all its devices.
     pub has: u64,
     /// How much more it wants.
     pub wants: u64,
@@ -119,12 +157,19 @@ pub struct Exceeded {
 
 impl fmt::Display for Exceeded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Exceeded { resource, has, wants, may_have, total } = self;
+        let Exceeded { resource, process, devices, has, wants, may_have, total } = self;
         let (what, limit) = resource.text();
+        write!(f, "the budget of {what}: the client")?;
+        if let Some(process) = process {
+            write!(f, ", process {process},")?;
+        }
+        if *devices > 1 {
+            write!(f, " with {devices} devices")?;
+        }
         write!(
             f,
-            "the budget of {what}: the client has {has}, wants {wants} more, and may have \
-             {may_have} (all clients together {total}; from {limit})"
+            " has {has}, wants {wants} more, and may have {may_have} (all clients together \
+             {total}; from {limit})"
         )
     }
 }
@@ -136,6 +181,8 @@ impl std::error::Error for Exceeded {}
 pub struct Budget {
     totals: Amounts,
     used: Mutex<Amounts>,
+    /// By the id of their process.
+    clients: Mutex<HashMap<i32, Weak<Client>>>,
 }
 
 impl Budget {
@@ -158,7 +205,32 @@ impl Budget {
             Resource::Maps => (limits.memory / MAPS_SHARE / MAP_COST).min(MAPS_TOTAL_MAX),
             Resource::Descriptors => limits.descriptors / 4,
         });
-        Arc::new(Budget { totals, used: Mutex::default() })
+        Arc::new(Budget { totals, used: Mutex::default(), clients: Mutex::default() })
+    }
+
+    /// The client that `process` is. Without a process, and for one that has ended already, it is a
+    /// client of its own.
+    pub(super) fn client(self: &Arc<Self>, process: Option<PeerProcess>) -> Arc<Client> {
+        let pid = process.as_ref().filter(|process| !process.has_ended()).map(PeerProcess::id);
+        let new = |process| {
+            Arc::new(Client {
+                budget: self.clone(),
+                process,
+                used: Mutex::default(),
+                devices: Mutex::default(),
+            })
+        };
+        let Some(pid) = pid else { return new(process) };
+        let mut clients = lock(&self.clients);
+        // A process that has ended may have left connections behind. Its id can then be another's.
+        let lives = |client: &Arc<Client>| !client.process.as_ref().is_some_and(|p| p.has_ended());
+        if let Some(known) = clients.get(&pid).and_then(Weak::upgrade).filter(lives) {
+            return known;
+        }
+        clients.retain(|_, client| client.strong_count() > 0);
+        let client = new(process);
+        clients.insert(pid, Arc::downgrade(&client));
+        client
     }
 }
 
@@ -213,20 +285,43 @@ fn control_group_memory() -> Option<u64> {
         .min()
 }
 
-/// What one peer has.
+/// A peer: what it has for all its devices.
+#[derive(Debug)]
+pub struct Client {
+    budget: Arc<Budget>,
+    process: Option<PeerProcess>,
+    /// Changed only under the lock of the budget.
+    used: Mutex<Amounts>,
+    /// A name for each account.
+    devices: Mutex<Vec<String>>,
+}
+
+impl Client {
+    /// The account of a device of this client.
+    pub(super) fn account(self: Arc<Self>, device: &str) -> Arc<Account> {
+        lock(&self.devices).push(device.to_owned());
+        Arc::new(Account { client: self, device: device.to_owned(), own: Mutex::default() })
+    }
+
+    fn devices(&self) -> BTreeSet<String> {
+        lock(&self.devices).iter().cloned().collect()
+    }
+
+    fn may_have(&self, all: u64, own: u64, at: usize) -> u64 {
+        self.budget.totals[at].saturating_sub(all - own) / 2
+    }
+}
+
+/// What a client has for one device.
 #[derive(Debug)]
 pub struct Account {
-    budget: Arc<Budget>,
+    client: Arc<Client>,
+    device: String,
     /// Changed only under the lock of the budget.
     own: Mutex<Amounts>,
 }
 
 impl Account {
-    /// A peer that has nothing yet.
-    pub fn new(budget: Arc<Budget>) -> Arc<Account> {
-        Arc::new(Account { budget, own: Mutex::default() })
-    }
-
     /// Takes `amount` of `resource`, until the share is dropped.
     ///
     /// # Errors
@@ -252,50 +347,78 @@ impl Account {
     }
 
     fn add(&self, resource: Resource, amount: u64) -> Result<(), Exceeded> {
-        let at = resource as usize;
-        let mut used = lock(&self.budget.used);
-        let mut own = lock(&self.own);
-        let may_have = self.may_have(used[at], own[at], at);
-        if amount > may_have.saturating_sub(own[at]) {
+        let (at, client) = (resource as usize, &*self.client);
+        let mut all = lock(&client.budget.used);
+        let mut used = lock(&client.used);
+        let may_have = client.may_have(all[at], used[at], at);
+        if amount > may_have.saturating_sub(used[at]) {
             return Err(Exceeded {
                 resource,
-                has: own[at],
+                process: client.process.as_ref().map(PeerProcess::id),
+                devices: client.devices().len(),
+                has: used[at],
                 wants: amount,
                 may_have,
-                total: self.budget.totals[at],
+                total: client.budget.totals[at],
             });
         }
+        all[at] += amount;
         used[at] += amount;
-        own[at] += amount;
+        lock(&self.own)[at] += amount;
         Ok(())
+    }
+
+    fn give_back(&self, resource: Resource, amount: u64) {
+        let at = resource as usize;
+        let mut all = lock(&self.client.budget.used);
+        all[at] -= amount;
+        lock(&self.client.used)[at] -= amount;
+        lock(&self.own)[at] -= amount;
     }
 
     /// How much more of `resource` the peer may take now.
     pub fn left(&self, resource: Resource) -> u64 {
-        let at = resource as usize;
-        let used = lock(&self.budget.used);
-        let own = lock(&self.own)[at];
-        self.may_have(used[at], own, at).saturating_sub(own)
+        let (at, client) = (resource as usize, &*self.client);
+        let all = lock(&client.budget.used);
+        let used = lock(&client.used)[at];
+        client.may_have(all[at], used, at).saturating_sub(used)
     }
 
-    fn may_have(&self, used: u64, own: u64, at: usize) -> u64 {
-        self.budget.totals[at].saturating_sub(used - own) / 2
-    }
-
-    /// What the peer has (`used`) and may have now (`of`), and what all peers have (`all_used`) and
-    /// may have (`all_of`), by the name of the resource.
+    /// By the name of the resource: what the peer has for this device (`used`) and for all its
+    /// devices (`client_used`), and may have now (`of`); and what all peers have (`all_used`) and
+    /// may have (`all_of`). `client` says who the peer is.
     pub fn inspect(&self) -> Value {
-        let used = *lock(&self.budget.used);
-        let own = *lock(&self.own);
+        let client = &*self.client;
+        let (all, used, own) = {
+            let all = lock(&client.budget.used);
+            (*all, *lock(&client.used), *lock(&self.own))
+        };
         let each = |r: Resource| {
             let at = r as usize;
-            let may_have = self.may_have(used[at].max(own[at]), own[at], at);
-            let (all_used, all_of) = (used[at].max(own[at]), self.budget.totals[at]);
-            let amounts =
-                json!({ "used": own[at], "of": may_have, "all_used": all_used, "all_of": all_of });
+            let amounts = json!({
+                "used": own[at],
+                "client_used": used[at],
+                "of": client.may_have(all[at], used[at], at),
+                "all_used": all[at],
+                "all_of": client.budget.totals[at],
+            });
             (r.name().to_owned(), amounts)
         };
-        Resource::ALL.into_iter().map(each).collect::<serde_json::Map<_, _>>().into()
+        let mut told: serde_json::Map<_, _> = Resource::ALL.into_iter().map(each).collect();
+        if let Some(process) = &client.process {
+            let who = json!({ "process": process.id(), "devices": client.devices() });
+            told.insert("client".to_owned(), who);
+        }
+        told.into()
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        let mut devices = lock(&self.client.devices);
+        if let Some(at) = devices.iter().position(|device| *device == self.device) {
+            devices.swap_remove(at);
+        }
     }
 }
 
@@ -326,12 +449,8 @@ impl Share {
 
     /// Gives back what is more than `amount`.
     pub fn shrink(&mut self, amount: u64) {
-        let at = self.resource as usize;
         let back = self.amount.saturating_sub(amount);
-        let mut used = lock(&self.account.budget.used);
-        let mut own = lock(&self.account.own);
-        used[at] -= back;
-        own[at] -= back;
+        self.account.give_back(self.resource, back);
         self.amount -= back;
     }
 }
@@ -354,7 +473,7 @@ mod tests {
     #[test]
     fn something_is_always_left_for_the_next_peer() {
         let budget = budget(4096);
-        let accounts: Vec<_> = (0..8).map(|_| Account::new(budget.clone())).collect();
+        let accounts: Vec<_> = (0..8).map(|_| budget.client(None).account("")).collect();
         let mut shares = Vec::new();
         for account in &accounts {
             let before = shares.len();
@@ -372,13 +491,57 @@ mod tests {
         // A share that is given back can be taken again, and a refusal took none.
         drop(shares);
         assert_eq!(accounts[5].left(Resource::Descriptors), 512);
-        let expected = json!({ "used": 0, "of": 512, "all_used": 0, "all_of": 1024 });
+        let expected =
+            json!({ "used": 0, "client_used": 0, "of": 512, "all_used": 0, "all_of": 1024 });
         assert_eq!(accounts[0].inspect()["descriptors"], expected);
+        assert!(accounts[0].inspect().get("client").is_none());
+    }
+
+    #[test]
+    fn the_devices_of_a_process_have_one_budget() {
+        let budget = budget(4096);
+        let (this, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let of = |device: &str| budget.client(PeerProcess::of(&this)).account(device);
+        let (first, second) = (of("first"), of("second"));
+        let _most = first.take(Resource::Descriptors, 512).unwrap();
+        let error = second.take(Resource::Descriptors, 1).unwrap_err();
+        assert_eq!((error.has, error.may_have), (512, 512));
+        let pid = std::process::id();
+        let start = format!(
+            "the budget of descriptors of memory files: the client, process {pid}, with 2 devices \
+             has 512,"
+        );
+        assert!(error.to_string().starts_with(&start), "{error}");
+        let told = second.inspect();
+        let of_device = (&told["descriptors"]["used"], &told["descriptors"]["client_used"]);
+        assert_eq!(of_device, (&json!(0), &json!(512)));
+        assert_eq!(told["client"], json!({ "process": pid, "devices": ["first", "second"] }));
+        drop(first);
+        // The share keeps the account of the first device.
+        assert_eq!(second.inspect()["client"]["devices"], json!(["first", "second"]));
+        // Another client has its own half of the rest.
+        assert_eq!(budget.client(None).account("").left(Resource::Descriptors), 256);
+    }
+
+    #[test]
+    fn the_id_of_a_process_that_has_ended_is_another_client() {
+        let budget = budget(4096);
+        let client = |process| budget.client(Some(process));
+        let first = client(PeerProcess::ended(7));
+        let (second, third) = (client(PeerProcess::unknown(7)), client(PeerProcess::unknown(7)));
+        assert!(!Arc::ptr_eq(&first, &second) && Arc::ptr_eq(&second, &third));
+        // Left behind by an earlier process of that id.
+        assert!(!Arc::ptr_eq(&second, &client(PeerProcess::ended(7))));
+        assert!(Arc::ptr_eq(&second, &client(PeerProcess::unknown(7))));
+        assert!(!Arc::ptr_eq(&second, &client(PeerProcess::unknown(8))));
+        drop((second, third));
+        drop(client(PeerProcess::unknown(9)));
+        assert!(lock(&budget.clients).len() <= 2, "clients that have gone leave nothing");
     }
 
     #[test]
     fn a_first_peer_may_have_all_the_maps_of_the_protocol_in_a_small_control_group() {
-        let account = Account::new(budget(1024));
+        let account = budget(1024).client(None).account("");
         assert!(account.left(Resource::Maps) >= 65_535);
     }
 

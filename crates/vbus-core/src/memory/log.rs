@@ -284,7 +284,7 @@ mod tests {
     #[test]
     fn writes_that_are_scattered_get_an_error_and_no_more_memory() {
         // A client may have half of 8192 maps, and so 124 chunks.
-        let account = Account::new(Budget::of_memory(16 << 20));
+        let account = Budget::of_memory(16 << 20).client(None).account("");
         let log = Log::new(account.clone(), &[]);
         let report = |log: &Log| log.report(0, PAGE, PAGE, &mut [0]);
         for chunk in 0..124 {
@@ -307,7 +307,7 @@ mod tests {
     fn each_bit_of_a_word_is_one_page() {
         assert_eq!((bits(0, 64), bits(0, 0), bits(63, 64)), (!0, 0, 1 << 63));
         assert_eq!(bits(4, 8), 0xf0);
-        let log = Log::new(Account::new(Budget::of_memory(1 << 30)), &[]);
+        let log = Log::new(Budget::of_memory(1 << 30).client(None).account(""), &[]);
         // From the last page of a chunk into the next one, and the last page of all.
         log.mark((CHUNK - 1) * PAGE, 2 * PAGE);
         log.mark(u64::MAX, 1);

@@ -33,6 +33,7 @@ mod budget;
 mod file;
 mod integer;
 mod log;
+mod process;
 mod saved;
 mod slice;
 mod table;
@@ -59,6 +60,7 @@ use self::file::{FileKey, Found, SharedFile};
 pub use self::integer::SharedInteger;
 pub use self::log::LogError;
 use self::log::{Log, LogSlot};
+pub use self::process::PeerProcess;
 pub use self::saved::{SavedMap, SavedMaps};
 pub use self::slice::DriverSlice;
 use self::table::{EMPTY, Map, Place, Run, Table};
@@ -183,7 +185,9 @@ pub struct MemoryContext {
     /// The backing that `changes` has. Locked for a few instructions at a time, after `changes`: a
     /// change may wait for a file system, and nobody who only asks for a loss waits with it.
     backing: Mutex<Option<Arc<Backing>>>,
-    account: Arc<Account>,
+    /// The account that `changes` has. Locked as `backing` is.
+    account: Mutex<Arc<Account>>,
+    budget: Arc<Budget>,
     on_loss: Mutex<Option<OnLoss>>,
     /// The log that the present table has too. Changed only under the lock of `changes`.
     log: Arc<LogSlot>,
@@ -214,7 +218,7 @@ impl MemoryContext {
     }
 
     fn with_budget(device: &str, budget: Arc<Budget>) -> MemoryContext {
-        let account = Account::new(budget);
+        let account = budget.client(None).account(device);
         MemoryContext {
             device: device.to_owned(),
             current: Mutex::default(),
@@ -226,10 +230,26 @@ impl MemoryContext {
                 account: account.clone(),
             }),
             backing: Mutex::default(),
-            account,
+            account: Mutex::new(account),
+            budget,
             on_loss: Mutex::default(),
             log: Arc::new(LogSlot::new()),
         }
+    }
+
+    /// Says which process the peer is. All devices of a process have one budget. `None`: the peer
+    /// is a client of its own. Call it when there are no maps, before the first one; otherwise what
+    /// is mapped already still counts for the peer before.
+    pub fn set_client(&self, process: Option<PeerProcess>) {
+        let account = self.budget.client(process).account(&self.device);
+        let mut changes = lock(&self.changes);
+        if lock(&self.current).snapshot.table.len() == 0 {
+            changes.maps = account.nothing(Resource::Maps);
+        }
+        changes.account = account.clone();
+        let before = std::mem::replace(&mut *lock(&self.account), account);
+        drop(changes);
+        drop(before);
     }
 
     /// Maps `len` bytes of `file` (descriptor, offset) at address `start` of the driver's memory,
@@ -330,7 +350,7 @@ impl MemoryContext {
     /// A log is on already, or the kernel lacks what it needs.
     pub fn start_log(&self, ranges: &[Range<u64>]) -> Result<(), LogError> {
         let changes = lock(&self.changes);
-        let log = Arc::new(Log::new(self.account.clone(), ranges));
+        let log = Arc::new(Log::new(changes.account.clone(), ranges));
         self.log.set(log.clone())?;
         let before = lock(&self.current).snapshot.clone();
         self.publish(before.table.with_log(Some(log)));
@@ -416,10 +436,13 @@ impl MemoryContext {
         then.map(|then| then()).is_some()
     }
 
-    /// What the peer has of each budget (`used`) and may have now (`of`), and what all peers have
-    /// (`all_used`) and may have (`all_of`), by the name of the [`Resource`].
+    /// What the peer has of each budget, for this device (`used`) and for all its devices
+    /// (`client_used`), and may have now (`of`), and what all peers have (`all_used`) and may have
+    /// (`all_of`), by the name of the [`Resource`]. If the peer's process is known, `client` has its
+    /// id (`process`) and the names of its devices (`devices`).
     pub fn inspect(&self) -> Value {
-        self.account.inspect()
+        let account = lock(&self.account).clone();
+        account.inspect()
     }
 
     /// Charges the peer with `bytes` of this process's memory, which a connector keeps for it.
@@ -427,7 +450,7 @@ impl MemoryContext {
     /// # Errors
     /// The peer would have too much.
     pub fn charge(&self, bytes: u64) -> Result<Charge, Exceeded> {
-        self.account.charge(bytes)
+        lock(&self.account).charge(bytes)
     }
 
     /// A lasting window on `addr..addr + len`, for reading and writing. `addr` and `len` must be

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus stats`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -30,6 +30,9 @@ The summary has a line for each device:
   INTERRUPTS SAVED  the share of posts to the driver that needed no interrupt
   DROPPED           frames that were dropped since the device was made; the reasons stand below
 Shares are those of the interval, or since the start if nothing went in the interval.
+
+A second table has a line for each client, a process that uses devices: what its memory takes of the
+bus's own means, for all its devices, and the most that it may take now.
 
 docs/operating.md says what each counter means. `vbus top` shows the same on a full screen.";
 
@@ -108,6 +111,7 @@ pub fn run(args: &Args, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
                 screen.push_str(&heading(&client.ask(&json!({ "op": "info" }))?, &now));
             }
             screen.push_str(&summary(&now, before.as_ref()));
+            screen.push_str(&clients(&devices));
             if args.all || !args.devices.is_empty() {
                 for (device, sample) in devices.iter().zip(&now.devices) {
                     screen.push('\n');
@@ -285,19 +289,60 @@ fn details(
     }
 }
 
+/// The key that says who the client is, beside the budgets of its memory.
+const CLIENT: &str = "client";
+
+/// The clients that are known, and what each uses of its budgets. Nothing, if there are none.
+fn clients(devices: &[Value]) -> String {
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    let mut seen = HashSet::new();
+    for memory in devices.iter().map(|device| &device["memory"]) {
+        let Some(process) = memory[CLIENT]["process"].as_i64() else { continue };
+        if !seen.insert(process) {
+            continue;
+        }
+        let budgets = memory.as_object().into_iter().flatten().filter(|(name, _)| *name != CLIENT);
+        let (names, amounts): (Vec<_>, Vec<_>) = budgets
+            .map(|(name, amounts)| {
+                let amount = |key: &str| short(amounts[key].as_f64().unwrap_or(0.0));
+                let amounts = format!("{} of {}", amount("client_used"), amount("of"));
+                (name.to_uppercase().replace('_', " "), amounts)
+            })
+            .unzip();
+        if rows.is_empty() {
+            let heading = ["MEMORY OF", "FOR DEVICES"].map(str::to_owned);
+            rows.push(heading.into_iter().chain(names).collect());
+        }
+        let names = memory[CLIENT]["devices"].as_array().into_iter().flatten().map(plain);
+        let who = [format!("process {process}"), names.collect::<Vec<_>>().join(", ")];
+        rows.push(who.into_iter().chain(amounts).collect());
+    }
+    if rows.is_empty() { String::new() } else { format!("\n{}", columns(&rows)) }
+}
+
 /// Shows what the memory of the device's client uses of each budget.
 fn show_memory(device: &Value, out: &mut String) {
-    for (resource, amounts) in device["memory"].as_object().into_iter().flatten() {
+    let memory = &device["memory"];
+    for (resource, amounts) in memory.as_object().into_iter().flatten() {
+        if resource == CLIENT {
+            continue;
+        }
         let amount = |key: &str| plain(&amounts[key]);
         let _ = writeln!(
             out,
-            "  {:32} {:>16} of {} (all clients: {} of {})",
+            "  {:32} {:>16}; the client has {} of {} (all clients: {} of {})",
             format!("memory.{resource}"),
             amount("used"),
+            amount("client_used"),
             amount("of"),
             amount("all_used"),
             amount("all_of")
         );
+    }
+    if let Some(process) = memory[CLIENT]["process"].as_i64() {
+        let names = memory[CLIENT]["devices"].as_array().into_iter().flatten().map(plain);
+        let names = names.collect::<Vec<_>>().join(", ");
+        let _ = writeln!(out, "  {:32} process {process}, with {names}", "memory.client");
     }
 }
 
@@ -365,6 +410,29 @@ mod tests {
         assert!(summary(&before, None).contains("..."));
         let nothing = Sample::new(&table, at, &[]);
         assert!(summary(&nothing, None).starts_with("no devices"));
+    }
+
+    #[test]
+    fn a_client_with_several_devices_has_one_line() {
+        let device = |name: &str, used: u64, process: u64| {
+            let amounts = json!({
+                "used": used, "client_used": 5, "of": 1000, "all_used": 7, "all_of": 2000,
+            });
+            let client = json!({ "process": process, "devices": ["net0", "values"] });
+            json!({ "name": name, "memory": { "maps": amounts, "client": client } })
+        };
+        let mut devices = vec![device("net0", 2, 40), device("values", 3, 40)];
+        devices.push(json!({ "name": "free", "memory": { "maps": { "used": 0 } } }));
+        let text = clients(&devices);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[1], "MEMORY OF   FOR DEVICES   MAPS");
+        assert_eq!(lines[2], "process 40  net0, values  5 of 1.00 k");
+        assert_eq!(lines.len(), 3, "{text}");
+        assert_eq!(clients(&devices[2..]), "");
+        let mut text = String::new();
+        show_memory(&devices[1], &mut text);
+        assert!(text.contains("3; the client has 5 of 1000 (all clients: 7 of 2000)"), "{text}");
+        assert!(text.contains("process 40, with net0, values"), "{text}");
     }
 
     #[test]

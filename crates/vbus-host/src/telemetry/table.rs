@@ -303,6 +303,7 @@ mod tests {
             "queues",
             "all_used",
             "all_of",
+            "process",
         ];
         let table = table();
         let mut unused: BTreeSet<_> = groups(&table)

@@ -302,6 +302,42 @@ fn a_client_that_takes_its_memory_away_is_ended_alone() {
     assert_eq!(good.stats().violations, 0);
 }
 
+#[test]
+fn the_devices_of_one_process_have_one_budget() {
+    const PAGE: u64 = 4096;
+    let setup = setup();
+    let folder = tempfile::tempdir().unwrap();
+    let second = setup.bus.add("adder1", Arc::new(Adder)).unwrap();
+    let server =
+        DeviceServer::start(second.clone(), &folder.path().join("s"), Default::default()).unwrap();
+    let first = setup.bus.get("adder0").unwrap();
+    let ram = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&ram, 8 * PAGE).unwrap();
+    let maps = |endpoint: &vbus_core::Endpoint| {
+        let maps = &endpoint.inspect()["memory"]["maps"];
+        ["used", "client_used"].map(|key| maps[key].as_u64().unwrap())
+    };
+    let client = |endpoint: &vbus_core::Endpoint| endpoint.inspect()["memory"]["client"].clone();
+    let mut clients = [&setup.server, &server].map(|s| Client::connect(s.path()).unwrap());
+    for (client, pages) in clients.iter_mut().zip([3, 5]) {
+        for page in 0..pages {
+            client.dma_map(ram.as_fd(), page * PAGE, 2 * page * PAGE, PAGE).unwrap();
+        }
+    }
+    assert_eq!([maps(&first), maps(&second)], [[3, 8], [5, 8]]);
+    let devices = serde_json::json!(["adder0", "adder1"]);
+    let expected = serde_json::json!({ "process": std::process::id(), "devices": devices });
+    assert_eq!([client(&first), client(&second)], [expected.clone(), expected]);
+    let [gone, _stays] = clients;
+    drop(gone);
+    let start = Instant::now();
+    while maps(&second) != [5, 5] || client(&first) != serde_json::Value::Null {
+        assert!(start.elapsed() < Duration::from_secs(60), "{:?}", first.inspect());
+        std::thread::yield_now();
+    }
+    assert_eq!(maps(&first), [0, 0]);
+}
+
 /// What a guest with an IOMMU makes QEMU send: its buffers are mapped page by page, at addresses
 /// and from places in its memory that follow no order, and some come and go all the time.
 #[test]

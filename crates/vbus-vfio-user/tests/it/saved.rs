@@ -191,6 +191,8 @@ fn a_driver_under_load_notices_nothing_of_many_buses() {
                 }
                 _ => {
                     let next = One::next(saved, &path).unwrap();
+                    let client = &next.endpoint().inspect()["memory"]["client"]["process"];
+                    assert_eq!(client.as_u64(), Some(std::process::id().into()), "whose memory");
                     let before = std::mem::replace(&mut bus, next);
                     drop(before);
                     bus.go_on();

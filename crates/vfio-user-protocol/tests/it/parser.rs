@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tests the parsers with arbitrary bytes, and with messages that this crate has made.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use crate::support::{Device, framed, version};
 use proptest::collection::vec;
@@ -172,7 +172,8 @@ proptest! {
         };
         let first = session.handle(&mut device, "test", message(0, 1, 0, &version()));
         prop_assert!(matches!(first, Answer::Negotiated(_)));
-        device.connected();
+        // Whoever it is: the device does not ask.
+        device.connected(std::io::stdin().as_fd());
         for (number, posted, body) in commands {
             let flags = if posted { 0x10 } else { 0 };
             let answer = session.handle(&mut device, "test", message(7, number, flags, &body));

@@ -2,7 +2,7 @@
 //! A server of a vbus function. Its device does nothing, and records the messages that it gets.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -188,7 +188,7 @@ impl Target for Served {
         if region == 0 { device.io.iter().take(most).map(copy).collect() } else { Vec::new() }
     }
 
-    fn connected(&mut self) {
+    fn connected(&mut self, _: BorrowedFd<'_>) {
         lock(&self.0).clients += 1;
     }
 

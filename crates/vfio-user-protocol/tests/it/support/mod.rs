@@ -293,7 +293,7 @@ impl Target for Device {
         Ok(())
     }
 
-    fn connected(&mut self) {
+    fn connected(&mut self, _: BorrowedFd<'_>) {
         assert!(!self.connected, "connected twice");
         self.connected = true;
         self.clients += 1;
