@@ -493,7 +493,7 @@ impl Target for Served {
                 MapError::Limit => Errno::NOSPC,
                 MapError::Budget(exceeded) => match exceeded.resource {
                     Resource::Descriptors => Errno::MFILE,
-                    Resource::AddressSpace | Resource::Mappings => Errno::NOMEM,
+                    Resource::AddressSpace | Resource::Mappings | Resource::Pages => Errno::NOMEM,
                     _ => Errno::NOSPC,
                 },
                 MapError::ReadOnly => Errno::ACCESS,

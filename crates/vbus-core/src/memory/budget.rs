@@ -7,6 +7,18 @@
 //! take half of the total, the next one a quarter, and so on: something is always left for the
 //! next.
 //!
+//! **Pages that the bus touches first.** The kernel charges a page of tmpfs to the control group of
+//! whoever touches it first, and leaves it there until the file lets go of it. So a peer with a
+//! sparse file can have the device touch every page, and fill the control group of the bus, which
+//! ends the bus. The bus cannot count such pages: the peer may punch a hole into its file at any
+//! time, also between a look at a page (mincore, SEEK_DATA) and the access. It could count the
+//! pages that it has ever reached, but a good guest's buffers are everywhere in its memory, and the
+//! guest has touched them before. What is exact, and known before any access, is how much the peer
+//! has mapped: no page beyond that can be charged. So where the control group has a limit, the
+//! files of tmpfs that all peers have mapped stay below it ([`Resource::Pages`]). It makes no
+//! difference whether their pages are there already, because they may go again. Pages of hugetlbfs
+//! are not charged in this way, and the kernel takes back those of a disk.
+//!
 //! A peer is a process ([`PeerProcess`]): a VMM with many devices has one [`Client`] for all of
 //! them. Each device has an [`Account`] of it.
 
@@ -76,6 +88,24 @@ pub const METRICS: &[Metric] = &[
     )
     .unit("maps"),
     Metric::gauge(
+        "pages.used",
+        "memory_pages_bytes",
+        "Bytes of the client's files whose pages can be charged to the bus, for this device",
+    )
+    .unit("bytes"),
+    Metric::gauge(
+        "pages.client_used",
+        "memory_client_pages_bytes",
+        "Bytes of the client's files whose pages can be charged to the bus, for all its devices",
+    )
+    .unit("bytes"),
+    Metric::gauge(
+        "pages.of",
+        "memory_pages_limit_bytes",
+        "The most bytes of such files that the client may have now, for all its devices",
+    )
+    .unit("bytes"),
+    Metric::gauge(
         "descriptors.used",
         "memory_descriptors",
         "Descriptors of the client's memory files, for this device",
@@ -107,12 +137,20 @@ pub enum Resource {
     Maps,
     /// Descriptors of peers' memory files.
     Descriptors,
+    /// Bytes of mapped files whose pages are charged to this process's control group, if the
+    /// process is the first to touch them.
+    Pages,
 }
 
 impl Resource {
     /// All of them.
-    pub const ALL: [Resource; 4] =
-        [Resource::AddressSpace, Resource::Mappings, Resource::Maps, Resource::Descriptors];
+    pub const ALL: [Resource; 5] = [
+        Resource::AddressSpace,
+        Resource::Mappings,
+        Resource::Maps,
+        Resource::Descriptors,
+        Resource::Pages,
+    ];
 
     /// The name in statistics.
     pub fn name(self) -> &'static str {
@@ -121,6 +159,7 @@ impl Resource {
             Resource::Mappings => "mappings",
             Resource::Maps => "maps",
             Resource::Descriptors => "descriptors",
+            Resource::Pages => "pages",
         }
     }
 
@@ -130,6 +169,10 @@ impl Resource {
             Resource::Mappings => ("mappings in the kernel", "vm.max_map_count"),
             Resource::Maps => ("maps", "the memory of the machine or of the control group"),
             Resource::Descriptors => ("descriptors of memory files", "RLIMIT_NOFILE"),
+            Resource::Pages => (
+                "bytes of files whose pages can be charged to the bus",
+                "memory.max of its control group (MemoryMax= in systemd), or as address space",
+            ),
         }
     }
 }
@@ -204,6 +247,8 @@ impl Budget {
             Resource::Mappings => limits.mappings / 4 * 3,
             Resource::Maps => (limits.memory / MAPS_SHARE / MAP_COST).min(MAPS_TOTAL_MAX),
             Resource::Descriptors => limits.descriptors / 4,
+            // Without a limit there is nothing to keep: the address space bounds what is mapped.
+            Resource::Pages => limits.control_group.min(limits.address_space) / 4 * 3,
         });
         Arc::new(Budget { totals, used: Mutex::default(), clients: Mutex::default() })
     }
@@ -248,8 +293,10 @@ struct Limits {
     address_space: u64,
     mappings: u64,
     descriptors: u64,
-    /// Bytes.
+    /// Bytes of the machine, or of the control group.
     memory: u64,
+    /// Bytes of the control group; [`u64::MAX`]: it has no limit.
+    control_group: u64,
 }
 
 impl Limits {
@@ -264,11 +311,13 @@ impl Limits {
             let words = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
             Some(words.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10)
         });
+        let group = control_group_memory();
         Limits {
             address_space: limit(Limit::As).min(ADDRESS_SPACE),
             mappings: number("/proc/sys/vm/max_map_count").unwrap_or(MAPPINGS),
             descriptors: limit(Limit::Nofile),
-            memory: control_group_memory().into_iter().chain(machine).min().unwrap_or(MEMORY),
+            memory: group.into_iter().chain(machine).min().unwrap_or(MEMORY),
+            control_group: group.unwrap_or(u64::MAX),
         }
     }
 }
@@ -462,12 +511,21 @@ impl Drop for Share {
 }
 
 #[cfg(test)]
+impl Budget {
+    /// That of a process in a control group with this many bytes.
+    pub(super) fn in_control_group(bytes: u64) -> Arc<Budget> {
+        Budget::new(Limits { control_group: bytes, memory: bytes, ..Limits::of_process() })
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
     fn budget(descriptors: u64) -> Arc<Budget> {
-        let limits = Limits { address_space: 4096, mappings: 4096, descriptors, memory: 256 << 20 };
-        Budget::new(limits)
+        let (address_space, mappings, memory) = (4096, 4096, 256 << 20);
+        let control_group = u64::MAX;
+        Budget::new(Limits { address_space, mappings, descriptors, memory, control_group })
     }
 
     #[test]

@@ -28,12 +28,13 @@ const PARTS_MAX: usize = 64;
 /// system of its own with FUSE, and its pages would never come. These are in the kernel, and only
 /// root mounts those that have a disk.
 const FILE_SYSTEMS: [(u64, &str); 5] = [
-    (0x0102_1994, "tmpfs and memfd"),
+    (TMPFS, "tmpfs and memfd"),
     (HUGETLBFS, "hugetlbfs"),
     (0xef53, "ext4"),
     (0x5846_5342, "xfs"),
     (BTRFS, "btrfs"),
 ];
+const TMPFS: u64 = 0x0102_1994;
 const HUGETLBFS: u64 = 0x9584_58f6;
 const BTRFS: u64 = 0x9123_683e;
 
@@ -57,6 +58,8 @@ pub(super) struct SharedFile {
     /// The size of its pages, in bytes.
     page: u64,
     writable: bool,
+    /// Whoever touches a page first is charged for it.
+    is_charged: bool,
     backing: Arc<Backing>,
     account: Arc<Account>,
     /// They stay as long as the file is in use, so addresses within them stay valid.
@@ -81,6 +84,8 @@ pub(super) struct Found {
     page: u64,
     /// The descriptor may be mapped for writing.
     writable: bool,
+    /// Whoever touches a page first is charged for it.
+    is_charged: bool,
 }
 
 impl Found {
@@ -116,6 +121,7 @@ impl Found {
             size: stat.size,
             page,
             writable: flags == OFlags::RDWR && !sealed,
+            is_charged: kind == TMPFS,
         })
     }
 
@@ -208,6 +214,7 @@ impl SharedFile {
             _descriptor: account.take(Resource::Descriptors, 1)?,
             page: found.page,
             writable: found.writable,
+            is_charged: found.is_charged,
             file,
             backing: backing.clone(),
             account: account.clone(),
@@ -264,9 +271,11 @@ impl SharedFile {
         let too_large = || MapError::Os(Errno::NOMEM);
         let bytes = usize::try_from(len).map_err(|_| too_large())?;
         let page = usize::try_from(self.page).map_err(|_| too_large())?;
+        let charged = if self.is_charged { len } else { 0 };
         let shares = (
             self.account.take(Resource::AddressSpace, len)?,
             self.account.take(Resource::Mappings, 1)?,
+            self.account.take(Resource::Pages, charged)?,
         );
         let write = if self.writable { ProtFlags::WRITE } else { ProtFlags::empty() };
         let prot = ProtFlags::READ | write;

@@ -71,6 +71,9 @@ use crate::lock::lock;
 /// The most maps that a peer can have.
 pub const MAPS_MAX: usize = 65_535;
 
+/// The most pieces of a region: single pages of the largest one, which may begin within a page.
+const PIECES_MAX: usize = 4096 + 1;
+
 /// A map with a file begins and ends at a multiple of this many bytes.
 pub const PAGE: u64 = 4096;
 
@@ -477,7 +480,8 @@ impl MemoryContext {
     /// A lasting window on `len` bytes that lie in pages of `1 << shift` bytes at the addresses
     /// `pages`, as if they were contiguous. Pages that are contiguous in the peer's file need no
     /// mapping of their own. In a file of huge pages they have to be contiguous, or whole huge
-    /// pages: the kernel maps no part of one.
+    /// pages: the kernel maps no part of one. More than 4097 pieces are refused: a page may lie in
+    /// many maps.
     pub fn window_of_pages(
         &self,
         pages: &[u64],
@@ -529,8 +533,10 @@ impl MemoryContext {
                         && last.offset + last.len as u64 == run.offset
                         && last.base.as_ptr() as usize + last.len == run.base.as_ptr() as usize
                 };
+                let is_full = parts.len() == PIECES_MAX;
                 match parts.last_mut().filter(follows) {
                     Some(last) => last.len += run.len,
+                    None if is_full => return Err(ErrorCode::LIMIT),
                     None => {
                         let Run { base, offset, len, .. } = run;
                         parts.push(Part { file, base, offset, len });
@@ -708,6 +714,55 @@ impl View<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A peer that maps as much as it may of a huge sparse file, and lets the device touch all of
+    /// it, cannot make the kernel charge the bus for more than its budget.
+    #[test]
+    fn the_bus_is_charged_for_no_more_than_the_budget() {
+        const MIB: u64 = 1 << 20;
+        let budget = Budget::in_control_group(64 * MIB);
+        let context = MemoryContext::with_budget("hostile", budget.clone());
+        let file = rustix::fs::memfd_create("sparse", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, 1 << 40).unwrap();
+        let map = |context: &MemoryContext, at, len| {
+            context.map(at, len, Some((&file, at)), Access::BOTH)
+        };
+        let MapError::Budget(refused) = map(&context, 0, 1 << 40).unwrap_err() else {
+            panic!("it is refused for another reason");
+        };
+        assert_eq!(refused.resource, Resource::Pages);
+        assert!(refused.to_string().contains("memory.max of its control group"), "{refused}");
+        let mut mapped = 0;
+        while map(&context, mapped, MIB).is_ok() {
+            mapped += MIB;
+        }
+        // Half of three quarters: other peers have their part.
+        assert_eq!(mapped, 24 * MIB);
+        let view = context.view();
+        for page in 0..mapped / PAGE {
+            if page % 2 == 0 {
+                view.write(page * PAGE, b"touched").unwrap();
+            } else {
+                view.read(page * PAGE, &mut [0]).unwrap();
+            }
+        }
+        drop(view);
+        assert_eq!(context.view().write(mapped, b"x"), Err(ErrorCode::BAD_ADDRESS));
+        let charged = u64::try_from(rustix::fs::fstat(&file).unwrap().st_blocks).unwrap() * 512;
+        assert_eq!(charged, mapped, "each page, and no other");
+        let other = MemoryContext::with_budget("good", budget);
+        map(&other, 0, 12 * MIB).unwrap();
+        assert!(map(&other, 12 * MIB, MIB).is_err());
+        // What is mapped twice counts once.
+        context.map(1 << 36, MIB, Some((&file, 0)), Access::READ).unwrap();
+    }
+
+    #[test]
+    fn without_a_limit_of_the_control_group_nothing_is_kept() {
+        let context = MemoryContext::with_budget("", Budget::in_control_group(u64::MAX));
+        let told = context.inspect();
+        assert_eq!(told["pages"]["all_of"], told["address_space"]["all_of"]);
+    }
 
     #[test]
     fn nobody_who_asks_for_a_loss_or_the_budget_waits_for_a_change() {

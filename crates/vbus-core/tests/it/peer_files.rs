@@ -247,6 +247,64 @@ fn single_pages_that_follow_each_other_are_one_piece() {
     assert_eq!(window.words()[11 * 512].load(Ordering::Relaxed), 8);
 }
 
+/// The longest list of pages, of which no two follow each other, and each has a map of its own, in
+/// one of several files.
+#[test]
+fn the_pages_of_a_region_may_lie_in_maps_and_files_of_their_own() {
+    const PAGES: u64 = 4096;
+    const FILES: u64 = 16;
+    let name = "scattered";
+    let context = MemoryContext::new();
+    let each = PAGES / FILES;
+    let files: Vec<_> = (0..FILES).map(|_| named(name, 2 * each * PAGE)).collect();
+    let address = |page: u64| (1 << 40) + 2 * page * PAGE;
+    // In an order of its own: the files in turn, and the places in each as they come.
+    for page in 0..PAGES {
+        let offset = (page / FILES * 89 % each) * 2 * PAGE;
+        let file = copy(&files[(page % FILES) as usize]);
+        context.map(address(page), PAGE, Some((file, offset)), Access::BOTH).unwrap();
+        context.view().write(address(page), &page.to_le_bytes()).unwrap();
+    }
+    let before = context.inspect();
+    assert_eq!(before["descriptors"]["used"], FILES);
+    let pages: Vec<u64> = (0..PAGES).rev().map(address).collect();
+    let begun = Instant::now();
+    let window = context.window_of_pages(&pages, 12, PAGES * PAGE).unwrap();
+    eprintln!("{PAGES} pages, each in its own map: {:?}", begun.elapsed());
+    let used = |what: &str| {
+        let (now, before) = (context.inspect(), &before);
+        now[what]["used"].as_u64().unwrap() - before[what]["used"].as_u64().unwrap()
+    };
+    assert_eq!((used("mappings"), used("address_space")), (PAGES, PAGES * PAGE));
+    for (page, word) in (0..PAGES).rev().zip(window.words().iter().step_by(512)) {
+        assert_eq!(word.load(Ordering::Relaxed), page);
+    }
+    // A region of pages that are gone keeps what it has, until it goes.
+    context.window_of_pages(&pages[1..], 12, PAGES * PAGE).unwrap_err();
+    assert_eq!(used("mappings"), PAGES, "what is refused takes nothing");
+    drop(window);
+    wait_until("all is given back", || used("mappings") == 0);
+}
+
+#[test]
+fn a_page_that_lies_in_too_many_maps_is_no_part_of_a_region() {
+    const SHIFT: u32 = 25;
+    let name = "crumbled";
+    let (context, file) = (MemoryContext::new(), named(name, 1 << SHIFT));
+    let pages = (1 << SHIFT) / PAGE;
+    // No two follow each other in the file.
+    for page in 0..pages {
+        let map = (copy(&file), (page ^ 1) * PAGE);
+        context.map(page * PAGE, PAGE, Some(map), Access::BOTH).unwrap();
+    }
+    let refused = context.window_of_pages(&[0], SHIFT, 16 * MIB).unwrap_err();
+    assert_eq!(refused, ErrorCode::LIMIT);
+    assert_eq!(context.window(8, 16 * MIB + PAGE).unwrap_err(), ErrorCode::LIMIT);
+    assert_eq!(mappings(name), 1);
+    // From within a page on, the largest region has one piece more than it has pages.
+    context.window(64, 16 * MIB).unwrap();
+}
+
 #[test]
 fn a_peer_may_have_as_many_maps_as_the_protocol_allows() {
     let (context, file) = (MemoryContext::new(), file(GIB));
