@@ -61,8 +61,8 @@ const OWN: [&str; 2] = ["10.0.0.2", "10.0.1.2"];
 
 /// A guest with the kernel's own driver exchanges pings and hashed streams with a guest that has
 /// venet, on one switch. A third card is flooded with frames meanwhile. In this traffic the driver
-/// is unbound and bound, the function is reset, a card is unplugged and plugged, the guest is reset,
-/// starts another kernel, and reboots. No frame comes into that kernel's memory.
+/// is unbound and bound, the function is reset, a card is unplugged and plugged, the guest reboots,
+/// starts another kernel, and is reset. No frame comes into that kernel's memory.
 pub fn net(scene: &Scene) -> Result<()> {
     let switch = |name: &str, class: &str, settings: &str| {
         device(name, class, &format!("backend = \"switch\"\n{settings}"))
@@ -121,9 +121,9 @@ pub fn net(scene: &Scene) -> Result<()> {
     exchange(&a.guest, &b.guest)?;
 
     busy(&a.guest, &bus)?;
-    a.reset()?;
+    a.guest.start("exec reboot -f")?;
     a.wait_boot(2)?;
-    exchange(&a.guest, &b.guest).context("after a reset")?;
+    exchange(&a.guest, &b.guest).context("after a reboot")?;
     busy(&a.guest, &bus)?;
     let mut boots = 2;
     if has_kexec {
@@ -135,9 +135,9 @@ pub fn net(scene: &Scene) -> Result<()> {
     } else {
         eprintln!("not tested: kexec, which the kit has and this guest has not");
     }
-    a.guest.start("exec reboot -f")?;
+    a.reset()?;
     a.wait_boot(boots + 1)?;
-    exchange(&a.guest, &b.guest).context("after a reboot")?;
+    exchange(&a.guest, &b.guest).context("after a reset")?;
     drop(peer);
     a.power_off()?;
     b.power_off()
