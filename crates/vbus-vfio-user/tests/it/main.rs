@@ -9,6 +9,7 @@ mod device;
 mod echo;
 mod fairness;
 mod migration;
+mod migration_net;
 mod pic;
 mod saved;
 #[path = "../../examples/fairness/stage.rs"]
