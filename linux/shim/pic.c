@@ -129,7 +129,7 @@ void shim_pic_unmap(u32 number)
 
 bool shim_pic_handle(void *pic, u32 line)
 {
-	return !generic_handle_domain_irq(((struct pic *)pic)->domain, line);
+	return !generic_handle_domain_irq_safe(((struct pic *)pic)->domain, line);
 }
 
 bool shim_mask_has(const void *mask, u32 cpu)

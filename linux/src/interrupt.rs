@@ -105,7 +105,10 @@ impl Interrupts {
         is_bound: bool,
         run: fn(&T, u16),
     ) -> Result<Interrupt<T>, Errno> {
-        let traits = Traits { passes_on: true, is_bound, ..Traits::default() };
+        // On a line that is shared all handlers have to run in threads, or none: with threadirqs
+        // and PREEMPT_RT the kernel would refuse this one, or that of another driver.
+        let passes_on = self.kind() != Kind::Intx;
+        let traits = Traits { passes_on, is_bound, ..Traits::default() };
         let label = Text::<NAME_BYTES>::new(name);
         let irq = self.irq(vector, label.as_bytes(), traits, target, run)?;
         Ok(Interrupt { _source: None, irq, _vectors: self.clone() })

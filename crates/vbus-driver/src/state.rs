@@ -59,6 +59,11 @@ impl<H: Hal> Pages<H> {
         Ok(Pages { function, count: u32::from_le_bytes(area).min(abi::PAGES_MAX) })
     }
 
+    /// Bounds how long commands wait from now on: see [`Function::set_budget`].
+    pub fn set_budget(&mut self, nanoseconds: Option<u64>) {
+        self.function.set_budget(nanoseconds);
+    }
+
     /// Number of pages.
     pub fn count(&self) -> u32 {
         self.count

@@ -101,7 +101,8 @@ pub trait Handler: Send + Sync {
 pub struct Traits {
     /// Other functions may have handlers of it too.
     pub is_shared: bool,
-    /// The handler only calls other handlers. So it never runs in a thread.
+    /// The handler only calls other handlers, and never runs in a thread. Not for one that is
+    /// shared.
     pub passes_on: bool,
     /// Only the driver says which processor handles it ([`Irq::bind`]).
     pub is_bound: bool,

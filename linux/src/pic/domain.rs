@@ -69,7 +69,8 @@ impl Domain {
         }
     }
 
-    /// Calls the handler of a line that has interrupted: in hard interrupt context.
+    /// Calls the handler of a line that has interrupted. In any context: an interrupt by a line of
+    /// PCI may be handled in a thread.
     #[inline]
     pub fn handle(&self, line: u16) {
         // A line without a number is one that nobody waits for.

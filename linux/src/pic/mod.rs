@@ -28,7 +28,7 @@ use vbus_shm::pic::LINES_MAX;
 
 use self::domain::{Allowed, Domain};
 use self::page::{Drained, Page, Unmasked};
-use self::routes::{Carrier, Homes, Lines, Tried};
+use self::routes::{Carrier, Homes, Lines, Tried, home};
 use self::sources::Carrying;
 use crate::connection::{BUDGET, Connection};
 use crate::device::{Class, Device, report};
@@ -93,6 +93,9 @@ struct Core {
     domain: Option<Domain>,
     /// The pages that routes shall lead to.
     homes: Homes,
+    /// The pages of the connection, or of the last one: the device may take fewer than there are
+    /// processors. Only a hint for `move_to`: a route beyond them leads to one of them.
+    pages: AtomicU32,
     /// The lines that the kernel wants.
     unmasked: [AtomicU64; LINES_MAX as usize / 64],
     state: Mutex<State>,
@@ -156,6 +159,7 @@ impl Open {
         if this.pages == 0 {
             return Err(Error::Corrupt("an interrupt controller without processors"));
         }
+        core.pages.store(this.pages, Ordering::Relaxed);
         Ok(this)
     }
 }
@@ -181,6 +185,7 @@ impl Core {
             cpus: KVec::new(),
             domain: None,
             homes: [const { AtomicU32::new(0) }; LINES_MAX as usize],
+            pages: AtomicU32::new(pages),
             unmasked: [const { AtomicU64::new(0) }; LINES_MAX as usize / 64],
             state: Mutex::new(state)?,
             carrier: AtomicU64::new(0),
@@ -239,14 +244,14 @@ impl Core {
     /// The processor that gets a line soon, of those that are allowed. The caller holds the lock of
     /// the interrupt.
     fn move_to(&self, line: u16, allowed: Allowed<'_>) -> Result<u32, Errno> {
-        let home = self.homes.get(usize::from(line)).ok_or(Errno::INVALID)?;
-        let now = home.load(Ordering::Relaxed);
+        let pages = self.pages.load(Ordering::Relaxed);
+        let now = home(&self.homes, line, pages);
         if allowed.has(now) {
             return Ok(now);
         }
-        let pages = u32::try_from(self.cpus.len()).unwrap_or(u32::MAX);
+        // Only a processor with a page of its own takes lines.
         if let Some(cpu) = (0..pages).find(|cpu| allowed.has(*cpu)) {
-            home.store(cpu, Ordering::Relaxed);
+            self.homes.get(usize::from(line)).ok_or(Errno::INVALID)?.store(cpu, Ordering::Relaxed);
             // The route moves in a thread: the device has to do it.
             self.look_soon();
             return Ok(cpu);
@@ -265,7 +270,7 @@ impl Cpu {
         unsafe { self.core.as_ref() }
     }
 
-    /// A message has come, in hard interrupt context.
+    /// A message has come, in hard interrupt context, or in the thread of a line of PCI.
     fn message(&self) {
         match self.look(true) {
             Drained::All | Drained::TooMany => return,
@@ -276,7 +281,7 @@ impl Cpu {
         self.core().look_soon();
     }
 
-    /// Handles the lines of the page, in hard interrupt context.
+    /// Handles the lines of the page, in the context of a message or of a timer.
     fn look(&self, by_message: bool) -> Drained {
         let Some(domain) = &self.core().domain else { return Drained::Nothing };
         let drained = self.page.drain(by_message, |line| domain.handle(line));

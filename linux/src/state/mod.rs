@@ -22,9 +22,9 @@ use core::fmt;
 use core::ptr::NonNull;
 
 use vbus_driver::state::{Owner, Pages};
-use vbus_driver::{Error, Events};
+use vbus_driver::{Error, Events, Function};
 
-use crate::connection::Connection;
+use crate::connection::{BUDGET, Connection};
 use crate::dev_warn;
 use crate::device::{Class, Device, report};
 use crate::hal::KernelHal;
@@ -57,13 +57,17 @@ impl Shared {
         &self.pci
     }
 
-    /// Does something with the open device. Nobody else does meanwhile.
+    /// Does something with the open device. Nobody else does meanwhile. All its commands wait for
+    /// [`BUDGET`] together.
     fn with_connection<T>(
         &self,
         work: impl FnOnce(&mut Pages<KernelHal>) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
         match &mut *self.connection.lock() {
-            Connection::Open(pages) => work(pages),
+            Connection::Open(pages) => {
+                pages.set_budget(Some(BUDGET));
+                work(pages)
+            }
             Connection::Lost(_) | Connection::Asleep => Err(Errno::AGAIN),
             Connection::Left => Err(Errno::NO_DEVICE),
         }
@@ -133,7 +137,11 @@ impl Core {
         let (pci, hal) = (device.pci(), device.hal());
         let doorbell = device.doorbell().kind;
         let report = |error| report(pci, error);
-        let mut pages = device.function().and_then(Pages::open).map_err(report)?;
+        let open = |mut function: Function<KernelHal>| {
+            function.set_budget(Some(BUDGET));
+            Pages::open(function)
+        };
+        let mut pages = device.function().and_then(open).map_err(report)?;
         let mut descriptions = KVec::new();
         // There are 256 pages at most.
         for number in 0..pages.count() {
@@ -222,7 +230,9 @@ impl Watched for Core {
         let mut connection = self.shared.connection.lock();
         self.disconnect();
         connection.reopen(|| {
-            let mut pages = Pages::open(self.hal.function(self.doorbell)?)?;
+            let mut function = self.hal.function(self.doorbell)?;
+            function.set_budget(Some(BUDGET));
+            let mut pages = Pages::open(function)?;
             let live = self.entries.iter().filter(|entry| entry.page.is_live());
             for entry in live {
                 entry.page.register(&mut pages)?;

@@ -201,7 +201,7 @@ pub const SCENARIOS: &[Scenario] = &[
     in_guests("linux::virtio_iommu", "the same behind virtio's IOMMU", linux::memory::virtio),
     in_guests(
         "linux::swiotlb",
-        "the same if every mapping is a copy; the NICs share an interrupt line",
+        "the same if every mapping is a copy; NICs and pic share an interrupt line, in threads",
         linux::memory::copies,
     ),
     in_guests(

@@ -8,7 +8,7 @@ use super::wire::{NICS, Wire};
 use crate::initramfs::Archive;
 use crate::lab::Scene;
 use crate::linux;
-use crate::system::System;
+use crate::pair::TRANSFER;
 use crate::vm::{Iommu, VmSpec};
 
 /// Bytes of each exchange.
@@ -33,10 +33,9 @@ fn behind(scene: &Scene, iommu: Iommu) -> Result<()> {
         std::fs::create_dir_all(&folder)?;
         system = system.extend(archive, &folder)?;
     }
+    let change = |machine| VmSpec { iommu: Some(iommu), append: "tp_printk".into(), ..machine };
     let wire = exchange(
-        scene,
-        &system,
-        |machine| VmSpec { iommu: Some(iommu), append: "tp_printk".into(), ..machine },
+        || Wire::start(scene, &system, ["", ""], change),
         |wire| {
             for slot in 0..2 {
                 let group = format!("test -e {}/iommu_group", linux::function(slot));
@@ -90,12 +89,28 @@ fn unmaps_nothing_at_the_end(wire: Wire) -> Result<()> {
     Ok(())
 }
 
-/// Every mapping is a copy. And both NICs interrupt by one line, which they share.
+/// Every mapping is a copy. And all devices interrupt by one line, which they share: both NICs, and
+/// the interrupt controller that carries the interrupts of the first one. Their handlers are
+/// threads, as in a kernel for real time.
 pub fn copies(scene: &Scene) -> Result<()> {
     let system = linux::chosen_system(scene)?;
-    let change =
-        |machine| VmSpec { append: "swiotlb=force pci=nomsi".into(), one_line: true, ..machine };
-    let wire = exchange(scene, &system, change, |wire| {
+    let append = "swiotlb=force pci=nomsi threadirqs".into();
+    let change = |machine| VmSpec { append, one_line: true, ..machine };
+    let settings = ["pic = \"pic\"", ""];
+    let start = || Wire::start_with(scene, &system, settings, &[("pic", "pic", "")], change);
+    let wire = exchange(start, |wire| {
+        let carried = format!("vbus-pic .*vbus-{}-0", NICS[0]);
+        let wait = format!("until grep -q '{carried}' /proc/interrupts; do sleep 0.05; done");
+        wire.guest().start(&wait)?.ok(TRANSFER).context("the controller carries nothing")?;
+        wire.exchange(EXCHANGE)?;
+        let counted = format!(
+            "awk '/{carried}/{{n=$2}} END{{print n}}' /proc/interrupts; \
+             cat /proc/[0-9]*/comm | grep -c '^irq/.*vbus-pic'"
+        );
+        let told = wire.guest().ok(&counted)?;
+        let counts: Vec<u64> = told.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+        let all = counts.len() == 2 && counts.iter().all(|count| *count > 0);
+        ensure!(all, "interrupts that were carried, and threads of the controller: {counts:?}");
         for slot in 0..2 {
             let kind =
                 wire.guest().ok(&format!("cat {}/vbus/interrupts", linux::function(slot)))?;
@@ -121,12 +136,10 @@ pub fn copies(scene: &Scene) -> Result<()> {
 
 /// Bytes go both ways, the module is loaded anew, and they go again. Returns the wire.
 fn exchange(
-    scene: &Scene,
-    system: &System,
-    change: impl FnOnce(VmSpec) -> VmSpec,
+    start: impl FnOnce() -> Result<Wire>,
     check: impl FnOnce(&Wire) -> Result<()>,
 ) -> Result<Wire> {
-    let wire = Wire::start(scene, system, ["", ""], change)?;
+    let wire = start()?;
     linux::insert(wire.guest(), "")?;
     wire.up()?;
     wire.exchange(EXCHANGE)?;

@@ -51,12 +51,28 @@ impl Wire {
         settings: [&str; 2],
         change: impl FnOnce(VmSpec) -> VmSpec,
     ) -> Result<Self> {
+        Self::start_with(scene, system, settings, &[], change)
+    }
+
+    /// As [`start`](Self::start), with more devices of the bus: name, class and settings of each.
+    /// They are behind the root ports from 2 on.
+    ///
+    /// # Errors
+    /// As of [`start`](Self::start).
+    pub fn start_with(
+        scene: &Scene,
+        system: &System,
+        settings: [&str; 2],
+        more: &[(&str, &str, &str)],
+        change: impl FnOnce(VmSpec) -> VmSpec,
+    ) -> Result<Self> {
         let one = |at: usize| {
             device(NICS[at], "venet", &format!("backend = \"switch\"\n{}", settings[at]))
         };
-        let bus = Bus::start(scene, &(one(0) + &one(1)))?;
+        let others = more.iter().map(|(name, class, settings)| device(name, class, settings));
+        let bus = Bus::start(scene, &(one(0) + &one(1) + &others.collect::<String>()))?;
         let mut machine = VmSpec::new("a");
-        for name in NICS {
+        for name in NICS.into_iter().chain(more.iter().map(|(name, ..)| *name)) {
             machine = machine.device(bus.socket(name));
         }
         machine.system = Some(system.clone());
