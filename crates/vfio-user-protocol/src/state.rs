@@ -101,8 +101,8 @@ pub enum BadState {
 const UNSENT_MAX: usize = 2;
 
 impl ServerState {
-    /// The client's socket, if a client is connected. The state may be forged: the descriptor may be
-    /// of anything.
+    /// The client's socket, if a client is connected. The state may be forged: the descriptor may
+    /// be of anything.
     #[must_use]
     pub fn client(&self) -> Option<BorrowedFd<'_>> {
         self.data.client.as_ref()?;

@@ -441,8 +441,8 @@ impl MemoryContext {
 
     /// What the peer has of each budget, for this device (`used`) and for all its devices
     /// (`client_used`), and may have now (`of`), and what all peers have (`all_used`) and may have
-    /// (`all_of`), by the name of the [`Resource`]. If the peer's process is known, `client` has its
-    /// id (`process`) and the names of its devices (`devices`).
+    /// (`all_of`), by the name of the [`Resource`]. If the peer's process is known, `client` has
+    /// its id (`process`) and the names of its devices (`devices`).
     pub fn inspect(&self) -> Value {
         let account = lock(&self.account).clone();
         account.inspect()
