@@ -2,11 +2,13 @@
 //! The doorbells of one device. The driver rings them. Each wakes a task.
 
 use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
-use vbus_eventfd::take_count;
+use rustix::io::Errno;
+use vbus_eventfd::{Signaller, take_count};
 use vbus_shm::ErrorCode;
 
 use crate::counter::ConnectionCounters;
@@ -24,6 +26,8 @@ struct Target {
     task: Option<TaskHandle>,
     /// Made when a connector asks for it. A write to it rings the doorbell without the connector.
     eventfd: Option<Arc<OwnedFd>>,
+    /// Who waits for the eventfd itself, in place of a task: see [`Doorbell::lend`].
+    lent: bool,
 }
 
 impl Doorbells {
@@ -42,16 +46,20 @@ impl Doorbells {
     pub fn ring(&self, number: u64) {
         let slot = usize::try_from(number).ok().and_then(|at| self.slots.get(at));
         let Some(slot) = slot else { return };
-        if let Some(task) = &lock(slot).task {
+        let target = lock(slot);
+        if let Some(task) = &target.task {
             self.counters.doorbells.one();
             task.wake();
+        } else if let Some(fd) = target.eventfd().filter(|_| target.lent) {
+            // The eventfd counts the ring.
+            signal(fd);
         }
     }
 
     /// An eventfd that rings doorbell `number`, for connectors whose peer can write it directly.
     /// Each call returns the same eventfd, until [`forget_eventfds`](Self::forget_eventfds).
     pub fn eventfd(&self, number: u32) -> rustix::io::Result<Arc<OwnedFd>> {
-        let slot = self.slots.get(number as usize).ok_or(rustix::io::Errno::NOENT)?;
+        let slot = self.slots.get(number as usize).ok_or(Errno::NOENT)?;
         let mut target = lock(slot);
         if let Some(fd) = &target.eventfd {
             return Ok(fd.clone());
@@ -90,10 +98,10 @@ impl Doorbells {
     /// # Errors
     /// There is no such doorbell, it has an eventfd already, or the system cannot watch this one.
     pub fn adopt_eventfd(&self, number: u32, fd: OwnedFd) -> rustix::io::Result<()> {
-        let slot = self.slots.get(number as usize).ok_or(rustix::io::Errno::NOENT)?;
+        let slot = self.slots.get(number as usize).ok_or(Errno::NOENT)?;
         let mut target = lock(slot);
         if target.eventfd.is_some() {
-            return Err(rustix::io::Errno::EXIST);
+            return Err(Errno::EXIST);
         }
         if let Some(task) = &target.task {
             task.watch(&fd, Interest::Read)?;
@@ -138,12 +146,19 @@ impl Doorbells {
     }
 }
 
+/// Adds 1 to an eventfd that a peer may hold, and never blocks.
+fn signal(fd: BorrowedFd<'_>) {
+    // It fails if the kernel has no memory for it for long. The signaller was there before.
+    let _ = Signaller::of_process().and_then(|signaller| Ok(signaller.signal(fd)?));
+}
+
 impl Target {
     fn eventfd(&self) -> Option<BorrowedFd<'_>> {
         self.eventfd.as_ref().map(|fd| fd.as_fd())
     }
 
     fn detach(&mut self) {
+        self.lent = false;
         if let Some(task) = self.task.take() {
             if let Some(fd) = self.eventfd() {
                 task.unwatch(fd);
@@ -188,6 +203,27 @@ impl Doorbell {
 
     pub(crate) fn number(&self) -> u32 {
         self.number
+    }
+
+    /// Unbinds the doorbell from its task, and lets it write an eventfd, for somebody who waits for
+    /// that himself: the kernel. The eventfd is the one that connectors get. It is written once at
+    /// the beginning, because the doorbell may have rung before. [`bind`](Self::bind) ends this.
+    ///
+    /// # Errors
+    /// The process has no more descriptors. The doorbell is then bound to nothing.
+    pub fn lend(&self) -> io::Result<Arc<OwnedFd>> {
+        Signaller::of_process()?;
+        let slot = self.doorbells.slots.get(self.number as usize).ok_or(Errno::NOENT)?;
+        lock(slot).detach();
+        let fd = self.doorbells.eventfd(self.number)?;
+        lock(slot).lent = true;
+        signal(fd.as_fd());
+        Ok(fd)
+    }
+
+    /// Unbinds the doorbell: it wakes no task, and writes no eventfd.
+    pub fn unbind(&self) {
+        self.doorbells.detach(self.number as usize);
     }
 
     /// Wakes the task that the doorbell wakes, as if the driver had rung it. A device's own thread

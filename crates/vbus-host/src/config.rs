@@ -89,6 +89,9 @@ pub struct DeviceSpec {
 }
 
 impl DeviceSpec {
+    /// The keys that every device has. A device takes them when it is made.
+    pub const KEYS: [&str; 6] = ["name", "class", "msix", "express", "pic", "socket"];
+
     /// Removes the keys that every device has from `settings`. The others are the class's own.
     pub fn new(
         name: String,

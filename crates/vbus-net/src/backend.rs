@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The interface between a front and a back end.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -50,6 +50,13 @@ pub trait Backend: Send + Sync {
     /// one.
     fn set_limits(&self, limits: &Limits) -> bool {
         *limits == Limits::default()
+    }
+
+    /// The descriptor of queue `index` of the interface, from which the kernel can carry frames
+    /// itself ([`Plug::leave_to_kernel`]). `None`: the back end has none, or works on each frame.
+    fn kernel_queue(&self, index: u16) -> Option<BorrowedFd<'_>> {
+        let _ = index;
+        None
     }
 
     /// Plugs in a driver that has started. Dropping the plug and its queues unplugs it.
@@ -125,6 +132,13 @@ pub trait Plug: Send + Sync {
     /// The port's filter has changed.
     fn filter_changed(&self) {}
 
+    /// Whether the kernel carries the frames from now on. Then no frame passes a [`Queue`] of this
+    /// process, and what the back end does with each frame is left to the kernel. The next
+    /// [`configure`](Self::configure) carries that out.
+    fn leave_to_kernel(&self, leave: bool) {
+        let _ = leave;
+    }
+
     /// What the back end has for this driver beside its queues, as plain data. The provided method
     /// has nothing.
     ///
@@ -151,6 +165,10 @@ pub trait Queue: Send {
     /// The waiting frame will not be sent again, because its ring is gone. The next frame is a new
     /// one.
     fn forget(&mut self) {}
+
+    /// The pair has no receive ring any more: the queue waits for no frames, and drops one that it
+    /// has read.
+    fn rest(&mut self) {}
 
     /// Called after the last frame of a poll: sends the frames that the queue has gathered.
     fn flush(&mut self) {}

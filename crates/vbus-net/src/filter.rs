@@ -71,6 +71,11 @@ impl Filter {
         self.set_own(mac, &mut rules);
     }
 
+    /// The addresses that pass, besides the driver's own and the broadcast address.
+    pub fn addresses(&self) -> Addresses {
+        self.read().addresses.clone()
+    }
+
     /// Replaces the addresses that pass.
     pub fn set_addresses(&self, addresses: Addresses) {
         let mut rules = self.write();
@@ -84,11 +89,6 @@ impl Filter {
         let mut rules = self.write();
         rules.vlans = vlans;
         self.set_own(self.mac(), &mut rules);
-    }
-
-    /// The addresses that pass.
-    pub fn addresses(&self) -> Addresses {
-        self.read().addresses.clone()
     }
 
     /// The VLAN ids that pass; `None`: all.

@@ -5,12 +5,15 @@ use vbus_core::{Metric, Role};
 
 /// What the numbers of a back end mean, which a front shows as `backend`.
 pub const BACKEND_METRICS: &[Metric] = &[
+    Metric::flag("backend.vhost", "tap_vhost", VHOST),
     Metric::counter("backend.flooded", "switch_flooded", FLOODED).unit("frames"),
     Metric::counter("backend.unwanted", "switch_unwanted", UNWANTED).unit("frames"),
     Metric::counter("backend.connects", "stream_connects", CONNECTS),
     Metric::counter("backend.disconnects", "stream_disconnects", DISCONNECTS),
 ];
 
+const VHOST: &str =
+    "Whether the kernel (vhost-net) carries the frames, which the device then does not count";
 const FLOODED: &str = "Frames that went to every port of the switch that wanted them";
 const UNWANTED: &str = "Frames that no port of the switch wanted";
 

@@ -15,7 +15,7 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
-use vbus_tap::{Setup, set_mtu, set_up};
+use vbus_tap::{Setup, Vhost, set_mtu, set_up};
 
 /// Opens what back ends need outside of their process. A process without the right to open
 /// anything passes an implementation that asks another process.
@@ -53,6 +53,13 @@ pub trait Opener: Send + Sync {
     /// The same as those of [`create`](Self::create). For errors of the system,
     /// [`vbus_tap::advice`] says what to do.
     fn tap(&self, name: &str, queues: u16, mtu: u16) -> io::Result<(String, Vec<vbus_tap::Queue>)>;
+
+    /// Opens the kernel's end of `pairs` queue pairs, /dev/vhost-net.
+    ///
+    /// # Errors
+    /// The same as those of [`create`](Self::create). For errors of the system,
+    /// [`vbus_tap::vhost_advice`] says what to do.
+    fn vhost(&self, pairs: u16) -> io::Result<Vec<Vhost>>;
 
     /// What a former process has handed over for the back end of the device called `device`. The
     /// back end uses these descriptors in place of opening its own. The provided method has none.
@@ -176,6 +183,10 @@ impl Opener for Direct {
             tracing::warn!(tap = name, mtu, %error, "{text}");
         }
         Ok((name, all))
+    }
+
+    fn vhost(&self, pairs: u16) -> io::Result<Vec<Vhost>> {
+        (0..pairs).map(|_| Ok(Vhost::open()?)).collect()
     }
 }
 

@@ -360,6 +360,10 @@ mod tests {
         fn tap(&self, _: &str, _: u16, _: u16) -> io::Result<(String, Vec<vbus_tap::Queue>)> {
             Err(ErrorKind::Unsupported.into())
         }
+
+        fn vhost(&self, _: u16) -> io::Result<Vec<vbus_tap::Vhost>> {
+            Err(ErrorKind::Unsupported.into())
+        }
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! Back end `tap`: a TAP interface of this machine, with a queue for each queue pair. The kernel
 //! reads and writes the driver's buffers directly.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use vbus_core::memory::DriverSlice;
 use vbus_core::settings::Settings;
 use vbus_core::shm::signal::Armed;
 use vbus_core::{BlockingQueue, CreateError, ErrorCode, Interest, TaskHandle, lock, state};
-use vbus_tap::{HEADER_BYTES, Mac, Offloads, advice};
+use vbus_tap::{BROADCAST, HEADER_BYTES, Mac, Offloads, advice};
 
 use crate::backend::{Backend, Done, Plug, Port, Queue, Sent, TxDrop};
 use crate::frame::{Body, ETH_BYTES, Hash, PIECES_MAX, Packet, TAG_BYTES};
@@ -143,10 +144,14 @@ impl Backend for Tap {
         true
     }
 
+    fn kernel_queue(&self, index: u16) -> Option<BorrowedFd<'_>> {
+        self.control.queues.get(usize::from(index)).map(|queue| queue.as_fd())
+    }
+
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
         self.link.set_carrier(true);
         let (control, link) = (self.control.clone(), self.link.clone());
-        Ok(Arc::new(TapPlug { port, control, link }))
+        Ok(Arc::new(TapPlug { port, control, link, in_kernel: AtomicBool::new(false) }))
     }
 
     fn inspect(&self) -> Value {
@@ -167,7 +172,7 @@ impl Backend for Tap {
         if state.busy {
             return Err("the TAP interface is still being set up".into());
         }
-        let Wanted { up, queues, offloads } = &state.wanted;
+        let Wanted { up, queues, offloads, .. } = &state.wanted;
         let (up, queues, offloads) = (*up, *queues, offloads.bits());
         state::part(&TapState { up, queues, offloads })
     }
@@ -186,7 +191,8 @@ impl Backend for Tap {
                 self.control.queues.len()
             ));
         }
-        lock(&self.control.state).wanted = Wanted { up, queues, offloads: known };
+        lock(&self.control.state).wanted =
+            Wanted { up, queues, offloads: known, ..Wanted::default() };
         Ok(())
     }
 
@@ -217,6 +223,26 @@ struct TapPlug {
     port: Arc<Port>,
     control: Arc<TapControl>,
     link: Arc<Link>,
+    /// Whether the kernel carries the frames. Relaxed: whoever changes it configures afterwards.
+    in_kernel: AtomicBool,
+}
+
+impl TapPlug {
+    /// The addresses that pass, if the kernel has to choose the frames. `None`: all frames pass.
+    fn addresses(&self) -> Option<KernelFilter> {
+        let filter = &self.port.filter;
+        let rules = filter.addresses();
+        let all = rules.promiscuous || rules.all_unicast && !rules.no_unicast;
+        if all || !self.in_kernel.load(Ordering::Relaxed) {
+            return None;
+        }
+        // The kernel takes an empty list for none. No frame goes to the address of zeros.
+        let own = [Mac::default(), filter.mac(), BROADCAST].into_iter();
+        let passes = |mac: &Mac| *mac == Mac::default() || filter.accepts(*mac);
+        let addresses = own.chain(rules.listed).filter(passes).collect();
+        let all_multicast = rules.all_multicast && !rules.no_multicast;
+        Some(KernelFilter { addresses, all_multicast })
+    }
 }
 
 impl Plug for TapPlug {
@@ -237,7 +263,12 @@ impl Plug for TapPlug {
                 ErrorCode::FAILED
             }));
         };
-        self.control.want(Wanted { up: true, queues, offloads }, Some(Box::new(done)))
+        let filter = self.addresses();
+        self.control.want(Wanted { up: true, queues, offloads, filter }, Some(Box::new(done)))
+    }
+
+    fn leave_to_kernel(&self, leave: bool) {
+        self.in_kernel.store(leave, Ordering::Relaxed);
     }
 
     fn set_mac(&self, mac: Mac) -> bool {
@@ -266,6 +297,15 @@ struct Wanted {
     /// Queues 0 to `queues - 1` are in use.
     queues: u16,
     offloads: Offloads,
+    /// The frames that the kernel lets into the queues. `None`: all.
+    filter: Option<KernelFilter>,
+}
+
+/// See [`vbus_tap::Queue::set_filter`].
+#[derive(Clone, PartialEq, Eq)]
+struct KernelFilter {
+    addresses: Vec<Mac>,
+    all_multicast: bool,
 }
 
 type SetUp = Box<dyn FnOnce(Result<(), Errno>) + Send>;
@@ -369,6 +409,8 @@ impl TapControl {
             }
         }
         self.queues[0].set_offloads(wanted.offloads)?;
+        let filter = wanted.filter.as_ref().map(|f| (&*f.addresses, f.all_multicast));
+        self.queues[0].set_filter(filter)?;
         if wanted.up {
             set_carrier(true);
         }
@@ -521,6 +563,11 @@ impl Queue for TapQueue {
             }
         }
         Ok(budget - left)
+    }
+
+    fn rest(&mut self) {
+        _ = self.watch(false); // The end of a watch cannot fail.
+        *self.inbound = Inbound::default();
     }
 
     fn save(&mut self) -> Result<Value, String> {

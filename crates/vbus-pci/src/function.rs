@@ -75,6 +75,10 @@ pub trait BarHandler: Send {
     /// driver's memory.
     fn bus_master_cleared(&mut self) {}
 
+    /// The peer has connected or disconnected interrupts. The peer learns that this is done when
+    /// the method returns. It must not wait for the driver.
+    fn interrupts_changed(&mut self) {}
+
     /// Returns eventfds whose writes have the effect of writes to this BAR. A peer can let the
     /// kernel write them, and then [`write`](Self::write) is not called.
     ///
@@ -371,12 +375,14 @@ impl PciFunction {
     /// # Errors
     /// [`IrqError::NoSuch`], [`IrqError::Os`].
     pub fn connect_irqs(
-        &self,
+        &mut self,
         index: IrqIndex,
         start: u32,
         eventfds: Vec<Option<OwnedFd>>,
     ) -> Result<(), IrqError> {
-        self.interrupts.connect(index, start, eventfds)
+        self.interrupts.connect(index, start, eventfds)?;
+        self.handlers().for_each(|handler| handler.interrupts_changed());
+        Ok(())
     }
 
     /// Makes each write of `eventfd` mask INTx (`masked` is true) or unmask it. `None` ends this.
@@ -442,6 +448,7 @@ impl PciFunction {
             self.mask_events = Default::default();
         }
         self.interrupts.disconnect(index);
+        self.handlers().for_each(|handler| handler.interrupts_changed());
     }
 
     /// Masks or unmasks INTx. An unmask is the end of the interrupt: INTx fires again if it is

@@ -443,6 +443,16 @@ impl Interrupts {
         true
     }
 
+    /// A descriptor of the eventfd that [`send_message`](Self::send_message) writes for `vector`
+    /// now, for somebody who writes it himself: the kernel. `None`: there is none now. It holds
+    /// until [`BarHandler::interrupts_changed`](crate::BarHandler::interrupts_changed) is called;
+    /// whoever has it must let go of it in that call.
+    pub fn message_eventfd(&self, vector: u16) -> Option<OwnedFd> {
+        let state = self.read();
+        let fd = state.msix.get(usize::from(vector))?.as_ref()?;
+        fd.as_fd().try_clone_to_owned().ok()
+    }
+
     /// Makes INTx pending. If messages have become active meanwhile, each vector sends one instead.
     pub fn raise_intx(&self) {
         let mut state = self.write();

@@ -4,6 +4,7 @@
 //!
 //! A [`Queue`] is a file descriptor. Each read gives one frame, and each write takes one. A
 //! virtio-net header of [`HEADER_BYTES`] bytes, in little-endian byte order, precedes the frame.
+//! A [`Vhost`] lets the kernel itself carry the frames between a queue and virtqueues.
 //!
 //! ```no_run
 //! use vbus_tap::{Offloads, Queue, Setup};
@@ -20,11 +21,13 @@ mod mac;
 mod offloads;
 mod queue;
 mod request;
+mod vhost;
 
 pub use interface::{set_mac, set_mtu, set_up};
 pub use mac::{BROADCAST, Mac, is_group, parse_mac, show_mac};
 pub use offloads::Offloads;
-pub use queue::{QUEUE_IOCTLS, Queue, Setup, advice};
+pub use queue::{FILTERED_MAX, QUEUE_IOCTLS, Queue, Setup, advice};
+pub use vhost::{RingPlace, VHOST_IOCTLS, Vhost, VhostRegion, VhostRing, vhost_advice};
 
 /// Bytes of the header before each frame (virtio 1.3, 5.1.6, with `num_buffers`).
 pub const HEADER_BYTES: usize = 12;

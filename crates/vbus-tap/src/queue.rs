@@ -9,7 +9,7 @@ use rustix::io::{self, Errno};
 use rustix::ioctl::{IntegerSetter, Opcode, Setter, ioctl, opcode};
 
 use crate::request::Request;
-use crate::{HEADER_BYTES, Offloads};
+use crate::{HEADER_BYTES, Mac, Offloads, is_group};
 
 const IFF_TAP: u16 = 0x0002;
 const IFF_NAPI: u16 = 0x0010;
@@ -28,8 +28,11 @@ const TUN_F: [(Offloads, usize); 5] = [
     (Offloads::USO, 0x20 | 0x40),
 ];
 
+const TUN_FLT_ALLMULTI: u16 = 0x0001;
+
 const TUNSETIFF: Opcode = opcode::write::<i32>(b'T', 202);
 const TUNSETOFFLOAD: Opcode = opcode::write::<u32>(b'T', 208);
+const TUNSETTXFILTER: Opcode = opcode::write::<u32>(b'T', 209);
 const TUNSETVNETHDRSZ: Opcode = opcode::write::<i32>(b'T', 216);
 const TUNSETQUEUE: Opcode = opcode::write::<i32>(b'T', 217);
 const TUNSETVNETLE: Opcode = opcode::write::<i32>(b'T', 220);
@@ -37,11 +40,25 @@ const TUNSETCARRIER: Opcode = opcode::write::<i32>(b'T', 226);
 
 /// The numbers of the ioctls that a [`Queue`] needs after it was attached. A filter of system calls
 /// allows them.
-pub const QUEUE_IOCTLS: [u32; 3] = [TUNSETOFFLOAD, TUNSETQUEUE, TUNSETCARRIER];
+pub const QUEUE_IOCTLS: [u32; 4] = [TUNSETOFFLOAD, TUNSETTXFILTER, TUNSETQUEUE, TUNSETCARRIER];
 
 fn set<const OPCODE: Opcode>(fd: &OwnedFd, value: i32) -> io::Result<()> {
     // SAFETY: every opcode that this is used with takes a pointer to an int.
     unsafe { ioctl(fd, Setter::<OPCODE, i32>::new(value)) }
+}
+
+/// The most addresses of [`Queue::set_filter`].
+pub const FILTERED_MAX: usize = 256;
+
+/// The first addresses are compared whole (`FLT_EXACT_COUNT` of the kernel).
+const EXACT: usize = 8;
+
+/// `struct tun_filter`, with room for the addresses.
+#[repr(C)]
+struct TunFilter {
+    flags: u16,
+    count: u16,
+    addresses: [Mac; FILTERED_MAX],
 }
 
 /// How an interface is made.
@@ -104,6 +121,29 @@ impl Queue {
         let flags = wanted.fold(0, |flags, (_, bits)| flags | bits);
         // SAFETY: the request takes its argument as a number.
         unsafe { ioctl(&self.fd, IntegerSetter::<TUNSETOFFLOAD>::new_usize(flags)) }
+    }
+
+    /// Lets the kernel put only frames to these addresses into the interface's queues, and with
+    /// `all_multicast` those to any group address. The kernel compares eight addresses. Further
+    /// group addresses it finds by a hash, so that a few others pass too. `None`: all frames pass;
+    /// so do they if the kernel cannot hold so many addresses ([`FILTERED_MAX`], eight of them
+    /// unicast).
+    pub fn set_filter(&self, filter: Option<(&[Mac], bool)>) -> io::Result<()> {
+        let (addresses, all_multicast) = filter.unwrap_or_default();
+        let mut filter =
+            TunFilter { flags: 0, count: 0, addresses: [Mac::default(); FILTERED_MAX] };
+        // Those that only an exact comparison finds come first.
+        let of = |group| addresses.iter().filter(move |mac| is_group(**mac) == group);
+        let unicast = of(false).count();
+        if unicast <= EXACT && addresses.len() <= FILTERED_MAX {
+            for (place, mac) in filter.addresses.iter_mut().zip(of(false).chain(of(true))) {
+                *place = *mac;
+                filter.count += 1;
+            }
+            filter.flags = if all_multicast { TUN_FLT_ALLMULTI } else { 0 };
+        }
+        // SAFETY: the request reads the structure, as many addresses as it counts.
+        unsafe { ioctl(&self.fd, Setter::<TUNSETTXFILTER, TunFilter>::new(filter)) }
     }
 
     /// Returns the offloads that this kernel knows. After this call none is set.

@@ -35,6 +35,7 @@
 
 mod mutation;
 mod random;
+pub mod virtio;
 
 pub use mutation::mutate;
 pub use random::Random;

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
@@ -113,6 +114,10 @@ pub trait Session: Send {
     /// any more.
     fn disable(&mut self, index: u16);
 
+    /// What [`Call::eventfd`] returns may have changed. When this returns, nothing writes a former
+    /// eventfd any more.
+    fn calls_changed(&mut self) {}
+
     /// As [`enable`](Self::enable), of a queue from which another session has taken the chains
     /// `taken`, oldest first, and has not returned them. This session serves them first. The
     /// provided method takes no queue with such chains.
@@ -181,6 +186,12 @@ pub trait Transport: Send + Sync {
     /// Interrupts the driver for queue `index`. Never blocks.
     fn queue_used(&self, index: u16);
 
+    /// The eventfd whose writes interrupt the driver for queue `index` now. `None`: there is none.
+    fn queue_eventfd(&self, index: u16) -> Option<OwnedFd> {
+        let _ = index;
+        None
+    }
+
     /// Replaces the device configuration. If it differs from before and `tell`, interrupts a driver
     /// that has set DRIVER_OK.
     fn config_changed(&self, config: Vec<u8>, tell: bool);
@@ -212,6 +223,13 @@ impl Call {
         } else {
             self.counters.interrupts_suppressed.one();
         }
+    }
+
+    /// The eventfd whose writes interrupt the driver, for somebody who writes it himself. `None`:
+    /// only [`notify`](Self::notify) interrupts the driver now. It holds until
+    /// [`Session::calls_changed`].
+    pub fn eventfd(&self) -> Option<OwnedFd> {
+        self.transport.queue_eventfd(self.index)
     }
 }
 

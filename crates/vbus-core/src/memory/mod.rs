@@ -34,6 +34,7 @@ mod file;
 mod integer;
 mod log;
 mod process;
+mod regions;
 mod saved;
 mod slice;
 mod table;
@@ -61,6 +62,7 @@ pub use self::integer::SharedInteger;
 pub use self::log::LogError;
 use self::log::{Log, LogSlot};
 pub use self::process::PeerProcess;
+pub use self::regions::{Follower, NoRegions, Region, Regions};
 pub use self::saved::{SavedMap, SavedMaps};
 pub use self::slice::DriverSlice;
 use self::table::{EMPTY, Map, Place, Run, Table};
@@ -194,6 +196,7 @@ pub struct MemoryContext {
     on_loss: Mutex<Option<OnLoss>>,
     /// The log that the present table has too. Changed only under the lock of `changes`.
     log: Arc<LogSlot>,
+    followers: Mutex<Vec<Weak<dyn Follower>>>,
 }
 
 impl fmt::Debug for MemoryContext {
@@ -237,6 +240,7 @@ impl MemoryContext {
             budget,
             on_loss: Mutex::default(),
             log: Arc::new(LogSlot::new()),
+            followers: Mutex::default(),
         }
     }
 
@@ -296,6 +300,8 @@ impl MemoryContext {
         };
         changes.maps.grow()?;
         self.publish(before.table.with(Map { start, len, place }));
+        drop(changes);
+        self.tell_followers();
         Ok(())
     }
 
@@ -325,6 +331,7 @@ impl MemoryContext {
         drop(before);
         self.publish(table);
         drop(changes);
+        self.tell_followers();
         self.wait_for_views();
         bytes
     }
@@ -341,6 +348,7 @@ impl MemoryContext {
         self.publish(Table::default());
         changes.files.clear();
         drop(changes);
+        self.tell_followers();
         self.wait_for_views();
     }
 
@@ -358,6 +366,8 @@ impl MemoryContext {
         let before = lock(&self.current).snapshot.clone();
         self.publish(before.table.with_log(Some(log)));
         drop((changes, before));
+        // Whoever writes by itself logs nothing, and must stop.
+        self.tell_followers();
         // A view of before does not log. What it has written is visible when it has ended.
         self.wait_for_views();
         Ok(())

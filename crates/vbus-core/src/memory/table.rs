@@ -114,6 +114,11 @@ impl Table {
         maps[skip..].iter().chain(rest.iter().flat_map(|(_, maps)| maps.iter()))
     }
 
+    /// All maps.
+    pub(super) fn maps(&self) -> impl Iterator<Item = &Map> {
+        self.from(0)
+    }
+
     /// The first run of `addr..addr + len`. It goes on into the next maps as long as they follow in
     /// this process too.
     pub(super) fn run(&self, addr: u64, len: usize, access: Access) -> Result<Run<'_>, ErrorCode> {

@@ -351,6 +351,10 @@ impl Opener for Handing {
         Direct.tap(name, queues, mtu)
     }
 
+    fn vhost(&self, pairs: u16) -> std::io::Result<Vec<vbus_tap::Vhost>> {
+        Direct.vhost(pairs)
+    }
+
     fn handed_over(&self, device: &str) -> HandedOver {
         HandedOver::new(self.0.lock().unwrap().remove(device).unwrap_or_default())
     }

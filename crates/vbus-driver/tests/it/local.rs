@@ -54,7 +54,7 @@ impl Local {
     /// Makes an environment for the device `name`, with memory that is contiguous or in pages.
     pub fn attach(bus: &Bus, name: &str, page_shift: u8) -> Local {
         let endpoint = bus.get(name).unwrap();
-        let function = device_function(endpoint.clone(), Options::default());
+        let mut function = device_function(endpoint.clone(), Options::default());
         let file = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&file, BYTES).unwrap();
         endpoint.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), Access::BOTH).unwrap();

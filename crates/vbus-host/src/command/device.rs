@@ -43,6 +43,20 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Change settings of a device while it is in use, as far as its class can: rates, and vhost
+    #[command(after_help = SET_HELP)]
+    Set {
+        /// The name of the device
+        name: String,
+        /// A setting, as in the configuration file; strings need no quotes
+        #[arg(value_name = "KEY=VALUE", required = true, value_parser = key_value)]
+        settings: Vec<(String, Value)>,
+        #[command(flatten)]
+        bus: BusDir,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Tell drivers that their devices have lost all settings, after a snapshot of their
     /// virtual machine was restored
     #[command(after_help = REINCARNATE_HELP)]
@@ -88,6 +102,12 @@ Ctrl-C ends the command. Examples for a device of class state:
   vbus device request values '{\"op\": \"set\", \"page\": \"setpoint\", \"text\": \"42\"}'
   vbus device request values '{\"op\": \"watch\", \"page\": \"setpoint\"}' --json
 Your own class answers requests in its method `Device::control`.";
+
+const SET_HELP: &str = "\
+The guest does not notice. The device takes all of the settings or none. They hold until the bus
+ends, or until `vbus reload` changes the device. Examples:
+  vbus device set net0 rate=1G burst=256k
+  vbus device set net0 vhost=false";
 
 const REINCARNATE_HELP: &str = "\
 A restored virtual machine has a driver that believes its device to be open, but the device has
@@ -210,6 +230,17 @@ fn key_value(argument: &str) -> Result<(String, Value), String> {
     Ok((key.into(), config::setting(value)))
 }
 
+/// The settings of a command line as a table.
+fn collected(given: &[(String, Value)]) -> Result<Map<String, Value>> {
+    let mut settings = Map::new();
+    for (key, value) in given {
+        if settings.insert(key.clone(), value.clone()).is_some() {
+            bail!("{key:?} is set twice");
+        }
+    }
+    Ok(settings)
+}
+
 /// Runs a command. `more` are the classes that the program has beside those of vbus.
 pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     match command {
@@ -223,6 +254,21 @@ pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
                 emit_json(&device);
             } else {
                 emit(&format!("{}\n{}", bold(text(&device, "name")), show(&device)));
+            }
+            Ok(())
+        }
+        Command::Set { name, settings, bus, json } => {
+            let request = json!({ "op": "set", "name": name, "settings": collected(settings)? });
+            let done = Client::connect(bus.dir.as_deref())?.order(&request)?;
+            if *json {
+                emit_json(&done);
+            } else {
+                let keys = done["changed"].as_array().into_iter().flatten();
+                let keys: Vec<_> = keys.filter_map(Value::as_str).collect();
+                match &keys[..] {
+                    [] => emit(&format!("{name}: nothing to change\n")),
+                    keys => emit(&format!("{name}: changed {}\n", keys.join(", "))),
+                }
             }
             Ok(())
         }
@@ -329,12 +375,7 @@ fn list(bus: &BusDir, json: bool) -> Result<()> {
 
 fn add(args: &Add) -> Result<()> {
     let client = Client::connect(args.bus.dir.as_deref())?;
-    let mut settings = Map::new();
-    for (key, value) in &args.settings {
-        if settings.insert(key.clone(), value.clone()).is_some() {
-            bail!("{key:?} is set twice");
-        }
-    }
+    let settings = collected(&args.settings)?;
     // Check that the machine has a free place before the device is added to the bus.
     let mut free = Free::find(&args.into, &args.name, args.port.as_deref())?;
     let request =

@@ -286,6 +286,7 @@ fn rules(sandbox: &Sandbox) -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
     rules.insert(libc::SYS_fcntl, of(&FCNTLS.map(int))?);
     let mut ioctls = vec![libc::FIONBIO, libc::FIOCLEX, libc::FIONREAD];
     ioctls.extend(vbus_tap::QUEUE_IOCTLS.map(u64::from));
+    ioctls.extend(vbus_tap::VHOST_IOCTLS.map(u64::from));
     ioctls.extend(vbus_core::memory::IOCTLS.map(u64::from));
     rules.insert(libc::SYS_ioctl, of(&ioctls)?);
     let level = int(libc::SOL_SOCKET);

@@ -50,6 +50,8 @@ enum Request {
         #[serde(default)]
         force: bool,
     },
+    /// Changes settings of a device. Returns the keys that changed.
+    Set { name: String, settings: Map<String, Value> },
     /// Ends the connection of a device's driver and changes the device's incarnation.
     Reincarnate { name: String },
     /// Passes a request to a device.
@@ -73,6 +75,7 @@ impl Request {
             Request::Reload => ("reload", Level::Full),
             Request::Add { .. } => ("add", Level::Full),
             Request::Remove { .. } => ("remove", Level::Full),
+            Request::Set { .. } => ("set", Level::Full),
             Request::Reincarnate { .. } => ("reincarnate", Level::Full),
             // The class defines the request, and it may change the device.
             Request::Device { .. } => ("device", Level::Full),
@@ -175,7 +178,10 @@ impl Handler for Control {
         // A bus that is being handed over does not change.
         let is_change = matches!(
             request,
-            Request::Add { .. } | Request::Remove { .. } | Request::Reincarnate { .. }
+            Request::Add { .. }
+                | Request::Remove { .. }
+                | Request::Set { .. }
+                | Request::Reincarnate { .. }
         );
         let _turn = is_change.then(|| host.change());
         match request {
@@ -206,6 +212,10 @@ impl Handler for Control {
                 Ok(host.inspect(Some(endpoint.name()))?.pop().unwrap_or_default())
             }
             Request::Remove { name, force } => host.remove(&name, force).map(|()| Value::Null),
+            Request::Set { name, settings } => {
+                let changed = host.set(&name, settings)?;
+                Ok(json!({ "name": name, "changed": changed }))
+            }
             Request::Reincarnate { name } => {
                 let endpoint = host.get(&name)?;
                 endpoint.reincarnate();

@@ -13,8 +13,8 @@ use std::sync::{
 };
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Map, Value, json};
 use vbus_core::{Bus, DeviceClass, Endpoint, Executor, lock};
 use vbus_sched::SchedClass;
 use vbus_vfio_user::DeviceServer;
@@ -267,6 +267,30 @@ impl Host {
             }
             Err(reason) => Err((keys, reason)),
         }
+    }
+
+    /// Changes settings of a device while it is on the bus. Returns the keys that changed.
+    ///
+    /// # Errors
+    /// There is no such device, or it cannot take them now.
+    pub fn set(&self, name: &str, settings: Map<String, Value>) -> Result<Vec<String>> {
+        let old = self.lock().get(name).map(|member| member.spec.clone());
+        let old = old.with_context(|| format!("there is no device {name:?}"))?;
+        if let Some(key) = settings.keys().find(|key| DeviceSpec::KEYS.contains(&&***key)) {
+            bail!(
+                "{key:?} is one of the settings that the bus takes only when it makes the device"
+            );
+        }
+        let mut new = old.clone();
+        if let Some(all) = new.settings.as_object_mut() {
+            all.extend(settings);
+        }
+        self.bus.check_settings(name, &new.class, &new.settings)?;
+        if old == new {
+            return Ok(Vec::new());
+        }
+        self.reconfigure(&old, &new)
+            .map_err(|(keys, reason)| anyhow!("{name}: {}: {reason}", keys.join(", ")))
     }
 
     /// Whether a client is connected to the device.

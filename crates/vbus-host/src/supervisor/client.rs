@@ -305,6 +305,14 @@ impl vbus_net::Opener for Supervisor {
         let queue = |fd| vbus_tap::Queue::from_descriptor(fd, multi_queue);
         Ok((name, descriptors.into_iter().map(queue).collect()))
     }
+
+    fn vhost(&self, pairs: u16) -> io::Result<Vec<vbus_tap::Vhost>> {
+        let (_, descriptors) = self.ask(&Verb::Vhost { pairs })?;
+        if descriptors.len() != usize::from(pairs) {
+            return Err(io::Error::other("the supervisor sent too few descriptors"));
+        }
+        Ok(descriptors.into_iter().map(vbus_tap::Vhost::from_descriptor).collect())
+    }
 }
 
 /// The threads of VMMs, through the supervisor.

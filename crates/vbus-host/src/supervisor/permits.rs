@@ -30,6 +30,8 @@ pub struct AllowSpec {
     pub vmms: Vec<PathBuf>,
     /// The names of TAP interfaces. A final `*` stands for any characters.
     pub taps: Vec<String>,
+    /// Whether a device may let the kernel carry its frames (/dev/vhost-net).
+    pub vhost: bool,
     /// The highest real-time priority of a thread.
     pub sched_priority_max: i32,
     /// Whether a `sched` device may name any thread by its id.
@@ -42,6 +44,7 @@ impl Default for AllowSpec {
             paths: Vec::new(),
             vmms: Vec::new(),
             taps: vec![TAPS.into()],
+            vhost: false,
             sched_priority_max: PRIORITY_MAX,
             sched_threads: false,
         }
@@ -68,6 +71,7 @@ impl AllowSpec {
         };
         let (paths, vmms) = (folders("paths")?, folders("vmms")?);
         let taps = settings.texts("taps")?.unwrap_or(default.taps);
+        let vhost = settings.flag("vhost")?.unwrap_or(default.vhost);
         let sched_priority_max = settings.integer("sched-priority-max", 0..=99)?;
         let sched_threads = settings.flag("sched-threads")?;
         settings.finish()?;
@@ -75,6 +79,7 @@ impl AllowSpec {
             paths,
             vmms,
             taps,
+            vhost,
             sched_priority_max: sched_priority_max.unwrap_or(default.sched_priority_max),
             sched_threads: sched_threads.unwrap_or(default.sched_threads),
         })
@@ -128,6 +133,8 @@ pub struct Permits {
     paths: BTreeMap<Purpose, BTreeSet<PathBuf>>,
     /// The names of TAP interfaces. A final `*` stands for any characters.
     taps: Vec<String>,
+    /// Whether /dev/vhost-net may be opened.
+    vhost: bool,
     /// The threads that the configuration's devices name.
     pub threads: BTreeSet<i32>,
     /// Whether a device may name any thread.
@@ -151,6 +158,7 @@ impl Permits {
             vmm_folders: with_own(&allow.vmms),
             paths: BTreeMap::new(),
             taps: allow.taps.clone(),
+            vhost: allow.vhost,
             threads: BTreeSet::new(),
             any_thread: allow.sched_threads,
             limits: match allow.sched_priority_max {
@@ -193,6 +201,7 @@ impl Permits {
         extend(&mut all.folders, &other.folders);
         extend(&mut all.vmm_folders, &other.vmm_folders);
         extend(&mut all.taps, &other.taps);
+        all.vhost |= other.vhost;
         for (purpose, paths) in &other.paths {
             all.paths.entry(*purpose).or_default().extend(paths.iter().cloned());
         }
@@ -212,6 +221,7 @@ impl Permits {
         }
         self.name(Purpose::Listen, device.socket.path.as_ref().map(|path| dir.join(path)));
         self.taps.extend(text("tap").map(str::to_owned));
+        self.vhost |= settings.get("vhost").and_then(Value::as_bool).unwrap_or(false);
         if device.class == "sched" {
             let threads = settings.get("threads").and_then(Value::as_array);
             let ids = threads.into_iter().flatten().filter_map(Value::as_i64);
@@ -239,6 +249,17 @@ impl Permits {
             "this bus may not use the interface; add its name to \"taps\" in [allow] (now: {})",
             self.taps.join(", ")
         ))
+    }
+
+    /// Checks that the kernel may carry frames.
+    ///
+    /// # Errors
+    /// It is not allowed.
+    pub fn vhost(&self) -> Result<(), String> {
+        if self.vhost {
+            return Ok(());
+        }
+        Err("this bus may not use /dev/vhost-net: set \"vhost\" in [allow] to true".into())
     }
 
     /// Adds a path that the configuration names for `purpose`.
@@ -314,6 +335,12 @@ mod tests {
         for bad in ["tap70", "vbus0", "vbus", "vbus%d0"] {
             assert!(permits.tap(bad).unwrap_err().contains("[allow]"), "{bad}");
         }
+        assert!(permits.vhost().unwrap_err().contains("[allow]"));
+        let card = device("virtio-net", json!({ "backend": "tap", "vhost": true }));
+        let off = device("virtio-net", json!({ "backend": "tap", "vhost": false }));
+        let permits_of = |device| Permits::new(dir, &AllowSpec::default(), &[device]);
+        assert!(permits_of(off).vhost().is_err());
+        assert!(permits.or(&permits_of(card)).vhost().is_ok());
         assert!(permits.thread(17).is_ok() && permits.thread(18).is_err());
         let limits = |settings: Value| Limits::of_settings(&settings).unwrap();
         let check = |settings: Value| permits.check_limits(&limits(settings));
@@ -327,6 +354,7 @@ mod tests {
             "paths": ["/run/vm"],
             "vmms": ["/run/qmp"],
             "taps": ["a", "b*"],
+            "vhost": true,
             "sched-priority-max": 0,
             "sched-threads": true,
         });
@@ -335,6 +363,7 @@ mod tests {
         assert_eq!(permits.folders, [Path::new("/d"), Path::new("/run/vm")]);
         assert_eq!(permits.vmm_folders, [Path::new("/d"), Path::new("/run/qmp")]);
         assert!(permits.tap("b7").is_ok() && permits.tap("vbus0").is_err());
+        assert!(permits.vhost().is_ok());
         assert!(permits.thread(1).is_ok());
         assert_eq!(permits.limits, Limits::NONE);
         for (table, text) in [

@@ -314,6 +314,7 @@ impl Files {
                 done(Value::Null)
             }
             Verb::Tap { name, queues, mtu } => self.tap(&name, queues, mtu),
+            Verb::Vhost { pairs } => self.vhost(pairs),
             _ => misplaced(),
         }
     }
@@ -358,6 +359,15 @@ impl Files {
         let multi_queue = queues.iter().any(vbus_tap::Queue::is_multi_queue);
         let value = json!({ "name": name, "multi-queue": multi_queue });
         Ok((value, queues.into_iter().map(OwnedFd::from).collect()))
+    }
+
+    fn vhost(&self, pairs: u16) -> Done {
+        self.places.permits().vhost().map_err(io::Error::other)?;
+        if !(1..=verb::DESCRIPTORS_MAX).contains(&usize::from(pairs)) {
+            return Err(io::Error::other("a device has 1 to 16 queue pairs"));
+        }
+        let ends = vbus_net::Direct.vhost(pairs)?;
+        Ok((Value::Null, ends.into_iter().map(OwnedFd::from).collect()))
     }
 }
 

@@ -67,6 +67,8 @@ pub enum Verb {
     /// Attach queues to a TAP interface. Answer: the name of the interface, whether it has several
     /// queues, and the queues.
     Tap { name: String, queues: u16, mtu: u16 },
+    /// Open the kernel's end of queue pairs, /dev/vhost-net. Answer: a descriptor for each pair.
+    Vhost { pairs: u16 },
     /// What the supervisor can do with threads. Answer: a [`Threads`].
     Threads,
     /// Check that a device may change threads within these limits.
@@ -100,7 +102,8 @@ impl Verb {
             | Verb::Configuration
             | Verb::Adopt
             | Verb::Settle
-            | Verb::Tap { .. } => false,
+            | Verb::Tap { .. }
+            | Verb::Vhost { .. } => false,
             Verb::Connect { .. }
             | Verb::Threads
             | Verb::Limits { .. }

@@ -46,6 +46,13 @@ impl<R: RxRing> Rx<R> {
         }
     }
 
+    fn take(&mut self) -> Option<RxQueue<R>> {
+        match self {
+            Rx::Own(slot) => slot.queue.take(),
+            Rx::Shared(slot) => lock(slot).queue.take(),
+        }
+    }
+
     fn set(&mut self, queue: Option<RxQueue<R>>) {
         match self {
             Rx::Own(slot) => slot.queue = queue,
@@ -104,7 +111,24 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
 
     /// Sets the receive ring; `None`: the pair has none from now on.
     pub fn set_rx(&mut self, rx: Option<RxQueue<R>>) {
+        if rx.is_none() {
+            self.queue.rest();
+        }
         self.rx.set(rx);
+    }
+
+    /// Takes the transmit ring away, and lets `last` see it.
+    pub fn end_tx<O>(&mut self, last: impl FnOnce(&mut T) -> O) -> Option<O> {
+        let tx = self.tx.take();
+        self.set_tx(None);
+        tx.map(|mut tx| last(&mut tx.ring))
+    }
+
+    /// Takes the receive ring away, and lets `last` see it with all frames that it got.
+    pub fn end_rx<O>(&mut self, last: impl FnOnce(&mut R) -> O) -> Option<O> {
+        let rx = self.rx.take();
+        self.set_rx(None);
+        rx.map(|rx| rx.end(last))
     }
 
     /// The driver has changed which pairs are in use.

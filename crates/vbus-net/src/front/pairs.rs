@@ -171,6 +171,18 @@ impl<T: TxRing + 'static, R: RxRing + 'static> Pairs<T, R> {
         lock(&running.pair).set_rx(rx);
     }
 
+    /// Takes the transmit ring of pair `number` away. Nothing touches it any more but `last`, which
+    /// sees it as it is then. The driver may wait for an interrupt that was held back. `None`: the
+    /// pair has no such ring.
+    pub fn end_tx<O>(&self, number: usize, last: impl FnOnce(&mut T) -> O) -> Option<O> {
+        lock(&self.pairs.get(number)?.pair).end_tx(last)
+    }
+
+    /// Takes the receive ring of pair `number` away, as [`end_tx`](Self::end_tx).
+    pub fn end_rx<O>(&self, number: usize, last: impl FnOnce(&mut R) -> O) -> Option<O> {
+        lock(&self.pairs.get(number)?.pair).end_rx(last)
+    }
+
     /// What the back end keeps of the driver, as plain data. The device is quiesced. What the pairs
     /// took from their rings and did not finish is taken again by the ends that resume the rings.
     ///

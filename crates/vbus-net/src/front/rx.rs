@@ -240,6 +240,12 @@ impl<R: RxRing> RxQueue<R> {
         }
     }
 
+    /// Lets `last` see the ring with all frames that were delivered, and drops it.
+    pub(super) fn end<O>(mut self, last: impl FnOnce(&mut R) -> O) -> O {
+        self.post();
+        last(&mut self.ring)
+    }
+
     /// How far the ring is, as plain data.
     pub(super) fn save_ring(&self) -> Result<Value, ErrorCode> {
         self.fault.map_or(Ok(()), Err)?;

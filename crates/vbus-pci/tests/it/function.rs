@@ -189,7 +189,7 @@ impl Rig {
         (ring, handle)
     }
 
-    pub fn eventfd(&self, index: IrqIndex, number: u32) -> OwnedFd {
+    pub fn eventfd(&mut self, index: IrqIndex, number: u32) -> OwnedFd {
         let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
         self.function.connect_irqs(index, number, vec![Some(fd.try_clone().unwrap())]).unwrap();
         fd

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vbus_core::{ErrorCode, Progress, Task, lock, state};
 use vbus_net::front::{Duplex, Nic, NicState};
 use vbus_net::rss;
@@ -12,6 +13,8 @@ use vbus_net::rss;
 use super::abi::{self, config as at, feature};
 use super::command::RSS_TABLE_MAX;
 use super::offloads;
+use super::queues::Queues;
+use super::vhost::Vhost;
 use crate::device::{Kind, Transport, feature as common};
 
 /// The most descriptors of a queue.
@@ -30,6 +33,9 @@ pub struct Offer {
 pub struct VirtioNic {
     nic: Nic,
     options: Offer,
+    vhost: Vhost,
+    /// The queues of the driver that has started last.
+    queues: Mutex<Weak<Queues>>,
     /// Locked while the configuration is published, so that the transport gets the newest last.
     transport: Mutex<Option<Weak<dyn Transport>>>,
     /// How many of the requests to announce its addresses the driver has answered. Locked with
@@ -38,8 +44,43 @@ pub struct VirtioNic {
 }
 
 impl VirtioNic {
-    pub fn new(nic: Nic, options: Offer) -> VirtioNic {
-        VirtioNic { nic, options, transport: Mutex::default(), announced: AtomicU64::new(0) }
+    pub fn new(nic: Nic, options: Offer, vhost: Vhost) -> VirtioNic {
+        let (queues, transport, announced) = Default::default();
+        VirtioNic { nic, options, vhost, queues, transport, announced }
+    }
+
+    /// What the device has of vhost-net.
+    pub fn vhost(&self) -> &Vhost {
+        &self.vhost
+    }
+
+    /// A driver has started, with these queues.
+    pub fn has_started(&self, queues: &Arc<Queues>) {
+        *lock(&self.queues) = Arc::downgrade(queues);
+    }
+
+    /// Takes the setting `vhost`. The queues of a driver that is there move at once.
+    ///
+    /// # Errors
+    /// The kernel's ends cannot be opened. The text is for the operator.
+    pub fn set_vhost(&self, wanted: bool) -> Result<(), String> {
+        self.vhost.want(wanted)?;
+        let queues = lock(&self.queues).upgrade();
+        if let Some(queues) = queues {
+            queues.move_as_wanted();
+        }
+        Ok(())
+    }
+
+    /// Settings and counters, as a JSON object.
+    pub fn inspect(&self) -> Value {
+        let mut value = self.nic.inspect();
+        if self.nic.backend.kernel_queue(0).is_some() {
+            let (carries, why_not) = self.vhost.inspect();
+            value["backend"]["vhost"] = carries.into();
+            value["backend"]["vhost-why-not"] = why_not.into();
+        }
+        value
     }
 
     /// The device behind the front.
@@ -102,7 +143,7 @@ impl VirtioNic {
             features |= feature::HASH_REPORT | if several { feature::RSS } else { 0 };
         }
         features |= if config.speed > 0 { feature::SPEED_DUPLEX } else { 0 };
-        features
+        self.vhost.offer(features)
     }
 }
 

@@ -14,6 +14,7 @@ use vbus_net::is_group;
 use super::abi::{command as number, feature};
 use super::command::{BYTES_MAX, Command, Which, parse};
 use super::offloads;
+use super::queues::Queues;
 use super::ring::code;
 use super::work::Work;
 use crate::device::{Call, Enabled};
@@ -21,6 +22,7 @@ use crate::queue::{Chain, Queue, State, Unsettled};
 
 /// The control queue of a session.
 pub struct Control {
+    queues: Arc<Queues>,
     work: Arc<Work>,
     queue: Queue,
     call: Call,
@@ -44,11 +46,17 @@ enum Answer {
 impl Control {
     /// The control queue of `enabled`. `taken` are chains that another end has taken and not
     /// answered: those commands are carried out again. `task` serves it.
-    pub fn new(work: Arc<Work>, enabled: Enabled, taken: Vec<Chain>, task: TaskHandle) -> Control {
+    pub fn new(
+        queues: Arc<Queues>,
+        enabled: Enabled,
+        taken: Vec<Chain>,
+        task: TaskHandle,
+    ) -> Control {
         let Enabled { queue, call, .. } = enabled;
+        let work = queues.work().clone();
         work.wake_when_set_up(&task);
         let (chain, taken) = (Chain::new(), taken.into());
-        Control { work, queue, call, chain, taken, waits: false, task }
+        Control { queues, work, queue, call, chain, taken, waits: false, task }
     }
 
     /// How far the queue is. A command that is in work is one that was not answered.
@@ -124,14 +132,21 @@ impl Control {
     fn carry_out(&mut self, command: Option<Command>) -> Answer {
         let Some(command) = command else { return Answer::Now(false, Vec::new()) };
         let ok = match command {
-            Command::Mode(mode, _) => self.has(mode.feature()) && self.work.filter(&command),
-            Command::Table(..) => self.has(feature::CTRL_RX) && self.work.filter(&command),
+            Command::Mode(mode, _) => {
+                let done = self.has(mode.feature()) && self.work.filter(&command);
+                return self.filtered(done);
+            }
+            Command::Table(..) => {
+                let done = self.has(feature::CTRL_RX) && self.work.filter(&command);
+                return self.filtered(done);
+            }
             Command::Vlan(..) => self.has(feature::CTRL_VLAN) && self.work.filter(&command),
             Command::Address(mac) => {
-                self.has(feature::CTRL_MAC_ADDR)
+                let done = self.has(feature::CTRL_MAC_ADDR)
                     && !is_group(mac)
                     && mac != <[u8; 6]>::default()
-                    && self.work.pairs.plug().set_mac(mac)
+                    && self.work.pairs.plug().set_mac(mac);
+                return self.filtered(done);
             }
             Command::Announced => {
                 let may = self.has(feature::GUEST_ANNOUNCE);
@@ -187,9 +202,20 @@ impl Control {
 }
 
 impl Control {
+    /// A command about the frames that the driver gets was carried out, if `done`. The back end
+    /// sets itself up for it if the kernel chooses the frames.
+    fn filtered(&mut self, done: bool) -> Answer {
+        match done && self.queues.are_in_kernel() {
+            true => self.configure(self.work.receiver.choices()),
+            false => Answer::Now(done, Vec::new()),
+        }
+    }
+
     /// Lets the back end set itself up for what a command has changed. `before`: what it was.
     fn configure(&mut self, before: Choices) -> Answer {
-        if self.work.set_up(before, &self.task).is_err() {
+        let queues = self.queues.clone();
+        let begin = move |before, done| queues.configure(before, done);
+        if self.work.set_up(before, &self.task, begin).is_err() {
             return Answer::Now(false, Vec::new());
         }
         self.waits = true;

@@ -6,34 +6,39 @@
 //! ([`vbus_net::front`]). The task takes the frame from the transmit queue (`ring`) and gives it to
 //! the back end. The back end puts a frame to the driver into the buffers of the receive queue.
 //! `card` says what the driver sees. `session` is the card at work for one driver, with its state
-//! in `work`. `control` carries out the commands of the control queue, which `command` reads.
+//! in `work`, and its queues in `queues`. With `vhost = true` the kernel carries the frames in
+//! place of the tasks (`vhost`). `control` carries out the commands of the control queue, which
+//! `command` reads.
 
 mod abi;
 mod card;
 mod command;
 mod control;
 mod offloads;
+mod queues;
 mod ring;
 mod session;
+mod vhost;
 mod work;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use serde_json::Value;
-use vbus_core::settings::Settings;
+use vbus_core::settings::{self, Settings};
 use vbus_core::shm::abi::class;
 use vbus_core::{
     Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Joined, Metric, Open,
     TaskHandle, lock, state,
 };
 use vbus_net::front::{Config, METRICS, Nic};
-use vbus_net::{BACKEND_METRICS, Opener, Switches};
+use vbus_net::{BACKEND_METRICS, Limits, Medium, Opener, Switches};
 use vbus_pci::OwnFunction;
 
 use crate::device::VirtioDevice;
 use crate::pci;
 use card::{News, Offer, VirtioNic};
+use vhost::Vhost;
 
 /// The class of virtio network cards.
 pub struct VirtioNetClass {
@@ -56,15 +61,37 @@ enum Reached {
     Pci,
 }
 
-/// Checks the settings. Returns those of every Ethernet device, and what else the card offers.
-fn parse(value: &Value) -> Result<(Config, Offer), CreateError> {
+/// Checks the settings. Returns those of every Ethernet device, what else the card offers, and
+/// whether the kernel shall carry the frames.
+fn parse(value: &Value) -> Result<(Config, Offer, bool), CreateError> {
     let mut settings = Settings::new(value)?;
     settings.choice("transport", &[("pci", Reached::Pci)])?;
-    let packed = settings.flag("packed")?.unwrap_or(true);
+    let packed = settings.flag("packed")?;
     let rss = settings.flag("rss")?.unwrap_or(false);
+    let vhost = settings.flag("vhost")?.unwrap_or(false);
     let config = Config::take(&mut settings)?;
+    if vhost {
+        let error = |key, text: &str| Err(settings.error(key, text));
+        let backend = &config.backend;
+        if !matches!(backend.medium, Medium::Tap(_)) {
+            return error("vhost", "is true, which needs backend = \"tap\"");
+        }
+        if packed == Some(true) {
+            return error("packed", "is true, but vhost = true needs split queues: leave it out");
+        }
+        if rss {
+            return error("rss", "is true, but the kernel has no hashes: set vhost = false");
+        }
+        let limits = Limits::KEYS.into_iter().find(|key| value.get(key).is_some());
+        if let Some(key) = limits.filter(|_| backend.limits != Limits::default()) {
+            return error(key, "limits frames that the kernel carries: set vhost = false");
+        }
+        if backend.capture.is_some() {
+            return error("pcap", "captures frames that the kernel carries: set vhost = false");
+        }
+    }
     settings.finish()?;
-    Ok((config, Offer { packed, rss }))
+    Ok((config, Offer { packed: packed.unwrap_or(true), rss }, vhost))
 }
 
 impl DeviceClass for VirtioNetClass {
@@ -74,7 +101,8 @@ impl DeviceClass for VirtioNetClass {
 
     fn help(&self) -> &'static str {
         "Network card for the virtio driver that every system has. The settings of venet; packed \
-         (true), rss (false), transport = \"pci\". Set msix = true for speed; without it the guest \
+         (true), rss (false), transport = \"pci\", vhost (false: with a TAP back end the kernel \
+         carries the frames). Set msix = true for speed; without it the guest \
          has INTx, and QEMU 11.1 can unplug the device."
     }
 
@@ -83,9 +111,11 @@ impl DeviceClass for VirtioNetClass {
     }
 
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
-        let (config, offer) = parse(config)?;
+        let (config, offer, vhost) = parse(config)?;
+        let pairs = config.queue_pairs;
         let nic = Nic::create(name, config, &self.switches, &self.opener)?;
-        let nic = Arc::new(VirtioNic::new(nic, offer));
+        let vhost = Vhost::new(name, pairs, self.opener.clone(), vhost);
+        let nic = Arc::new(VirtioNic::new(nic, offer, vhost));
         let device: Arc<dyn VirtioDevice> = nic.clone();
         let function = OwnFunction::new(move |endpoint, options| {
             pci::function(device.clone(), endpoint, options)
@@ -136,12 +166,23 @@ impl Device for OnBus {
     }
 
     fn inspect(&self) -> Value {
-        self.nic.nic().inspect()
+        self.nic.inspect()
     }
 
     fn reconfigure(&self, old: &Value, new: &Value) -> Result<(), String> {
-        let (config, _) = parse(new).map_err(|error| error.to_string())?;
-        self.nic.nic().reconfigure(old, new, &config)
+        let (config, _, vhost) = parse(new).map_err(|error| error.to_string())?;
+        let mut old = old.clone();
+        let moves = settings::changed(&old, new).iter().any(|key| key == "vhost");
+        if moves {
+            old["vhost"] = new["vhost"].clone();
+        }
+        if !settings::changed(&old, new).is_empty() {
+            if moves {
+                return Err("vhost changes alone".into());
+            }
+            self.nic.nic().reconfigure(&old, new, &config)?;
+        }
+        if moves { self.nic.set_vhost(vhost) } else { Ok(()) }
     }
 
     fn quiesce(&self) {

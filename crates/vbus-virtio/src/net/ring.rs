@@ -129,6 +129,17 @@ impl<S> Frames<S> {
     }
 }
 
+impl<S: Send> Frames<S> {
+    /// The device leaves the queue, and another end goes on. Returns the index of the next buffer
+    /// of a split queue: what was taken and not returned is available again, because the device
+    /// returns buffers in their order.
+    pub fn leave(&mut self) -> Result<u16, ErrorCode> {
+        // Whoever goes on interrupts the driver.
+        self.post();
+        self.queue.retired().map_or_else(|| Ok(self.queue.position().used), |v| Err(code(v)))
+    }
+}
+
 impl<S: Send> Ring for Frames<S> {
     fn post(&mut self) -> bool {
         let view = self.memory.view();

@@ -17,11 +17,10 @@ use super::card::VirtioNic;
 use super::command::{LISTED_MAX, Wanted, WantedState};
 use super::control::{Control, ControlTask};
 use super::offloads;
-use super::ring::{RxFrames, TxFrames};
+use super::queues::Queues;
 use super::work::{CoalescingState, Work};
 use crate::device::{
     Driver, Enabled, Kind, SavedSession, Session, Transport, Unsaved, VirtioDevice,
-    feature as common,
 };
 use crate::queue::Chain;
 
@@ -60,6 +59,7 @@ struct Saved {
 /// A session. It has the rings of the queues that the driver has enabled.
 pub struct NicSession {
     work: Arc<Work>,
+    queues: Arc<Queues>,
     control: Option<(TaskHandle, Arc<Mutex<Control>>)>,
     /// What another session had, until this one has its queues.
     saved: Option<Saved>,
@@ -69,7 +69,8 @@ impl NicSession {
     /// Plugs the driver in.
     pub fn start(card: Arc<VirtioNic>, driver: Driver) -> Result<NicSession, ErrorCode> {
         let session = NicSession::plug_in(card, driver)?;
-        session.configure()?;
+        // The rings come next. The back end may take longer to set itself up.
+        session.queues.start()?;
         Ok(session)
     }
 
@@ -140,15 +141,8 @@ impl NicSession {
             fail: driver.fail.clone(),
         })?;
         let work = Arc::new(Work::new((card, driver), receiver, pairs, wanted));
-        Ok(NicSession { work, control: None, saved: None })
-    }
-
-    /// Sets the back end up. The rings may come later, and the back end may take longer.
-    fn configure(&self) -> Result<(), ErrorCode> {
-        let work = &self.work;
-        let fail = work.driver.fail.clone();
-        let done = move |done: Result<(), ErrorCode>| done.unwrap_or_else(|code| fail(code));
-        work.pairs.configure(work.receiver.choices(), Box::new(done))
+        let queues = Queues::new(work.clone());
+        Ok(NicSession { work, queues, control: None, saved: None })
     }
 
     fn stop_control(&mut self) {
@@ -178,9 +172,8 @@ impl Session for NicSession {
         taken: Vec<Chain>,
     ) -> Result<(), ErrorCode> {
         let work = &self.work;
-        let features = work.driver.features;
-        let doorbell = enabled.doorbell.clone();
         if self.control_queue() == Some(index) {
+            let doorbell = enabled.doorbell.clone();
             let fail = work.driver.fail.clone();
             let mut control = None;
             let made = work.driver.executor.spawn_with(
@@ -188,7 +181,7 @@ impl Session for NicSession {
                 work.driver.counters.clone(),
                 move |code| fail(code),
                 |task| {
-                    let made = Control::new(work.clone(), enabled, taken, task.clone());
+                    let made = Control::new(self.queues.clone(), enabled, taken, task.clone());
                     let made = control.insert(Arc::new(Mutex::new(made))).clone();
                     Ok::<_, Infallible>(Box::new(ControlTask(made)) as Box<dyn Task>)
                 },
@@ -198,21 +191,7 @@ impl Session for NicSession {
             self.control = control.map(|control| (task, control));
             return bound;
         }
-        let pair = usize::from(index / 2);
-        let Some(task) = work.pairs.task(pair) else { return Ok(()) };
-        let Some(coalesce) = work.coalesce_new(index) else { return Ok(()) };
-        let memory = work.driver.memory.clone();
-        let header_bytes = work.receiver.header_bytes();
-        if index % 2 == 0 {
-            let mergeable = features & feature::MRG_RXBUF != 0;
-            let indirect = features & common::INDIRECT_DESC != 0;
-            let ring = RxFrames::new(enabled, memory, header_bytes, (mergeable, indirect), taken);
-            work.pairs.set_rx(pair, Some((ring, coalesce)));
-        } else {
-            let ring = TxFrames::new(enabled, memory, taken);
-            work.pairs.set_tx(pair, Some((ring, header_bytes, coalesce)));
-        }
-        doorbell.bind(task)
+        self.queues.enable_again(index, enabled, taken)
     }
 
     fn disable(&mut self, index: u16) {
@@ -220,23 +199,26 @@ impl Session for NicSession {
             self.stop_control();
             return;
         }
-        let pair = usize::from(index / 2);
-        match index % 2 {
-            0 => self.work.pairs.set_rx(pair, None),
-            _ => self.work.pairs.set_tx(pair, None),
-        }
-        self.work.forget_coalesce(index);
+        self.queues.disable(index);
+    }
+
+    fn calls_changed(&mut self) {
+        self.queues.calls_changed();
     }
 
     fn restored(&mut self) -> Result<(), String> {
         let Some(Saved { coalescing, pairs, .. }) = self.saved.take() else { return Ok(()) };
         lock(&self.work.coalescing).restore(&coalescing)?;
         self.work.pairs.restore(&pairs)?;
-        self.configure().map_err(|error| error.to_string())
+        self.queues.configure_all().map_err(|error| error.to_string())
     }
 
     fn save(&mut self) -> Result<SavedSession, Unsaved> {
         let work = &self.work;
+        if self.queues.are_in_kernel() {
+            let why = "the kernel serves its queues (vhost = true), and does not tell where it is";
+            return Err(Unsaved::Not(why.into()));
+        }
         let mut queues = BTreeMap::new();
         let rings = work.pairs.rings().map_err(Unsaved::Broken)?;
         for (pair, [tx, rx]) in (0..).zip(rings) {
@@ -264,6 +246,7 @@ impl Drop for NicSession {
     fn drop(&mut self) {
         // The control task first: it may change the pairs.
         self.stop_control();
+        self.queues.end();
         self.work.pairs.stop();
     }
 }
@@ -279,11 +262,14 @@ mod tests {
     use vbus_core::settings::Settings;
     use vbus_core::{Access, Executor, Host, MemoryContext, Tuning, lock};
     use vbus_net::front::{Config, Nic};
-    use vbus_net::{Backend, Done, Mac, Offloads, Packet, Plug, Port, Queue as BackendQueue, Sent};
+    use vbus_net::{
+        Backend, Direct, Done, Mac, Offloads, Packet, Plug, Port, Queue as BackendQueue, Sent,
+    };
 
     use super::*;
     use crate::device::Call;
     use crate::net::card::Offer;
+    use crate::net::vhost::Vhost;
     use crate::queue::{Format, Layout, Queue, RingFeatures};
 
     /// A back end that tells of its end when the test says so.
@@ -374,7 +360,9 @@ mod tests {
             let mut settings = Settings::new(&json!({ "backend": "null" })).unwrap();
             let config = Config::take(&mut settings).unwrap();
             let nic = Nic::new("n", config, Arc::default(), Box::new(slow.clone()));
-            let card = Arc::new(VirtioNic::new(nic, Offer { packed: true, rss: false }));
+            let vhost = Vhost::new("n", 1, Arc::new(Direct), false);
+            let offer = Offer { packed: true, rss: false };
+            let card = Arc::new(VirtioNic::new(nic, offer, vhost));
             let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
             let host = Host::new("n", executor, 1, 3);
             let memory = host.memory().clone();

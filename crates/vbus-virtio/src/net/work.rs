@@ -7,7 +7,7 @@ use std::task::Poll;
 use serde::{Deserialize, Serialize};
 use vbus_core::{ErrorCode, TaskHandle, lock};
 use vbus_net::front::{Choices, Pairs, Receiver, Setting};
-use vbus_net::{Offloads, Rss};
+use vbus_net::{Done, Offloads, Rss};
 
 use super::card::VirtioNic;
 use super::command::{Coalesce, Command, Wanted, Which};
@@ -136,12 +136,17 @@ impl Work {
         Work { nic, driver, receiver, pairs, coalescing, wanted, setting_up }
     }
 
-    /// Lets the back end set itself up for what a command has changed since `before`. Wakes `task`
-    /// at the end.
+    /// Lets the back end set itself up, by `begin`, for what a command has changed since `before`.
+    /// Wakes `task` at the end.
     ///
     /// # Errors
     /// The back end cannot begin. Nothing has changed.
-    pub fn set_up(&self, before: Choices, task: &TaskHandle) -> Result<(), ErrorCode> {
+    pub fn set_up(
+        &self,
+        before: Choices,
+        task: &TaskHandle,
+        begin: impl FnOnce(Choices, Done) -> Result<(), ErrorCode>,
+    ) -> Result<(), ErrorCode> {
         let begun = SettingUp { result: None, task: Some(task.clone()) };
         let begun = Arc::new(Mutex::new(begun));
         *lock(&self.setting_up) = Some(begun.clone());
@@ -150,7 +155,7 @@ impl Work {
             setting_up.result = Some(result);
             setting_up.task.iter().for_each(TaskHandle::wake);
         };
-        self.pairs.configure(before, Box::new(done)).inspect_err(|_| *lock(&self.setting_up) = None)
+        begin(before, Box::new(done)).inspect_err(|_| *lock(&self.setting_up) = None)
     }
 
     /// The result of the setting-up, once, when it has ended. `Pending`: it goes on. `None`: there

@@ -18,6 +18,7 @@
 
 mod registers;
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -287,6 +288,11 @@ impl Transport for Shared {
         }
     }
 
+    fn queue_eventfd(&self, index: u16) -> Option<OwnedFd> {
+        let vector = self.queue_vectors.get(usize::from(index))?.load(Ordering::Relaxed);
+        self.interrupts.message_eventfd(vector)
+    }
+
     fn config_changed(&self, config: Vec<u8>, tell: bool) {
         let mut current = lock(&self.config);
         if current.0 == config {
@@ -346,7 +352,10 @@ impl VirtioFunction {
             Request::ConfigVector(vector) => {
                 self.shared.config_vector.store(vector, Ordering::Relaxed);
             }
-            Request::QueueVector(index, vector) => self.set_vector(index, vector),
+            Request::QueueVector(index, vector) => {
+                self.set_vector(index, vector);
+                self.interrupts_changed();
+            }
         }
     }
 
@@ -623,6 +632,12 @@ impl BarHandler for VirtioFunction {
         if self.shared.end(&mut running) {
             self.shared.needs_reset.store(true, Ordering::Relaxed);
             self.shared.host().set_state(ConnectionState::Closed);
+        }
+    }
+
+    fn interrupts_changed(&mut self) {
+        if let Some(session) = &mut lock(&self.shared.running).session {
+            session.calls_changed();
         }
     }
 

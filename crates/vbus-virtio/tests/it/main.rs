@@ -3,10 +3,12 @@
 //! guest's driver drives them.
 #![allow(clippy::unwrap_used)] // A failed unwrap fails its test.
 
-mod driver;
 mod hostile;
 mod in_order;
 mod nic;
 mod saved;
 mod state;
 mod transport;
+
+/// A driver in the process.
+use vbus_test_driver::virtio as driver;

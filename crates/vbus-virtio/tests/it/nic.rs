@@ -550,3 +550,28 @@ fn a_reset_in_mid_traffic_leaves_the_memory() {
         lab.bus.remove("net0").unwrap();
     }
 }
+
+#[test]
+fn settings_that_vhost_net_cannot_have_are_refused() {
+    use vbus_core::DeviceClass as _;
+    let class = VirtioNetClass::on(Switches::default(), Arc::new(Direct));
+    let check = |more: Value| {
+        let mut settings = json!({ "backend": "tap", "vhost": true });
+        settings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        class.check("net0", &settings).map_err(|error| error.to_string())
+    };
+    assert_eq!(check(json!({})), Ok(()));
+    assert_eq!(check(json!({ "packed": false, "queue-pairs": 4, "uso": false })), Ok(()));
+    assert_eq!(check(json!({ "vhost": false, "pcap": "/x", "rate": 8000, "rss": true })), Ok(()));
+    for (more, text) in [
+        (json!({ "backend": "switch" }), "\"vhost\" is true, which needs backend = \"tap\""),
+        (json!({ "packed": true }), "\"packed\" is true, but vhost = true needs split queues"),
+        (json!({ "rss": true }), "\"rss\" is true, but the kernel has no hashes"),
+        (json!({ "rate": "1G" }), "\"rate\" limits frames that the kernel carries"),
+        (json!({ "rx-rate": "1G", "burst": 9000 }), "\"rx-rate\" limits frames that"),
+        (json!({ "pcap": "/x" }), "\"pcap\" captures frames that the kernel carries"),
+    ] {
+        let error = check(more).unwrap_err();
+        assert!(error.starts_with(text), "{error}");
+    }
+}

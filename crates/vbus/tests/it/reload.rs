@@ -62,6 +62,28 @@ fn devices_come_go_and_change() {
     assert!(rate(&bus).contains(&Some(2_000_000_000)), "the rate of a device in use");
     assert_eq!(bus.json(&["device", "show", "same"])["incarnation"], before);
     assert_eq!(bus.good(&["reload"]), "nothing has changed\n");
+
+    // By hand, without the file.
+    fn set<'a>(words: &[&'a str]) -> Vec<&'a str> {
+        [&["device", "set"], words].concat()
+    }
+    assert_eq!(bus.good(&set(&["rate", "rate=3G"])), "rate: changed rate\n");
+    assert!(rate(&bus).contains(&Some(3_000_000_000)));
+    assert_eq!(bus.good(&set(&["rate", "rate=3G"])), "rate: nothing to change\n");
+    let done = bus.json(&set(&["rate", "rate=4G", "burst=128k"]));
+    assert_eq!(done["changed"], serde_json::json!(["burst", "rate"]));
+    for (words, text) in [
+        (&["rate", "mtu=9000"][..], "only rates and bursts change"),
+        (&["rate", "rate=1"], "\"rate\" is 1; use a number from 8000"),
+        (&["rate", "rat=1"], "did you mean \"rate\"?"),
+        (&["rate", "msix=true"], "\"msix\" is one of the settings"),
+        (&["rate", "rate=1G", "rate=2G"], "\"rate\" is set twice"),
+        (&["gone", "rate=1G"], "there is no device \"gone\""),
+    ] {
+        let error = bus.bad(&set(words));
+        assert!(error.contains(text), "{words:?}: {error}");
+    }
+    assert!(rate(&bus).contains(&Some(4_000_000_000)), "what was refused has changed nothing");
     drop(client);
 }
 

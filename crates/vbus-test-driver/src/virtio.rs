@@ -9,18 +9,25 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vbus_core::Endpoint;
 use vbus_pci::{IrqIndex, PciFunction, region};
-use vbus_test_driver::{Memory, TIMEOUT};
 
-/// Bits of the device status, in the order in which a driver sets them.
+use crate::{Memory, TIMEOUT};
+
+/// ACKNOWLEDGE and DRIVER of the device status.
 pub const FOUND: u8 = 3;
+/// FEATURES_OK of the device status.
 pub const FEATURES_OK: u8 = 8;
+/// DRIVER_OK of the device status.
 pub const DRIVER_OK: u8 = 4;
+/// DEVICE_NEEDS_RESET of the device status.
 pub const NEEDS_RESET: u8 = 0x40;
 
+/// The feature VERSION_1.
 pub const VERSION_1: u64 = 1 << 32;
+/// The feature RING_RESET.
 pub const RING_RESET: u64 = 1 << 40;
 
 /// Fields of the common configuration: offset and bytes.
+#[expect(missing_docs, reason = "the names are the standard's")]
 pub mod field {
     pub const DEVICE_SELECT: (u64, usize) = (0x00, 4);
     pub const DEVICE_FEATURE: (u64, usize) = (0x04, 4);
@@ -44,10 +51,15 @@ pub mod field {
 /// The offsets in BAR0 that the capabilities tell.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Parts {
+    /// The common configuration.
     pub common: u64,
+    /// The notify area.
     pub notify: u64,
+    /// The ISR status.
     pub isr: u64,
+    /// The device configuration.
     pub device: u64,
+    /// The multiplier of the notify area.
     pub stride: u64,
     /// The offset of the window in the configuration space.
     pub window: u64,
@@ -55,9 +67,13 @@ pub struct Parts {
 
 /// A driver with its function.
 pub struct Driver {
+    /// The function.
     pub function: PciFunction,
+    /// The device behind it.
     pub endpoint: Arc<Endpoint>,
+    /// The memory that it shares with the device.
     pub memory: Memory,
+    /// Where its parts are.
     pub parts: Parts,
 }
 
@@ -87,29 +103,35 @@ impl Driver {
         Driver { function, endpoint, memory, parts }
     }
 
+    /// Reads `len` bytes of BAR0.
     pub fn read(&mut self, offset: u64, len: usize) -> u64 {
         let mut data = [0; 8];
         self.function.read(region::BAR0, offset, &mut data[..len]);
         u64::from_le_bytes(data)
     }
 
+    /// Reads a field of the common configuration.
     pub fn get(&mut self, (offset, len): (u64, usize)) -> u64 {
         self.read(self.parts.common + offset, len)
     }
 
+    /// Writes a field of the common configuration.
     pub fn set(&mut self, (offset, len): (u64, usize), value: u64) {
         let offset = self.parts.common + offset;
         self.function.write(region::BAR0, offset, &value.to_le_bytes()[..len]);
     }
 
+    /// The device status.
     pub fn status(&mut self) -> u8 {
         u8::try_from(self.get(field::STATUS)).unwrap()
     }
 
+    /// Reads the ISR status, which clears it.
     pub fn isr(&mut self) -> u64 {
         self.read(self.parts.isr, 1)
     }
 
+    /// Reads `len` bytes of the device configuration.
     pub fn config(&mut self, offset: u64, len: usize) -> u64 {
         self.read(self.parts.device + offset, len)
     }
@@ -189,9 +211,13 @@ impl Signal {
 
 /// The driver's end of a split queue. Chain *n* begins at descriptor 4 *n*.
 pub struct Queue {
+    /// Descriptors.
     pub size: u16,
+    /// Where the descriptor table is.
     pub desc: u64,
+    /// Where the available ring is.
     pub driver: u64,
+    /// Where the used ring is.
     pub device: u64,
     notify: u64,
     next: u16,
