@@ -266,6 +266,11 @@ pub const SCENARIOS: &[Scenario] = &[
         kvm::devices::traffic,
     ),
     beside_kvm(
+        "kvm::vhost",
+        "the kernel carries a virtio card's frames while the bus sleeps; moves and unplug under load",
+        kvm::vhost::carries,
+    ),
+    beside_kvm(
         "kvm::plug_cycles",
         "20 times plug, use and unplug beside traffic on another NIC",
         kvm::devices::plug_cycles,

@@ -14,3 +14,4 @@ pub(super) mod pins;
 pub(super) mod processors;
 pub(super) mod sched;
 pub(super) mod snapshot;
+pub(super) mod vhost;
