@@ -247,9 +247,9 @@ pub trait Device: Send + Sync {
     /// Undoes [`quiesce`](Self::quiesce), also of a device that was restored.
     fn resume(&self) {}
 
-    /// The settings with which an equal device is made: `config`, the settings that this device has,
-    /// with what the device has chosen itself, for example a random address. Whoever makes the
-    /// device that goes on from a state gives it these. The provided method returns `config`.
+    /// The settings with which an equal device is made: `config`, the settings that this device
+    /// has, with what the device has chosen itself, for example a random address. Whoever makes
+    /// the device that goes on from a state gives it these. The provided method returns `config`.
     fn settled(&self, config: &Value) -> Value {
         config.clone()
     }

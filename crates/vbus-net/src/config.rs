@@ -76,8 +76,8 @@ impl BackendConfig {
     }
 
     /// Makes the back end for a device with this address. `shape` is the number of queue pairs and
-    /// the MTU. `opener` opens what the back end needs, and was not `handed` over. The back end sets the carrier of `link`. The error's
-    /// text begins with the setting at fault.
+    /// the MTU. `opener` opens what the back end needs, and was not `handed` over. The back end
+    /// sets the carrier of `link`. The error's text begins with the setting at fault.
     pub fn open(
         &self,
         switches: &Switches,

@@ -120,8 +120,8 @@ pub struct Snapshot {
 /// Let a machine go on that was saved to a file, or that is moved from another process
 ///
 /// CPUs, memory, slots and kinds of doorbells are those of the saved machine. It names no file and
-/// no socket: give the devices by the names that they had, and the serial ports anew. With --listen,
-/// wait for `vbus-vmm migrate`.
+/// no socket: give the devices by the names that they had, and the serial ports anew. With
+/// --listen, wait for `vbus-vmm migrate`.
 #[derive(Args)]
 #[command(after_help = RESTORE)]
 pub struct Restore {
@@ -153,9 +153,9 @@ pub struct Restore {
 
 /// Move a running machine to another process, which waits with `vbus-vmm restore --listen`
 ///
-/// The machine runs while its memory is sent, and again what it changes meanwhile. It stops for the
-/// last part only. If anything fails, or Ctrl-C ends this command, it runs on where it was; it never
-/// runs in two places.
+/// The machine runs while its memory is sent, and again what it changes meanwhile. It stops for
+/// the last part only. If anything fails, or Ctrl-C ends this command, it runs on where it was; it
+/// never runs in two places.
 #[derive(Args)]
 #[command(after_help = MIGRATE)]
 pub struct Migrate {

@@ -148,8 +148,8 @@ impl Supervisor {
 }
 
 impl Supervisor {
-    /// Says that another bus takes over, or that it has not: while it does, the sockets stay if this
-    /// process ends.
+    /// Says that another bus takes over, or that it has not: while it does, the sockets stay if
+    /// this process ends.
     ///
     /// # Errors
     /// The supervisor has ended.

@@ -44,8 +44,8 @@ pub struct Parcel {
 pub struct Limits {
     /// From the offer until the new bus is ready. The leaving bus serves meanwhile.
     pub prepare: Duration,
-    /// From the moment when the leaving bus stops until it knows that the other has taken over. VMMs
-    /// wait for it: QEMU for 5 seconds.
+    /// From the moment when the leaving bus stops until it knows that the other has taken over.
+    /// VMMs wait for it: QEMU for 5 seconds.
     pub pause: Duration,
 }
 
@@ -67,7 +67,8 @@ pub trait Leaves {
     /// Something cannot stop, or cannot be saved. [`go_on`](Self::go_on) follows.
     fn stop(&mut self, by: Instant) -> Result<Parcel>;
 
-    /// Goes on as if nobody had asked. Called after each [`stop`](Self::stop) that leads to nothing.
+    /// Goes on as if nobody had asked. Called after each [`stop`](Self::stop) that leads to
+    /// nothing.
     fn go_on(&mut self);
 }
 

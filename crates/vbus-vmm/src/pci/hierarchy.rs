@@ -50,7 +50,8 @@ impl Hierarchy {
         lock(&self.host_bridge).bytes().to_vec()
     }
 
-    /// Gives the host bridge a saved configuration space. Returns false if it is that of another bridge.
+    /// Gives the host bridge a saved configuration space. Returns false if it is that of another
+    /// bridge.
     pub(super) fn restore_host_bridge(&self, bytes: &[u8]) -> bool {
         lock(&self.host_bridge).restore(bytes)
     }

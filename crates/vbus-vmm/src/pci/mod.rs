@@ -345,8 +345,8 @@ impl PciRoot {
         slots.iter().zip(&saved.slots).try_for_each(|(slot, saved)| slot.restore(saved))
     }
 
-    /// Lets the devices run, and sends the interrupts that were pending when PCI was saved. The interrupt controllers and
-    /// the virtual CPUs must have their states.
+    /// Lets the devices run, and sends the interrupts that were pending when PCI was saved. The
+    /// interrupt controllers and the virtual CPUs must have their states.
     ///
     /// # Errors
     /// The state is that of another machine. The text says what differs.

@@ -59,8 +59,8 @@ pub(crate) type Progress<'a> = &'a dyn Fn(Option<&str>) -> Result<()>;
 
 /// Saves the machine to `to` as `plan` says. After an error it runs on as before.
 ///
-/// If the machine runs at the receiver now, this process ends once the second value of the result is
-/// dropped.
+/// If the machine runs at the receiver now, this process ends once the second value of the result
+/// is dropped.
 ///
 /// # Errors
 /// The receiver refuses or has gone, the machine ends or resets meanwhile, or `progress` fails.

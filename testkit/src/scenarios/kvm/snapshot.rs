@@ -87,8 +87,8 @@ fn relocate<'a>(l1: &'a L1<'a>, l2: L2<'a>, to: &L2Spec) -> Result<(L2<'a>, Valu
     Ok((there.join()?, serde_json::from_str(&told)?))
 }
 
-/// A Linux guest with two CPUs is saved and goes on; is killed and restored; and is moved to another
-/// process and back. It counts on, no clock of it runs backwards, and its memory is whole.
+/// A Linux guest with two CPUs is saved and goes on; is killed and restored; and is moved to
+/// another process and back. It counts on, no clock of it runs backwards, and its memory is whole.
 pub fn snapshot(l1: &L1, figures: &mut Figures) -> Result<()> {
     let spec = L2Spec { cpus: 2, memory_mib: 256, ..L2Spec::new("linux") };
     let there = L2Spec { name: "there", ..spec.clone() };
