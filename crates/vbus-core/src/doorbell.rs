@@ -72,6 +72,29 @@ impl Doorbells {
         Ok(fd)
     }
 
+    /// Lets `fd`, an eventfd of the peer, ring doorbell `number` from now on, and no other one.
+    /// `None`: no eventfd rings it.
+    ///
+    /// # Errors
+    /// The system cannot watch it. No eventfd rings the doorbell then.
+    pub fn set_eventfd(&self, number: u32, fd: Option<Arc<OwnedFd>>) -> rustix::io::Result<()> {
+        let slot = self.slots.get(number as usize).ok_or(Errno::NOENT)?;
+        let mut target = lock(slot);
+        let former = target.eventfd.take();
+        if let Some(task) = &target.task {
+            if let Some(former) = &former {
+                task.unwatch(former);
+            }
+            if let Some(fd) = &fd {
+                task.watch(fd, Interest::Read)?;
+            }
+            // The former one may have rung unseen, or the new one before it was watched.
+            task.wake();
+        }
+        target.eventfd = fd;
+        Ok(())
+    }
+
     /// The peer has gone: its eventfds ring no doorbell any more. The next peer gets new ones,
     /// which the former peer cannot reach.
     pub fn forget_eventfds(&self) {

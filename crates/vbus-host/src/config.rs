@@ -120,6 +120,16 @@ impl DeviceSpec {
                 ));
             }
         };
+        let of_function = [("msix", options.msix), ("express", options.express)];
+        let first = of_function.into_iter().chain([("pic", pic.is_some())]).find(|(_, set)| *set);
+        if let Some((key, _)) =
+            first.filter(|_| settings.get("transport") == Some(&"vhost-user".into()))
+        {
+            return Err(format!(
+                "{key:?} is for the PCI function that the bus serves; with transport = \
+                 \"vhost-user\" the VMM has the function, so leave it out"
+            ));
+        }
         let socket = match settings.remove("socket") {
             None => SocketSpec::default(),
             Some(value) => SocketSpec::parse(&value).map_err(|error| error.to_string())?,
@@ -625,6 +635,10 @@ mod tests {
             ("[device]\nname = \"x\"\n", "bus.toml:1:2: a device begins with [[device]]"),
             ("[[device]]\nname = \"x\"\n", "bus.toml:1:1: this device has no \"class\""),
             ("[[device]]\nname = 1\n", "bus.toml:2:8: must be a string"),
+            (
+                "[[device]]\nname=\"x\"\nclass=\"c\"\ntransport=\"vhost-user\"\nmsix=true\n",
+                "bus.toml:5:1: \"msix\" is for the PCI function that the bus serves; with",
+            ),
             (
                 "[[device]]\nname=\"x\"\nclass=\"c\"\nmsix=1\n",
                 "bus.toml:4:1: \"msix\" must be true or false",

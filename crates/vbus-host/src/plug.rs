@@ -55,6 +55,43 @@ pub fn device(name: &str, socket: &Path, port: &str) -> Value {
     })
 }
 
+/// Whether `device`, as the bus describes it, is one that QEMU has as the front end of vhost-user.
+pub fn is_vhost_user(device: &Value) -> bool {
+    device["protocol"] == "vhost-user"
+}
+
+/// The options of QEMU for a device that it has as the front end of vhost-user: a socket, which
+/// QEMU connects again after the bus was gone; the network; and the network card in root port
+/// `port`.
+pub fn vhost_user_options(device: &Value, port: &str) -> [[String; 2]; 3] {
+    let text = |key: &str| device[key].as_str().unwrap_or_default();
+    let (id, card) = (device_id(text("name")), &device["device"]);
+    let pairs = card["queue-pairs"].as_u64().unwrap_or(1);
+    // QEMU ends a value at a comma, unless there are two.
+    let socket = text("socket").replace(',', ",,");
+    let mut function = format!(
+        "virtio-net-pci,id={id},bus={port},netdev={id}-net,mac={},rx_queue_size={QUEUE_SIZE},\
+         tx_queue_size={QUEUE_SIZE}",
+        card["mac"].as_str().unwrap_or_default(),
+    );
+    if pairs > 1 {
+        function += &format!(",mq=on,vectors={}", 2 * pairs + 2);
+    }
+    [
+        [
+            "-chardev".into(),
+            format!("socket,id={id}-socket,path={socket},reconnect-ms={RECONNECT_MS}"),
+        ],
+        ["-netdev".into(), format!("vhost-user,id={id}-net,chardev={id}-socket,queues={pairs}")],
+        ["-device".into(), function],
+    ]
+}
+
+/// Descriptors of each queue: the most that QEMU has.
+const QUEUE_SIZE: u16 = 1024;
+/// The pause before QEMU connects again.
+const RECONNECT_MS: u16 = 500;
+
 /// A free place in a running QEMU.
 pub struct Slot {
     qmp: Qmp,
@@ -180,4 +217,28 @@ fn names(list: &Value) -> impl Iterator<Item = (&str, &str)> {
         .into_iter()
         .flatten()
         .filter_map(|item| Some((item.get("name")?.as_str()?, item.get("type")?.as_str()?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_front_end_of_vhost_user_has_three_options() {
+        let mut device = json!({
+            "name": "n", "socket": "/a,b.sock", "protocol": "vhost-user",
+            "device": { "mac": "02:00:00:00:00:01", "queue-pairs": 1 },
+        });
+        assert!(is_vhost_user(&device) && !is_vhost_user(&json!({ "protocol": "vfio-user" })));
+        let [socket, net, function] = vhost_user_options(&device, "p0");
+        let expected = "socket,id=vbus-n-socket,path=/a,,b.sock,reconnect-ms=500";
+        assert_eq!(socket, ["-chardev", expected]);
+        let expected = "vhost-user,id=vbus-n-net,chardev=vbus-n-socket,queues=1";
+        assert_eq!(net, ["-netdev", expected]);
+        let expected = "virtio-net-pci,id=vbus-n,bus=p0,netdev=vbus-n-net,mac=02:";
+        assert!(function[1].starts_with(expected) && !function[1].contains("mq="));
+        device["device"]["queue-pairs"] = json!(4);
+        let [_, net, function] = vhost_user_options(&device, "p0");
+        assert!(net[1].ends_with("queues=4") && function[1].ends_with(",mq=on,vectors=10"));
+    }
 }

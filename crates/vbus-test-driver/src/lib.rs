@@ -107,19 +107,28 @@ pub struct Memory {
 impl Memory {
     /// Fresh memory at address 0, mapped for the device behind `endpoint`.
     pub fn new(endpoint: &Endpoint, len: u64) -> Memory {
-        let fd = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-        ftruncate(&fd, len).unwrap();
-        let context = MemoryContext::new();
-        context.map(0, len, Some((fd.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
-        let memory = Memory { context, fd, next: 4096, len };
+        let memory = Memory::alone(len);
         memory.share(endpoint);
         memory
     }
 
+    /// Fresh memory at address 0 that no device has yet.
+    pub fn alone(len: u64) -> Memory {
+        let fd = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&fd, len).unwrap();
+        let context = MemoryContext::new();
+        context.map(0, len, Some((fd.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
+        Memory { context, fd, next: 4096, len }
+    }
+
     /// Maps the same memory for the device behind another endpoint.
     pub fn share(&self, endpoint: &Endpoint) {
-        let file = self.fd.try_clone().unwrap();
-        endpoint.map(0, self.len, Some((file, 0)), Access::BOTH).unwrap();
+        endpoint.map(0, self.len, Some((self.file(), 0)), Access::BOTH).unwrap();
+    }
+
+    /// The memory's file.
+    pub fn file(&self) -> OwnedFd {
+        self.fd.try_clone().unwrap()
     }
 
     /// Memory for something of `len` bytes; address 0 is never given out.

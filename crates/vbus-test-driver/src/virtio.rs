@@ -164,17 +164,15 @@ impl Driver {
 
     /// Enables queue `index` with `size` descriptors.
     pub fn queue(&mut self, index: u16, size: u16) -> Queue {
-        let desc = self.memory.alloc(16 * usize::from(size));
-        let driver = self.memory.alloc(6 + 2 * usize::from(size));
-        let device = self.memory.alloc(6 + 8 * usize::from(size));
+        let mut queue = Queue::new(&mut self.memory, size);
         self.set(field::SELECT, index.into());
         self.set(field::SIZE, size.into());
-        self.set(field::DESC, desc);
-        self.set(field::DRIVER, driver);
-        self.set(field::DEVICE, device);
+        self.set(field::DESC, queue.desc);
+        self.set(field::DRIVER, queue.driver);
+        self.set(field::DEVICE, queue.device);
         self.set(field::ENABLE, 1);
-        let notify = self.parts.notify + self.get(field::NOTIFY_OFF) * self.parts.stride;
-        Queue { size, desc, driver, device, notify, next: 0, seen: 0 }
+        queue.notify = self.parts.notify + self.get(field::NOTIFY_OFF) * self.parts.stride;
+        queue
     }
 
     /// Tells the device that `queue` has buffers.
@@ -192,7 +190,7 @@ impl Driver {
 }
 
 /// The driver's end of an interrupt.
-pub struct Signal(OwnedFd);
+pub struct Signal(pub OwnedFd);
 
 impl Signal {
     /// Waits for the interrupt.
@@ -228,6 +226,14 @@ pub struct Queue {
 const CHAIN: u16 = 4;
 
 impl Queue {
+    /// A queue of `size` descriptors that no device has yet.
+    pub fn new(memory: &mut Memory, size: u16) -> Queue {
+        let desc = memory.alloc(16 * usize::from(size));
+        let driver = memory.alloc(6 + 2 * usize::from(size));
+        let device = memory.alloc(6 + 8 * usize::from(size));
+        Queue { size, desc, driver, device, notify: 0, next: 0, seen: 0 }
+    }
+
     /// Makes a chain of these buffers available: address, bytes, and whether the device may write.
     pub fn add(&mut self, memory: &Memory, parts: &[(u64, u32, bool)]) {
         let chains = self.size / CHAIN;

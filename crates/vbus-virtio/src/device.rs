@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vbus_core::{ConnectionCounters, Doorbell, ErrorCode, Executor, MemoryContext};
 
-use crate::queue::{Chain, Queue, State};
+use crate::queue::{Chain, Position, Queue, State};
 
 /// Feature bits that belong neither to a device nor to its queues (VIRTIO 1.3, section 6).
 pub mod feature {
@@ -110,9 +110,22 @@ pub trait Session: Send {
     /// The device cannot serve it. The device then needs a reset.
     fn enable(&mut self, index: u16, enabled: Enabled) -> Result<(), ErrorCode>;
 
-    /// The driver resets queue `index`. When this returns, nothing touches the queue or its buffers
-    /// any more.
-    fn disable(&mut self, index: u16);
+    /// The driver resets or stops queue `index`. When this returns, nothing touches the queue or
+    /// its buffers any more. The device returns what it has finished, and forgets the buffers that
+    /// it has only taken. Returns where somebody can go on with the queue; `None`: the device had
+    /// no such queue, or cannot say.
+    fn disable(&mut self, index: u16) -> Option<Position>;
+
+    /// The driver uses the queues whose flag in `enabled` is set, by index. A transport calls this
+    /// if drivers do not tell the device so themselves, with a command. The provided method does
+    /// nothing.
+    ///
+    /// # Errors
+    /// The device cannot work with these. It then needs a reset.
+    fn set_in_use(&mut self, enabled: &[bool]) -> Result<(), ErrorCode> {
+        let _ = enabled;
+        Ok(())
+    }
 
     /// What [`Call::eventfd`] returns may have changed. When this returns, nothing writes a former
     /// eventfd any more.

@@ -3,6 +3,7 @@
 //!
 //! - [`device`] says what a virtio device is, and what a transport is. Neither knows the other.
 //! - [`pci`] is the transport that makes a device a PCI function.
+//! - [`vhost_user`] is the transport for a front end that emulates the PCI function itself.
 //! - [`net`] is a device: the class `virtio-net`, a network card in front of the back ends of
 //!   [`vbus_net`].
 //! - [`queue`] is the device end of virtqueues, split and packed. It knows nothing of a device or
@@ -32,6 +33,7 @@ pub mod device;
 pub mod net;
 pub mod pci;
 pub mod queue;
+pub mod vhost_user;
 
 /// The examples of the README compile.
 #[cfg(doctest)]

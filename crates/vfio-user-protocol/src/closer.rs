@@ -90,7 +90,7 @@ impl Closer {
 
     /// As [`close`](Self::close), if nobody else has the descriptor. If two threads have it, and
     /// both call this, it is closed.
-    pub(crate) fn close_last(&self, fd: Arc<OwnedFd>) {
+    pub fn close_last(&self, fd: Arc<OwnedFd>) {
         if let Some(fd) = Arc::into_inner(fd) {
             self.close(fd);
         }
@@ -122,12 +122,14 @@ impl Closer {
     }
 
     /// Whether so many descriptors wait that their owner must not get more.
-    pub(crate) fn is_full(&self) -> bool {
+    #[must_use]
+    pub fn is_full(&self) -> bool {
         self.look() >= FULL
     }
 
     /// Whether a descriptor is not closed yet.
-    pub(crate) fn is_at_work(&self) -> bool {
+    #[must_use]
+    pub fn is_at_work(&self) -> bool {
         self.look() > 0
     }
 
@@ -218,12 +220,13 @@ impl PeerFds {
     }
 
     /// Where new ones are appended.
-    pub(crate) fn list(&mut self) -> &mut Vec<OwnedFd> {
+    pub fn list(&mut self) -> &mut Vec<OwnedFd> {
         &mut self.fds
     }
 
     /// All of them, and none remain here.
-    pub(crate) fn take(&mut self) -> PeerFds {
+    #[must_use]
+    pub fn take(&mut self) -> PeerFds {
         PeerFds { fds: std::mem::take(&mut self.fds), closer: self.closer.clone() }
     }
 }
@@ -251,7 +254,7 @@ mod tests {
         closer.lock().fds.extend((0..FULL).map(|_| (fd.try_clone().unwrap().into(), false)));
         drop(fd);
         assert!(!closer.lock().running);
-        closer.is_full();
+        let _ = closer.is_full();
         assert_eq!(end.read(&mut [0]).unwrap(), 0, "all are closed");
     }
 

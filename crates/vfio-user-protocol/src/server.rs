@@ -107,6 +107,13 @@ pub struct Peer {
 }
 
 impl Peer {
+    /// The peer at the other end of `socket`, as long as somebody has the socket. `closer` closes
+    /// it, if this has it last.
+    #[must_use]
+    pub fn new(socket: &Arc<OwnedFd>, closer: &Closer) -> Peer {
+        Peer { socket: Arc::downgrade(socket), closer: closer.clone() }
+    }
+
     /// Whether the client has closed its end of the connection, or the connection has ended. The
     /// default value has no client.
     #[must_use]
@@ -287,10 +294,8 @@ impl<T: Target> Server<T> {
     /// The client, for threads that do not have the server.
     #[must_use]
     pub fn peer(&self) -> Peer {
-        self.client.as_ref().map_or_else(Peer::default, |client| Peer {
-            socket: Arc::downgrade(&client.socket),
-            closer: client.closer.clone(),
-        })
+        let of = |client: &Connection| Peer::new(&client.socket, &client.closer);
+        self.client.as_ref().map_or_else(Peer::default, of)
     }
 
     /// The time at which the program must call [`Server::ready`] even if the descriptor is not

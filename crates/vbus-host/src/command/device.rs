@@ -389,6 +389,10 @@ fn add(args: &Add) -> Result<()> {
              --qmp and --vmm",
             args.class
         )),
+        Free::Qemu(_) | Free::Vmm(_) if plug::is_vhost_user(&device) => Err(anyhow!(
+            "a running machine cannot get a device with transport = \"vhost-user\": leave out \
+             --qmp and --vmm, and start QEMU with what `vbus qemu-args` prints"
+        )),
         _ => free.plug(&args.name, &socket),
     };
     if let Err(error) = plugged {

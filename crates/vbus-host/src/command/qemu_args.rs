@@ -91,8 +91,13 @@ pub fn run(args: &Args) -> Result<()> {
         options.push(["-device".into(), plug::root_port(port)]);
     }
     for (port, device) in chosen.iter().enumerate() {
+        let port = plug::root_port_id(port);
+        if plug::is_vhost_user(device) {
+            options.extend(plug::vhost_user_options(device, &port));
+            continue;
+        }
         let socket = text(device, "socket");
-        let device = plug::device(text(device, "name"), socket.as_ref(), &plug::root_port_id(port));
+        let device = plug::device(text(device, "name"), socket.as_ref(), &port);
         options.push(["-device".into(), device.to_string()]);
     }
     if args.json {

@@ -16,8 +16,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
 use vbus_core::{Bus, DeviceClass, Endpoint, Executor, lock};
+use vbus_pci::Options;
 use vbus_sched::SchedClass;
-use vbus_vfio_user::DeviceServer;
+use vbus_vfio_user::{DeviceServer, SavedServer};
+use vbus_virtio::vhost_user::{self, Stats, VhostUserServer};
 
 use super::inherited::{Inherited, Lease};
 use crate::access::Access;
@@ -70,8 +72,87 @@ pub struct FormerSocket {
 
 /// A device's server and its socket.
 struct Served {
-    server: DeviceServer,
+    server: Server,
     _held: Held,
+}
+
+/// The server of a device's socket, by the protocol that it speaks there.
+enum Server {
+    VfioUser(DeviceServer),
+    VhostUser(VhostUserServer),
+}
+
+impl Server {
+    fn start(
+        endpoint: &Arc<Endpoint>,
+        listener: OwnedFd,
+        path: &Path,
+        options: Options,
+    ) -> io::Result<Server> {
+        if vhost_user::has_front(endpoint) {
+            return VhostUserServer::with_listener(endpoint, listener, path).map(Server::VhostUser);
+        }
+        let server = DeviceServer::with_listener(endpoint.clone(), listener, path, options);
+        server.map(Server::VfioUser)
+    }
+
+    /// The name of the protocol.
+    fn protocol(&self) -> &'static str {
+        match self {
+            Server::VfioUser(_) => "vfio-user",
+            Server::VhostUser(_) => "vhost-user",
+        }
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Server::VfioUser(server) => server.path(),
+            Server::VhostUser(server) => server.path(),
+        }
+    }
+
+    fn is_connected(&self) -> bool {
+        match self {
+            Server::VfioUser(server) => server.is_connected(),
+            Server::VhostUser(server) => server.is_connected(),
+        }
+    }
+
+    fn stats(&self) -> Stats {
+        match self {
+            Server::VfioUser(server) => server.stats(),
+            Server::VhostUser(server) => server.stats(),
+        }
+    }
+
+    /// As [`DeviceServer::hold`].
+    ///
+    /// # Errors
+    /// The same; or no other process can take the server over.
+    fn hold(&self, by: Instant) -> Result<()> {
+        match self {
+            Server::VfioUser(server) => Ok(server.hold(by)?),
+            Server::VhostUser(_) => bail!(vhost_user::NOT_SAVED),
+        }
+    }
+
+    /// As [`DeviceServer::release`].
+    fn release(&self) {
+        if let Server::VfioUser(server) = self {
+            server.release();
+        }
+    }
+
+    /// As [`DeviceServer::save`].
+    ///
+    /// # Errors
+    /// As [`hold`](Self::hold).
+    fn save(&self) -> Result<SavedServer> {
+        match self {
+            Server::VfioUser(server) => server.save().map_err(anyhow::Error::msg),
+            Server::VhostUser(_) => bail!(vhost_user::NOT_SAVED),
+        }
+    }
 }
 
 /// What keeps a socket of the bus its own. Dropping it gives the socket up.
@@ -215,8 +296,7 @@ impl Host {
         }
         let listening = self.listen(&path, BACKLOG, &spec.socket.access);
         let server = listening.and_then(|(listener, held)| {
-            let server =
-                DeviceServer::with_listener(endpoint.clone(), listener, &path, spec.options)?;
+            let server = Server::start(&endpoint, listener, &path, spec.options)?;
             Ok(Served { server, _held: held })
         });
         match server {
@@ -346,6 +426,7 @@ impl Host {
         {
             let stats = server.stats();
             map.insert("socket".into(), json!(server.path()));
+            map.insert("protocol".into(), json!(server.protocol()));
             map.insert("connected".into(), json!(server.is_connected()));
             map.insert(
                 "connector".into(),

@@ -20,6 +20,19 @@ use crate::device::{Kind, Transport, feature as common};
 /// The most descriptors of a queue.
 const QUEUE_SIZE: u16 = 1024;
 
+/// What a card does not offer that is not [`whole`](Offer::whole).
+const OF_WHOLE: u64 = feature::CTRL_VQ
+    | feature::CTRL_RX
+    | feature::CTRL_RX_EXTRA
+    | feature::CTRL_VLAN
+    | feature::CTRL_MAC_ADDR
+    | feature::CTRL_GUEST_OFFLOADS
+    | feature::NOTF_COAL
+    | feature::VQ_NOTF_COAL
+    | feature::HASH_REPORT
+    | feature::RSS
+    | common::ACCESS_PLATFORM;
+
 /// What a card offers of the things that not every driver is the faster with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offer {
@@ -27,6 +40,9 @@ pub struct Offer {
     pub packed: bool,
     /// Receive-side scaling, and the report of hashes.
     pub rss: bool,
+    /// The control queue, and memory behind an IOMMU. A front end of vhost-user has a control queue
+    /// of its own, and gives no access to its IOMMU.
+    pub whole: bool,
 }
 
 /// A network card, in front of its back end.
@@ -143,6 +159,7 @@ impl VirtioNic {
             features |= feature::HASH_REPORT | if several { feature::RSS } else { 0 };
         }
         features |= if config.speed > 0 { feature::SPEED_DUPLEX } else { 0 };
+        features &= if self.options.whole { !0 } else { !OF_WHOLE };
         self.vhost.offer(features)
     }
 }
@@ -153,7 +170,7 @@ impl VirtioNic {
         Kind {
             id: abi::DEVICE,
             pci_class: 0x02_00_00,
-            queues: self.nic.config.queue_pairs * 2 + 1,
+            queues: self.nic.config.queue_pairs * 2 + u16::from(self.options.whole),
             queue_size: QUEUE_SIZE,
             features: self.features(),
         }

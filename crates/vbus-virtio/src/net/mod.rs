@@ -21,6 +21,7 @@ mod session;
 mod vhost;
 mod work;
 
+use std::any::Any;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -37,6 +38,7 @@ use vbus_pci::OwnFunction;
 
 use crate::device::VirtioDevice;
 use crate::pci;
+use crate::vhost_user::{self, Front};
 use card::{News, Offer, VirtioNic};
 use vhost::Vhost;
 
@@ -59,19 +61,43 @@ impl VirtioNetClass {
 enum Reached {
     /// As a PCI function.
     Pci,
+    /// Through a front end of vhost-user.
+    VhostUser,
 }
 
-/// Checks the settings. Returns those of every Ethernet device, what else the card offers, and
-/// whether the kernel shall carry the frames.
-fn parse(value: &Value) -> Result<(Config, Offer, bool), CreateError> {
+/// The settings of a card.
+struct Parsed {
+    /// Those of every Ethernet device.
+    config: Config,
+    offer: Offer,
+    reached: Reached,
+    /// The kernel shall carry the frames.
+    vhost: bool,
+}
+
+/// Checks the settings.
+fn parse(value: &Value) -> Result<Parsed, CreateError> {
     let mut settings = Settings::new(value)?;
-    settings.choice("transport", &[("pci", Reached::Pci)])?;
+    let choices = [("pci", Reached::Pci), ("vhost-user", Reached::VhostUser)];
+    let reached = settings.choice("transport", &choices)?.unwrap_or(Reached::Pci);
     let packed = settings.flag("packed")?;
     let rss = settings.flag("rss")?.unwrap_or(false);
     let vhost = settings.flag("vhost")?.unwrap_or(false);
     let config = Config::take(&mut settings)?;
+    let error = |key, text: &str| Err(settings.error(key, text));
+    if reached == Reached::VhostUser {
+        if vhost {
+            let why = "is true, but the front end of vhost-user has the signals that the kernel \
+                       needs: leave it out";
+            return error("vhost", why);
+        }
+        if rss {
+            let why = "is true, but a front end of vhost-user has no queue for its commands: \
+                       leave it out";
+            return error("rss", why);
+        }
+    }
     if vhost {
-        let error = |key, text: &str| Err(settings.error(key, text));
         let backend = &config.backend;
         if !matches!(backend.medium, Medium::Tap(_)) {
             return error("vhost", "is true, which needs backend = \"tap\"");
@@ -91,7 +117,9 @@ fn parse(value: &Value) -> Result<(Config, Offer, bool), CreateError> {
         }
     }
     settings.finish()?;
-    Ok((config, Offer { packed: packed.unwrap_or(true), rss }, vhost))
+    let whole = reached == Reached::Pci;
+    let offer = Offer { packed: packed.unwrap_or(true), rss, whole };
+    Ok(Parsed { config, offer, reached, vhost })
 }
 
 impl DeviceClass for VirtioNetClass {
@@ -101,9 +129,9 @@ impl DeviceClass for VirtioNetClass {
 
     fn help(&self) -> &'static str {
         "Network card for the virtio driver that every system has. The settings of venet; packed \
-         (true), rss (false), transport = \"pci\", vhost (false: with a TAP back end the kernel \
-         carries the frames). Set msix = true for speed; without it the guest \
-         has INTx, and QEMU 11.1 can unplug the device."
+         (true), rss (false), transport (\"pci\"; \"vhost-user\" for a VMM that has the function \
+         itself), vhost (false: with a TAP back end the kernel carries the frames). Set msix = true \
+         for speed; without it the guest has INTx, and QEMU 11.1 can unplug the device."
     }
 
     fn check(&self, _name: &str, config: &Value) -> Result<(), CreateError> {
@@ -111,16 +139,21 @@ impl DeviceClass for VirtioNetClass {
     }
 
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
-        let (config, offer, vhost) = parse(config)?;
+        let Parsed { config, offer, reached, vhost } = parse(config)?;
         let pairs = config.queue_pairs;
         let nic = Nic::create(name, config, &self.switches, &self.opener)?;
         let vhost = Vhost::new(name, pairs, self.opener.clone(), vhost);
         let nic = Arc::new(VirtioNic::new(nic, offer, vhost));
-        let device: Arc<dyn VirtioDevice> = nic.clone();
-        let function = OwnFunction::new(move |endpoint, options| {
-            pci::function(device.clone(), endpoint, options)
-        });
-        Ok(Arc::new(OnBus { nic, function, news: Default::default() }))
+        let front: Box<dyn Any + Send + Sync> = match reached {
+            Reached::Pci => {
+                let device: Arc<dyn VirtioDevice> = nic.clone();
+                Box::new(OwnFunction::new(move |endpoint, options| {
+                    pci::function(device.clone(), endpoint, options)
+                }))
+            }
+            Reached::VhostUser => Box::new(Front::new(nic.clone())),
+        };
+        Ok(Arc::new(OnBus { nic, front, reached, news: Default::default() }))
     }
 
     fn has_vbus_drivers(&self) -> bool {
@@ -135,7 +168,9 @@ impl DeviceClass for VirtioNetClass {
 /// The card as a device of the bus.
 struct OnBus {
     nic: Arc<VirtioNic>,
-    function: OwnFunction,
+    /// How a connector serves the card.
+    front: Box<dyn Any + Send + Sync>,
+    reached: Reached,
     news: std::sync::Mutex<Option<TaskHandle>>,
 }
 
@@ -147,8 +182,8 @@ impl Device for OnBus {
             .with_vectors(kind.queues + 1)
     }
 
-    fn front(&self) -> Option<&(dyn std::any::Any + Send + Sync)> {
-        Some(&self.function)
+    fn front(&self) -> Option<&(dyn Any + Send + Sync)> {
+        Some(&*self.front)
     }
 
     fn joined(&self, joined: Joined<'_>) -> Result<(), CreateError> {
@@ -170,7 +205,7 @@ impl Device for OnBus {
     }
 
     fn reconfigure(&self, old: &Value, new: &Value) -> Result<(), String> {
-        let (config, _, vhost) = parse(new).map_err(|error| error.to_string())?;
+        let Parsed { config, vhost, .. } = parse(new).map_err(|error| error.to_string())?;
         let mut old = old.clone();
         let moves = settings::changed(&old, new).iter().any(|key| key == "vhost");
         if moves {
@@ -202,6 +237,10 @@ impl Device for OnBus {
     }
 
     fn save(&self) -> Result<Value, String> {
+        // The card without its session would be half of it.
+        if self.reached == Reached::VhostUser {
+            return Err(vhost_user::NOT_SAVED.into());
+        }
         state::part(&self.nic.save()?)
     }
 

@@ -98,13 +98,18 @@ impl Queues {
     /// # Errors
     /// The back end cannot begin.
     pub fn configure_all(&self) -> Result<(), ErrorCode> {
+        self.configure_since(self.work.receiver.choices())
+    }
+
+    /// As [`configure`](Self::configure). An error that comes later ends the session.
+    pub fn configure_since(&self, before: Choices) -> Result<(), ErrorCode> {
         let fail = self.work.driver.fail.clone();
         let done: Done = Box::new(move |done| {
             if let Err(code) = done {
                 fail(code);
             }
         });
-        self.configure(self.work.receiver.choices(), done)
+        self.configure(before, done)
     }
 
     /// What the parts of the session share.
@@ -193,23 +198,30 @@ impl Queues {
         }
     }
 
-    /// The driver resets queue `index`.
-    pub fn disable(&self, index: u16) {
+    /// The driver resets or stops queue `index`. Returns where somebody can go on with it; `None`:
+    /// it was not enabled, or nobody can say.
+    pub fn disable(&self, index: u16) -> Option<Position> {
         let mut state = lock(&self.state);
-        let taken = state.slots.get_mut(usize::from(index)).and_then(Option::take);
-        match taken.map(|slot| (slot.served, slot.doorbell)) {
-            Some((Served::InKernel, doorbell)) => {
+        let slot = state.slots.get_mut(usize::from(index)).and_then(Option::take);
+        let left = slot.and_then(|slot| match slot.served {
+            Served::InKernel => {
                 let kernel = state.kernel.as_mut();
-                let removed = kernel.map(|kernel| kernel.at_work.remove(index, &doorbell));
-                if let Some(Err(fault)) = removed {
-                    // The end of it all ends the queue too.
-                    self.leave_kernel(&mut state, fault.to_string());
+                match kernel.map(|kernel| kernel.at_work.remove(index, &slot.doorbell)) {
+                    Some(Ok(next)) => Some(split_position(next)),
+                    Some(Err(fault)) => {
+                        // The end of it all ends the queue too.
+                        self.leave_kernel(&mut state, fault.to_string());
+                        None
+                    }
+                    None => None,
                 }
             }
-            Some((Served::Here, _)) => self.end_here(index, None),
-            _ => {}
-        }
+            // A fault of the driver's ends with the queue.
+            Served::Here => self.end_here(index, &slot).map(|(position, _)| position),
+            Served::Nobody(next) => Some(split_position(next)),
+        });
         self.work.forget_coalesce(index);
+        left
     }
 
     /// The eventfds of the interrupts may have changed.
@@ -312,7 +324,12 @@ impl Queues {
                 continue;
             };
             slot.doorbell.unbind();
-            self.end_here(index, Some(slot));
+            match self.end_here(index, slot) {
+                // The kernel has split queues.
+                Some((position, None)) => slot.served = Served::Nobody(position.available),
+                Some((_, Some(code))) => self.fail_later(code),
+                None => self.fail_later(ErrorCode::FAILED),
+            }
         }
     }
 
@@ -329,9 +346,8 @@ impl Queues {
         for (index, slot) in (0..).zip(&mut state.slots) {
             let Some(slot) = slot else { continue };
             let Served::Nobody(next) = slot.served else { continue };
-            let position = Position::of_vring_base(Format::Split, next.into());
-            let resumed =
-                Queue::resume(slot.layout, self.ring_features(), &RingState::at(position));
+            let position = RingState::at(split_position(next));
+            let resumed = Queue::resume(slot.layout, self.ring_features(), &position);
             let served = resumed
                 .map_err(|_| ErrorCode::CORRUPT)
                 .and_then(|(queue, _)| self.serve_here(index, slot, queue, Vec::new()));
@@ -459,24 +475,23 @@ impl Queues {
         slot.doorbell.bind(task)
     }
 
-    /// Ends the service of queue `index` in this process. With a slot, somebody else goes on.
-    fn end_here(&self, index: u16, slot: Option<&mut Slot>) {
+    /// Ends the service of queue `index` in this process. Returns where the next end goes on, and
+    /// what the driver did wrong.
+    fn end_here(&self, index: u16, slot: &Slot) -> Option<(Position, Option<ErrorCode>)> {
         let (pairs, pair) = (&self.work.pairs, usize::from(index / 2));
         let left = match index % 2 {
             0 => pairs.end_rx(pair, RxFrames::leave),
             _ => pairs.end_tx(pair, TxFrames::leave),
         };
-        let Some(slot) = slot else { return };
-        match left {
-            Some(Ok(next)) => {
-                slot.served = Served::Nobody(next);
-                // An interrupt may have been held back.
-                slot.call.notify(true);
-            }
-            Some(Err(code)) => self.fail_later(code),
-            None => self.fail_later(ErrorCode::FAILED),
-        }
+        // An interrupt may have been held back.
+        slot.call.notify(true);
+        left
     }
+}
+
+/// Where an end of a split queue goes on that takes the buffer with index `next` first.
+fn split_position(next: u16) -> Position {
+    Position::of_vring_base(Format::Split, next.into())
 }
 
 impl Follower for Queues {

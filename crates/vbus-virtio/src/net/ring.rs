@@ -12,7 +12,7 @@ use vbus_core::{ErrorCode, state};
 use vbus_net::front::{Ring, RxRing, TxRing};
 
 use crate::device::{Call, Enabled};
-use crate::queue::{Chain, Part, Queue, Unsettled, Violation};
+use crate::queue::{Chain, Part, Position, Queue, Unsettled, Violation};
 
 /// How many chains a ring takes at a time, for one look at where the queue is.
 const BATCH: usize = 32;
@@ -130,13 +130,14 @@ impl<S> Frames<S> {
 }
 
 impl<S: Send> Frames<S> {
-    /// The device leaves the queue, and another end goes on. Returns the index of the next buffer
-    /// of a split queue: what was taken and not returned is available again, because the device
-    /// returns buffers in their order.
-    pub fn leave(&mut self) -> Result<u16, ErrorCode> {
-        // Whoever goes on interrupts the driver.
+    /// The device leaves the queue. Returns where another end goes on: what was taken and not
+    /// returned is available again, because the device returns buffers in their order. Whoever ends
+    /// the service interrupts the driver. With the position comes what the driver did wrong.
+    pub fn leave(&mut self) -> (Position, Option<ErrorCode>) {
         self.post();
-        self.queue.retired().map_or_else(|| Ok(self.queue.position().used), |v| Err(code(v)))
+        let Position { used, used_wrap, .. } = self.queue.position();
+        let position = Position { available: used, available_wrap: used_wrap, used, used_wrap };
+        (position, self.queue.retired().map(code))
     }
 }
 

@@ -22,7 +22,8 @@ use super::work::{CoalescingState, Work};
 use crate::device::{
     Driver, Enabled, Kind, SavedSession, Session, Transport, Unsaved, VirtioDevice,
 };
-use crate::queue::Chain;
+use crate::queue::{Chain, Position};
+use crate::vhost_user::NetworkCard;
 
 impl VirtioDevice for VirtioNic {
     fn kind(&self) -> Kind {
@@ -54,6 +55,12 @@ struct Saved {
     wanted: WantedState,
     coalescing: CoalescingState,
     pairs: PairsState,
+}
+
+impl NetworkCard for VirtioNic {
+    fn mtu(&self) -> u16 {
+        self.nic().config.mtu
+    }
 }
 
 /// A session. It has the rings of the queues that the driver has enabled.
@@ -194,12 +201,25 @@ impl Session for NicSession {
         self.queues.enable_again(index, enabled, taken)
     }
 
-    fn disable(&mut self, index: u16) {
+    fn disable(&mut self, index: u16) -> Option<Position> {
         if self.control_queue() == Some(index) {
             self.stop_control();
-            return;
+            return None;
         }
-        self.queues.disable(index);
+        self.queues.disable(index)
+    }
+
+    /// As many pairs are in use as have their receive queue enabled, from the first on. There is
+    /// always one.
+    fn set_in_use(&mut self, enabled: &[bool]) -> Result<(), ErrorCode> {
+        let pairs = enabled.chunks(2).take_while(|pair| pair[0]).count().max(1);
+        let pairs = u16::try_from(pairs).unwrap_or(u16::MAX);
+        let work = &self.work;
+        let before = work.receiver.choices();
+        if pairs == work.receiver.steering.queues() || !work.set_queues(pairs) {
+            return Ok(());
+        }
+        self.queues.configure_since(before)
     }
 
     fn calls_changed(&mut self) {
@@ -361,7 +381,7 @@ mod tests {
             let config = Config::take(&mut settings).unwrap();
             let nic = Nic::new("n", config, Arc::default(), Box::new(slow.clone()));
             let vhost = Vhost::new("n", 1, Arc::new(Direct), false);
-            let offer = Offer { packed: true, rss: false };
+            let offer = Offer { packed: true, rss: false, whole: true };
             let card = Arc::new(VirtioNic::new(nic, offer, vhost));
             let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
             let host = Host::new("n", executor, 1, 3);

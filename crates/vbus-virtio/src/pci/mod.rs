@@ -346,7 +346,7 @@ impl VirtioFunction {
                 self.set_vector(index, NO_VECTOR);
                 self.shared.host().doorbells().detach(usize::from(index));
                 if let Some(session) = &mut lock(&self.shared.running).session {
-                    session.disable(index);
+                    let _ = session.disable(index); // The driver begins anew.
                 }
             }
             Request::ConfigVector(vector) => {

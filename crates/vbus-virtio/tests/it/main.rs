@@ -9,6 +9,7 @@ mod nic;
 mod saved;
 mod state;
 mod transport;
+mod vhost_user;
 
 /// A driver in the process.
 use vbus_test_driver::virtio as driver;

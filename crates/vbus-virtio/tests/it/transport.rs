@@ -12,6 +12,7 @@ use vbus_pci::{IrqIndex, Options, region};
 use vbus_virtio::device::{
     Driver as OfDriver, Enabled, Kind, Session, Transport, VirtioDevice, feature,
 };
+use vbus_virtio::queue::Position;
 
 use crate::driver::{
     Driver, FEATURES_OK, FOUND, NEEDS_RESET, RING_RESET, VERSION_1, eventually, field,
@@ -111,9 +112,10 @@ impl Session for Noting {
         Ok(())
     }
 
-    fn disable(&mut self, index: u16) {
+    fn disable(&mut self, index: u16) -> Option<Position> {
         self.events.lock().unwrap().push(Event::Disable(index));
         self.tasks[usize::from(index)].take().unwrap().stop();
+        None
     }
 }
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus serve` as a process: its devices, its errors, hostile clients, and its end.
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Stdio;
 use std::time::Duration;
 
 use crate::support::{Served, TIMEOUT, TWO, exchange, has_ended, run, vbus, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 #[test]
 fn devices_come_and_go() {
@@ -85,6 +85,38 @@ fn qemu_args_has_the_options_that_qemu_needs() {
     bus.good(&["device", "remove", "net0"]);
     bus.good(&["device", "remove", "net1"]);
     assert!(bus.bad(&["qemu-args"]).contains("no device is on the bus"));
+}
+
+#[test]
+fn a_device_behind_vhost_user_is_for_the_network_of_qemu() {
+    let bus = Served::start(TWO);
+    let settings = ["--set", "transport=vhost-user", "--set", "queue-pairs=2"];
+    let add = ["device", "add", "vh0", "--class", "virtio-net", "--set", "backend=switch"];
+    bus.good(&[&add[..], &settings].concat());
+    let lines = bus.good(&["qemu-args", "vh0"]);
+    let socket = bus.dir.join("vh0.sock");
+    assert!(lines.contains(&format!("path={},reconnect-ms=", socket.display())), "{lines}");
+    assert!(lines.contains("-netdev vhost-user,id=vbus-vh0-net,"), "{lines}");
+    assert!(lines.contains("-device virtio-net-pci,id=vbus-vh0,bus=vbus-port0,"), "{lines}");
+    // It answers as a back end does: GET_FEATURES, with VERSION_1.
+    let mut front_end = UnixStream::connect(&socket).unwrap();
+    front_end.write_all(&[1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+    let mut reply = [0; 20];
+    front_end.read_exact(&mut reply).unwrap();
+    assert!(reply[..12] == [1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0] && reply[16] & 1 == 1, "{reply:?}");
+    wait_until("the front end", || bus.json(&["device", "show", "vh0"])["connected"] == true);
+    let device = bus.json(&["device", "show", "vh0"]);
+    assert_eq!(
+        (&device["protocol"], &device["connector"]["clients"]),
+        (&json!("vhost-user"), &json!(1))
+    );
+    assert!(bus.bad(&["device", "remove", "vh0"]).contains("in use"));
+    drop(front_end);
+    wait_until("its end", || bus.json(&["device", "show", "vh0"])["connected"] == false);
+    bus.good(&["device", "remove", "vh0"]);
+    assert!(!socket.exists());
+    let error = bus.bad(&[&add[..], &settings, &["--set", "msix=true"]].concat());
+    assert!(error.contains("the VMM has the function"), "{error}");
 }
 
 #[test]
@@ -226,7 +258,7 @@ fn sockets_of_the_service_manager_are_used_and_stay() {
     let (control, device) = (listen("control.sock"), listen("net1.sock"));
     let client = std::thread::spawn({
         // It waits for a bus that is not there yet.
-        let mut socket = std::os::unix::net::UnixStream::connect(dir.join("control.sock")).unwrap();
+        let mut socket = UnixStream::connect(dir.join("control.sock")).unwrap();
         move || exchange(&mut socket, b"{\"op\":\"list\"}\n")
     });
     // The shell gives the descriptors their numbers, and the bus its process id.
@@ -247,7 +279,7 @@ fn sockets_of_the_service_manager_are_used_and_stay() {
     let list: Value = serde_json::from_str(&client.join().unwrap()).unwrap();
     assert_eq!(list["ok"].as_array().unwrap().len(), 2);
     assert_eq!(run(&["device", "show", "net1"], &dir).code, Some(0));
-    let client = std::os::unix::net::UnixStream::connect(dir.join("net1.sock")).unwrap();
+    let client = UnixStream::connect(dir.join("net1.sock")).unwrap();
     drop(client);
     kill_process(Pid::from_child(&bus), Signal::TERM).unwrap();
     assert!(bus.wait().unwrap().success());
@@ -386,7 +418,7 @@ fn sixty_four_idle_devices_cost_no_processor_time() {
 fn a_connection_to_a_device_counts_as_use() {
     let bus = Served::start(TWO);
     // A message VERSION of vfio-user 0.0 without data makes a client.
-    let mut client = std::os::unix::net::UnixStream::connect(bus.dir.join("net0.sock")).unwrap();
+    let mut client = UnixStream::connect(bus.dir.join("net0.sock")).unwrap();
     client.set_read_timeout(Some(TIMEOUT)).unwrap();
     let mut version = vec![1, 0, 1, 0];
     version.extend(20u32.to_le_bytes());

@@ -299,6 +299,15 @@ fn a_new_process_that_cannot_says_why_and_the_old_one_goes_on() {
     let output = output.unwrap();
     assert!(!output.status.success(), "{output:?}");
     driver.goes_on("after a process without descriptors");
+    // A device whose session nobody can take over.
+    let settings = ["--class", "virtio-net", "--set", "transport=vhost-user"];
+    bus.good(&[&["device", "add", "vh0", "--set", "backend=null"][..], &settings].concat());
+    let output = taker(&bus).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success(), "{text}");
+    assert!(text.contains("\"vh0\"") && text.contains("over vhost-user"), "{text}");
+    bus.good(&["device", "remove", "vh0"]);
+    driver.goes_on("after a device that has no saved state");
     // A configuration that is wrong is found before the bus is asked for anything.
     std::fs::write(bus.log.with_file_name("bad.toml"), "[[device]]\nname = 7\n").unwrap();
     let mut command = vbus();

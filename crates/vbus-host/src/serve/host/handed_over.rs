@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use vbus_core::{Endpoint, lock};
 use vbus_vfio_user::{DeviceServer, SavedServer};
 
-use super::{Held, Host, Member, Served};
+use super::{Held, Host, Member, Served, Server};
 use crate::config::DeviceSpec;
 use crate::take_over::{DeviceContent, DeviceParcel, StatePart};
 
@@ -85,7 +85,7 @@ impl Host {
         let member = members.get(name).ok_or_else(|| anyhow!("device {name:?} has gone"))?;
         Ok(match &member.served {
             Some(served) => {
-                let saved = served.server.save().map_err(anyhow::Error::msg)?;
+                let saved = served.server.save()?;
                 let SavedServer { data, descriptors } = saved;
                 (opened, descriptors, StatePart::Served(Box::new(data)))
             }
@@ -133,7 +133,7 @@ impl Host {
                     Some((_, lease)) => Held::Inherited(lease),
                     None => self.former_file(&path),
                 };
-                Some(Served { server, _held })
+                Some(Served { server: Server::VfioUser(server), _held })
             }
         };
         self.lock().insert(name, Member { spec, served });
