@@ -71,6 +71,11 @@ pub const SCENARIOS: &[Scenario] = &[
         vm::virtio::net,
     ),
     in_guests(
+        "vm::vhost_user",
+        "the same driver behind QEMU's vhost-user: split and packed, two pairs; the bus dies",
+        vm::vhost_user::net,
+    ),
+    in_guests(
         "vm::idle_64",
         "64 idle devices: memory, threads, processor time",
         vm::idle::many_devices,

@@ -15,4 +15,5 @@ pub(super) mod state;
 pub(super) mod template;
 pub(super) mod traffic;
 pub(super) mod vfio_user;
+pub(super) mod vhost_user;
 pub(super) mod virtio;

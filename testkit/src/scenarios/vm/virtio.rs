@@ -192,7 +192,7 @@ fn exchange(a: &Guest, b: &Guest) -> Result<()> {
 }
 
 /// The name of the interface of card `at`.
-fn interface(guest: &Guest, at: usize) -> Result<String> {
+pub fn interface(guest: &Guest, at: usize) -> Result<String> {
     let names = guest.ok(&format!("ls /sys/bus/virtio/devices/virtio{at}/net"))?;
     names.split_whitespace().next().map(str::to_owned).context("the card has no interface")
 }
