@@ -391,6 +391,7 @@ impl Machine {
             "the machine cannot boot again: it was restored without a kernel (see --kernel)",
         )?;
         let start = image.load(&components.ram, count)?;
+        components.ram.note_load();
         components.cpus.reset(&start)?;
         components.cpus.run();
         Ok(())

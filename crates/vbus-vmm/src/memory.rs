@@ -68,8 +68,8 @@ pub struct Ram {
     bytes: u64,
     map: GuestMemoryMmap,
     firmware: GuestMemoryMmap,
-    /// How often [`clear`](Self::clear) was called.
-    clears: AtomicU64,
+    /// See [`loads`](Self::loads).
+    loads: AtomicU64,
 }
 
 impl Ram {
@@ -106,8 +106,8 @@ impl Ram {
             GuestMemoryMmap::from_ranges(&[page]).context("cannot map the guest's firmware")?;
         let backing = Backing::zeros(PAGE)?;
         let _guards = map.iter().map(|region| guard(region, &backing)).collect::<Result<_>>()?;
-        let clears = AtomicU64::new(0);
-        let ram = Ram { _guards, backing, file, bytes, map, firmware, clears };
+        let loads = AtomicU64::new(0);
+        let ram = Ram { _guards, backing, file, bytes, map, firmware, loads };
         ram.write_firmware()?;
         Ok(ram)
     }
@@ -223,9 +223,16 @@ impl Ram {
         (0..).zip(self.parts()).map(log).collect()
     }
 
-    /// How often the memory was cleared. After that, what was read before is worth nothing.
-    pub(crate) fn clears(&self) -> u64 {
-        self.clears.load(Ordering::Acquire)
+    /// How often the memory was loaded anew. After that, what was read before is worth nothing.
+    pub(crate) fn loads(&self) -> u64 {
+        self.loads.load(Ordering::Acquire)
+    }
+
+    /// Notes that the memory was cleared and has been loaded anew. KVM logs neither, so whoever
+    /// copies the memory has to look at all of it once more, and not before this.
+    pub(crate) fn note_load(&self) {
+        // Pairs with the load in `loads`.
+        self.loads.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Address and size of all ranges that may hold anything else than zeros, in whole pages. The
@@ -310,8 +317,6 @@ impl Ram {
     /// # Errors
     /// The kernel refuses to clear the memory.
     pub fn clear(&self) -> Result<()> {
-        // Pairs with the load in `clears`.
-        self.clears.fetch_add(1, Ordering::AcqRel);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.file, flags, 0, self.bytes).context("cannot clear the guest's memory")?;
         self.write_firmware()

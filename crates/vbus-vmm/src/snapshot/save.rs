@@ -128,7 +128,7 @@ impl<W: Write> Save<'_, W> {
         let (ram, progress) = (&self.components.ram, self.progress);
         expect(answers, &Answer::Ready, PATIENCE, &|| progress(None))?;
         let log = Log::new(self.components)?;
-        let mut known = Known { clears: ram.clears(), zeros: true };
+        let mut known = Known { loads: ram.loads(), zeros: true };
         let mut pages = Pages::new(&ram.parts());
         for (address, bytes) in ram.data()? {
             pages.add(address, bytes);
@@ -174,15 +174,15 @@ impl<W: Write> Save<'_, W> {
     /// that it has, and the receiver's are made zero first.
     fn changed(&mut self, log: &Log<'_>, known: &mut Known) -> Result<Pages> {
         let ram = &self.components.ram;
-        let clears = ram.clears();
+        let loads = ram.loads();
         let mut pages = Pages::new(&ram.parts());
         pages.add_log(&log.take()?);
         let parts = ram.ranges();
         let devices = self.components.pci.take_log(&parts, &mut |at, len| pages.add(at, len));
         devices.map_err(|text| anyhow!(text))?;
         known.zeros = false;
-        if clears != known.clears {
-            known.clears = clears;
+        if loads != known.loads {
+            known.loads = loads;
             for (address, bytes) in ram.parts() {
                 self.zeros(address, bytes)?;
             }
@@ -263,8 +263,8 @@ impl<W: Write> Save<'_, W> {
 
 /// What the receiver has.
 struct Known {
-    /// It knows of so many clears of the memory.
-    clears: u64,
+    /// It knows of so many loads of the memory.
+    loads: u64,
     /// Nothing was sent yet, so that its memory is zero.
     zeros: bool,
 }
