@@ -47,7 +47,8 @@ impl Migration {
             }
             Ok(())
         })?;
-        if page != 0 && !page.is_power_of_two() {
+        // Smaller pages than were asked for would make the log larger.
+        if page != 0 && !(page.is_power_of_two() && page >= PAGE) {
             return Err(format!("its server logs pages of {page} bytes"));
         }
         self.page.store(page, Ordering::Relaxed);
@@ -94,8 +95,9 @@ impl Migration {
             };
             for (number, word) in (0..).zip(words).filter(|(_, word)| *word != 0) {
                 for bit in (0..64).filter(|bit| word & 1 << bit != 0) {
-                    let at = (number * 64 + bit) * page;
-                    if at < bytes {
+                    // Bits beyond the end stand for nothing.
+                    let at = u64::checked_mul(number * 64 + bit, page).filter(|at| *at < bytes);
+                    if let Some(at) = at {
                         written(base + at, page.min(bytes - at));
                     }
                 }
@@ -186,6 +188,8 @@ mod tests {
         /// It has a log, and room for it.
         logs: bool,
         room: bool,
+        /// The size of a page in its log, if it is not that of the client.
+        page: Option<u64>,
     }
 
     impl Target for Device {
@@ -244,7 +248,7 @@ mod tests {
         }
 
         fn dma_logging_start(&mut self, page_size: u64, _: &[DmaRange]) -> Result<u64, Errno> {
-            Ok(page_size)
+            Ok(self.page.unwrap_or(page_size))
         }
 
         fn reset(&mut self) -> Result<(), Errno> {
@@ -263,7 +267,9 @@ mod tests {
             }
             if report.iova == 0 {
                 bitmap[0] |= 1 << 3;
-                bitmap[1] |= 1 << 1;
+                if let Some(word) = bitmap.get_mut(1) {
+                    *word |= 1 << 1;
+                }
             }
             Ok(())
         }
@@ -279,8 +285,14 @@ mod tests {
 
     impl Fixture {
         fn new(change: impl FnOnce(&mut Device)) -> Fixture {
-            let mut device =
-                Device { state: vec![7; 3000], read: 0, able: true, logs: true, room: true };
+            let mut device = Device {
+                state: vec![7; 3000],
+                read: 0,
+                able: true,
+                logs: true,
+                room: true,
+                page: None,
+            };
             change(&mut device);
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("device.sock");
@@ -369,6 +381,20 @@ mod tests {
             let device = Fixture::new(|device| (device.logs, device.room) = (logs, room));
             device.act(|migration, ask| migration.begin_log(ask)).unwrap();
             assert_eq!(device.log(), all);
+        }
+    }
+
+    #[test]
+    fn the_server_may_choose_larger_pages() {
+        let log = |page| {
+            let device = Fixture::new(|device| device.page = Some(page));
+            device.act(|migration, ask| migration.begin_log(ask)).map(|()| device.log())
+        };
+        assert_eq!(log(16 * PAGE), Ok(vec![(48, 16)]));
+        // Its bits are all beyond the end of the memory, and of any number.
+        assert_eq!(log(1 << 63), Ok(vec![]));
+        for page in [1, PAGE / 2, PAGE + 1] {
+            assert!(log(page).unwrap_err().contains("pages of"), "{page}");
         }
     }
 }
