@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// The longest line in bytes.
 const LINE: usize = 4096;
 /// How long to wait before looking whether to go on.
-const LOOK: Duration = Duration::from_millis(200);
+pub(super) const LOOK: Duration = Duration::from_millis(200);
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,9 +46,20 @@ pub(crate) fn expect(
     patience: Duration,
     go_on: &dyn Fn() -> Result<()>,
 ) -> Result<()> {
+    expect_after(&mut Vec::new(), from, answer, patience, go_on)
+}
+
+/// As [`expect`]. `line` is the beginning of the answer, also of one that does not come in time.
+fn expect_after(
+    line: &mut Vec<u8>,
+    from: &UnixStream,
+    answer: &Answer,
+    patience: Duration,
+    go_on: &dyn Fn() -> Result<()>,
+) -> Result<()> {
     from.set_read_timeout(Some(LOOK))?;
     let until = Instant::now() + patience;
-    match read(from, &|| {
+    match read(line, from, &|| {
         go_on()?;
         if Instant::now() > until {
             bail!("the receiver does not answer within {patience:?}")
@@ -69,26 +80,34 @@ pub(crate) fn expect(
 /// # Errors
 /// The machine does not run at the receiver, and never will. The text says why.
 pub(crate) fn expect_running(from: &UnixStream, patience: Duration) -> Result<()> {
-    let waited = expect(from, &Answer::Running, patience, &|| Ok(()));
+    let mut line = Vec::new();
+    let waited = expect_after(&mut line, from, &Answer::Running, patience, &|| Ok(()));
     let Err(error) = waited else { return Ok(()) };
     let _ = from.shutdown(Shutdown::Both);
-    // What the receiver had sent before is still there.
-    match read(from, &|| Ok(())) {
+    // What the receiver had sent before is still there, and some of it was read.
+    match read(&mut line, from, &|| Ok(())) {
         Ok(Answer::Running) => Ok(()),
         _ => Err(error),
     }
 }
 
-/// Reads a line. The time-out of the socket is how often `go_on` is asked.
-fn read(mut from: &UnixStream, go_on: &dyn Fn() -> Result<()>) -> Result<Answer> {
-    let mut line = Vec::new();
+/// Reads the rest of a line. `go_on` is asked at each byte, and whenever the time-out of the socket
+/// is over, so a receiver that sends slowly wins no time.
+fn read(
+    line: &mut Vec<u8>,
+    mut from: &UnixStream,
+    go_on: &dyn Fn() -> Result<()>,
+) -> Result<Answer> {
     loop {
         // One byte at a time: what follows the line is not this function's. Answers are few.
         let mut byte = [0];
         match from.read(&mut byte) {
             Ok(0) => bail!("the receiver has gone"),
             Ok(_) if byte == *b"\n" => break,
-            Ok(_) if line.len() < LINE => line.push(byte[0]),
+            Ok(_) if line.len() < LINE => {
+                line.push(byte[0]);
+                go_on()?;
+            }
             Ok(_) => bail!("the receiver sends something that is no answer"),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
@@ -97,6 +116,7 @@ fn read(mut from: &UnixStream, go_on: &dyn Fn() -> Result<()>) -> Result<Answer>
             Err(error) => return Err(error).context("the receiver has gone"),
         }
     }
+    let line = std::mem::take(line);
     serde_json::from_slice(&line).context("the receiver sends something that is no answer")
 }
 
@@ -134,6 +154,10 @@ mod tests {
         let stop = || bail!("Ctrl-C");
         let stopped = expect(&ours, &Answer::Ready, LONG, &stop).unwrap_err();
         assert_eq!(stopped.to_string(), "Ctrl-C");
+        // Nor does a receiver keep the sender that goes on with a line and on.
+        theirs.write_all(&[b'x'; LINE + 1]).unwrap();
+        let stopped = expect(&ours, &Answer::Ready, LONG, &stop).unwrap_err();
+        assert_eq!(stopped.to_string(), "Ctrl-C");
         drop(theirs);
         assert!(fault().contains("has gone"));
     }
@@ -153,6 +177,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// The sender's patience ends within the line.
+    #[test]
+    fn what_was_read_before_the_end_counts() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        send(&theirs, &Answer::Running).unwrap();
+        expect_running(&ours, Duration::ZERO).unwrap();
     }
 
     /// The receiver says it at the moment at which the sender's patience ends.

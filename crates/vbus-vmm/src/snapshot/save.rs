@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The sender's end: a running machine is copied into a file, or moved to another process.
 
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, ErrorKind, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 
-use super::answer::{Answer, expect, expect_running};
+use super::answer::{Answer, LOOK, expect, expect_running};
 use super::description::{Description, SavedDevice};
 use super::dirty::Pages;
 use super::frame::{DEVICE_BYTES_MAX, Kind, PAGE, PAGE_BYTES, PAGES_MAX, Writer};
@@ -73,9 +74,9 @@ pub(crate) fn save(
     let _frozen = components.pci.freeze().map_err(|text| anyhow!(text))?;
     let description = description(components);
     components.pci.check_savable().map_err(|text| anyhow!(text))?;
-    to.set_write_timeout(Some(TAKE))?;
+    to.set_write_timeout(Some(LOOK))?;
     let answers = to.try_clone()?;
-    let writer = Writer::new(BufWriter::with_capacity(64 << 10, to))?;
+    let writer = Writer::new(BufWriter::with_capacity(64 << 10, Outlet { to, progress }))?;
     let mut sender = Save { components, writer, progress, report: Report::default() };
     sender.writer.json(Kind::Machine, &description)?;
     let sent = match plan {
@@ -90,6 +91,37 @@ fn description(components: &Components) -> Description {
     let device = |(name, slot)| SavedDevice { name, slot };
     let devices = components.pci.names().into_iter().map(device).collect();
     Description { devices, ..components.description.clone() }
+}
+
+/// The socket to the receiver, whose time-out is how often `progress` is asked while the receiver
+/// takes nothing.
+struct Outlet<'a> {
+    to: UnixStream,
+    progress: Progress<'a>,
+}
+
+impl Write for Outlet<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let until = Instant::now() + TAKE;
+        loop {
+            match self.to.write(bytes) {
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
+                {
+                    (self.progress)(None).map_err(io::Error::other)?;
+                    if Instant::now() > until {
+                        let text = format!("the receiver takes nothing for {TAKE:?}");
+                        return Err(io::Error::new(ErrorKind::TimedOut, text));
+                    }
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 struct Save<'a, W: Write> {
@@ -163,8 +195,12 @@ impl<W: Write> Save<'_, W> {
         // The last moment at which whoever has asked for this can call it off.
         expect(answers, &Answer::Loaded, PATIENCE, &|| (self.progress)(None))?;
         (self.progress)(None)?;
-        self.writer.section(Kind::Go, 0, &[])?;
-        self.writer.flush()?;
+        let go = self.writer.section(Kind::Go, 0, &[]).and_then(|()| self.writer.flush());
+        if let Err(error) = go {
+            // The buffer still has it, and must not send it once the machine goes on here.
+            let _ = answers.shutdown(Shutdown::Both);
+            return Err(error.into());
+        }
         expect_running(answers, PATIENCE).context("the machine was not moved")?;
         self.report.down_time_ms = millis(stopped.elapsed());
         Ok(parked.give_up())
@@ -243,8 +279,10 @@ impl<W: Write> Save<'_, W> {
             pci: components.pci.save(),
         };
         self.writer.json(Kind::Devices, &devices)?;
-        let writer = &mut self.writer;
+        let (writer, progress) = (&mut self.writer, self.progress);
         let sent = components.pci.read_devices(&mut |slot, bytes| {
+            // A server says itself when there is no more, and may never do so.
+            progress(None).map_err(|error| format!("{error:#}"))?;
             bytes.chunks(DEVICE_BYTES_MAX).try_for_each(|piece| {
                 let sent = writer.section(Kind::Device, slot.into(), &[piece]);
                 sent.map_err(|error| error.to_string())
@@ -355,6 +393,22 @@ fn millis(time: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A receiver that takes nothing does not keep the sender once it is called off.
+    #[test]
+    #[allow(clippy::unwrap_used, reason = "a test may panic")]
+    fn a_sender_that_is_called_off_ends() {
+        let (to, _receiver) = UnixStream::pair().unwrap();
+        to.set_write_timeout(Some(Duration::from_millis(1))).unwrap();
+        let asked = std::cell::Cell::new(0);
+        let progress = |_: Option<&str>| {
+            asked.set(asked.get() + 1);
+            if asked.get() < 3 { Ok(()) } else { bail!("Ctrl-C") }
+        };
+        let mut outlet = Outlet { to, progress: &progress };
+        let error = outlet.write_all(&vec![0; 64 << 20]).unwrap_err();
+        assert_eq!((error.to_string(), asked.get()), ("Ctrl-C".into(), 3));
+    }
 
     #[test]
     fn pages_are_split_by_what_they_hold() {
