@@ -84,9 +84,10 @@ pub fn snapshot(options: &Snapshot) -> Result<()> {
     // If the machine has not come to the meeting, this ends the waiting.
     meeting.call_off();
     let received = receiver.join().unwrap_or_else(|_| Err(io::Error::other("panicked")));
-    let report = asked?;
     let name = || format!("cannot write {}", options.file.display());
+    // If the file cannot be written, the machine knows only that nobody takes it any more.
     let bytes = received.with_context(name)?;
+    let report = asked?;
     ensure!(report["bytes"] == bytes, "the machine has sent {report}, but {bytes} bytes came");
     target.finish().with_context(name)?;
     show(options, &report);
