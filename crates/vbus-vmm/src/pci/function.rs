@@ -197,23 +197,22 @@ impl Function {
 
     /// Calls the server. Returns `None` if it refused or is gone.
     fn call<R>(&self, act: impl FnOnce(&mut Client) -> Result<R, ClientError>) -> Option<R> {
-        self.ask(act).inspect_err(|text| tracing::debug!("{text}")).ok()
+        self.ask(act).inspect_err(|text| tracing::debug!("{}: {text}", self.name)).ok()
     }
 
     /// Calls the server.
     ///
     /// # Errors
-    /// It refused or is gone. The text names the device.
+    /// It refused or is gone.
     fn ask<R>(&self, act: impl FnOnce(&mut Client) -> Result<R, ClientError>) -> Result<R, String> {
-        let name = &self.name;
         if self.is_gone() {
-            return Err(format!("{name}: its server has gone"));
+            return Err("its server has gone".into());
         }
         // The lock must not be held when the connection is ended below.
         let done = act(&mut lock(&self.client));
         match done {
             Ok(value) => Ok(value),
-            Err(e) if !e.is_final() => Err(format!("{name}: {e}")),
+            Err(e) if !e.is_final() => Err(e.to_string()),
             Err(e) => {
                 // The thread that watches the socket does the rest.
                 if !self.gone.swap(true, Ordering::AcqRel) {
@@ -224,7 +223,7 @@ impl Function {
                     );
                 }
                 let _ = rustix::net::shutdown(&self.connection, Shutdown::Both);
-                Err(format!("{name}: {e}"))
+                Err(e.to_string())
             }
         }
     }
@@ -257,10 +256,7 @@ impl Function {
         &self,
         act: impl FnOnce(&Migration, Ask<'_>) -> Result<R, String>,
     ) -> Result<R, String> {
-        act(&self.migration, &|act| self.ask(act)).map_err(|text| {
-            let named = text.starts_with(&self.name);
-            if named { text } else { format!("{}: {text}", self.name) }
-        })
+        act(&self.migration, &|act| self.ask(act)).map_err(|text| format!("{}: {text}", self.name))
     }
 
     /// Holds its interrupts back. When this returns, every interrupt that the server has signalled
