@@ -124,8 +124,7 @@ impl Station {
     }
 }
 
-/// Fills a frame.
-/// Writes a frame: its content depends on `number`.
+/// Fills a frame. Its content depends on `number`.
 pub fn frame(out: &mut [u8], to: [u8; 6], from: [u8; 6], number: u64) {
     let (front, rest) = out.split_at_mut(FRONT);
     front[..6].copy_from_slice(&to);
