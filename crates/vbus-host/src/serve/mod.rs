@@ -233,6 +233,7 @@ fn serve(
         reloader.clone(),
         Some(departure),
     )?;
+    let doors = MetricsDoors::open(&host, &metrics, port, &access, rights)?;
     match joining {
         None => {
             for (number, spec) in devices.iter().enumerate() {
@@ -245,12 +246,21 @@ fn serve(
         }
         Some(joining) => take_over(joining, &host, &reloader, former.devices, former.pid)?,
     }
-    let metrics = serve_metrics(&host, &metrics, port, &access, rights)?;
+    // From here on a bus that has taken over is the only one, and goes on without what fails.
+    let or_goes_on = |result: Result<()>| match result {
+        Err(error) if joining.is_some() => {
+            tracing::error!("{error:#}");
+            Ok(())
+        }
+        other => other,
+    };
+    let mut served = None;
+    or_goes_on(doors.serve(&host).map(|serves| served = Some(serves)))?;
     tracing::info!("serving {} devices in {}", devices.len(), host.dir().display());
     if let Some(ready) = ready {
         // Whoever waits for it finds the log of the start.
         log::flush();
-        ready.tell()?;
+        or_goes_on(ready.tell())?;
     }
     match joining {
         None => manager.ready(),
@@ -312,7 +322,7 @@ fn serve(
     drop(host.change());
     tracing::info!("stopping");
     manager.stopping();
-    drop((accept, metrics));
+    drop((accept, served));
     reloader.end();
     host.stop();
     Ok(())
@@ -396,33 +406,47 @@ fn restore(
     Ok(made)
 }
 
-/// Serves the metrics of `host` on a UNIX socket, and on `port` if there is one. Unless the table
-/// says who may connect to the UNIX socket, those may who have the right to read: `access` is that
-/// of the control socket. Dropping the result ends it, and removes the socket.
-fn serve_metrics(
-    host: &Arc<Host>,
-    spec: &MetricsSpec,
-    port: Option<TcpListener>,
-    access: &Access,
-    rights: Arc<Mutex<Rights>>,
-) -> Result<(MetricsServer, Held)> {
-    let path = spec.path(host.dir());
-    rundir::check_socket_path(&path)?;
-    let own = spec.access();
-    let (socket, file) = host
-        .listen_for_itself(&path, BACKLOG, own.unwrap_or(access))
-        .with_context(|| format!("cannot make {}", path.display()))?;
-    let rights = if own.is_some() { None } else { Some(rights) };
-    let mut doors = vec![Door { socket, rights }];
-    tracing::info!("metrics at {}", path.display());
-    if let Some(port) = port {
-        tracing::info!("metrics at http://{}/metrics", port.local_addr()?);
-        doors.push(Door { socket: port.into(), rights: None });
+/// The sockets of the metrics.
+struct MetricsDoors {
+    doors: Vec<Door>,
+    held: Held,
+}
+
+impl MetricsDoors {
+    /// Makes the UNIX socket of the metrics of `host`. `port` is the TCP port, if there is one.
+    /// Unless the table says who may connect to the UNIX socket, those may who have the right to
+    /// read: `access` is that of the control socket. Whoever connects waits until the metrics are
+    /// [served](Self::serve).
+    fn open(
+        host: &Host,
+        spec: &MetricsSpec,
+        port: Option<TcpListener>,
+        access: &Access,
+        rights: Arc<Mutex<Rights>>,
+    ) -> Result<MetricsDoors> {
+        let path = spec.path(host.dir());
+        rundir::check_socket_path(&path)?;
+        let own = spec.access();
+        let (socket, held) = host
+            .listen_for_itself(&path, BACKLOG, own.unwrap_or(access))
+            .with_context(|| format!("cannot make {}", path.display()))?;
+        let rights = if own.is_some() { None } else { Some(rights) };
+        let mut doors = vec![Door { socket, rights }];
+        tracing::info!("metrics at {}", path.display());
+        if let Some(port) = port {
+            tracing::info!("metrics at http://{}/metrics", port.local_addr()?);
+            doors.push(Door { socket: port.into(), rights: None });
+        }
+        Ok(MetricsDoors { doors, held })
     }
-    let devices = host.clone();
-    let read = move || devices.inspect(None).unwrap_or_default();
-    let exporter = Exporter::new(host.table(), Box::new(read));
-    Ok((MetricsServer::start(doors, exporter, metrics::TIMEOUT)?, file))
+
+    /// Serves the metrics. Dropping the result ends it, and removes the socket.
+    fn serve(self, host: &Arc<Host>) -> Result<(MetricsServer, Held)> {
+        let devices = host.clone();
+        let read = move || devices.inspect(None).unwrap_or_default();
+        let exporter = Exporter::new(host.table(), Box::new(read));
+        Ok((MetricsServer::start(self.doors, exporter, metrics::TIMEOUT)?, self.held))
+    }
 }
 
 /// What the program's own classes may open, if the program says that they open files: the folders

@@ -17,6 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
+use rustix::pipe::PipeFlags;
 use rustix::process::Signal;
 use vbus_driver::{Function, state::Pages};
 use vbus_process::{MEMORY_BYTES, Process};
@@ -315,11 +316,45 @@ fn a_new_process_that_cannot_says_why_and_the_old_one_goes_on() {
     let output = command.arg("--dir").arg(&bus.dir).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     driver.goes_on("after a wrong configuration");
+    // So is a socket that cannot be made: the new process would have no metrics.
+    let nowhere = "[metrics]\nsocket = { path = \"nowhere/metrics.sock\" }\n";
+    std::fs::write(bus.log.with_file_name("bad.toml"), nowhere).unwrap();
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    driver.goes_on("after a socket that cannot be made");
     driver.end();
     let nobody = tempfile::tempdir().unwrap();
     let output = vbus().args(["serve", "--take-over", "--dir"]).arg(nobody.path()).output();
     let text = String::from_utf8(output.unwrap().stderr).unwrap();
     assert!(text.contains("no bus to take over serves in"), "{text}");
+}
+
+/// The sockets are the same ones afterwards. Nobody who waits at one is turned away.
+#[test]
+fn a_new_process_goes_on_though_nobody_waits_for_it() {
+    use std::os::unix::fs::MetadataExt as _;
+    let mut bus = Served::start(&pages("values0"));
+    let driver = Driver::start(bus.dir.join("values0.sock"));
+    driver.goes_on("at first");
+    let sockets = |bus: &Served| {
+        let one = |name: &str| std::fs::metadata(bus.dir.join(name)).unwrap().ino();
+        ["control.sock", "metrics.sock", "values0.sock"].map(one)
+    };
+    let before = sockets(&bus);
+    let log = std::fs::OpenOptions::new().append(true).open(&bus.log).unwrap();
+    let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).unwrap();
+    // `vbus serve --background`, or what had started it, has been killed.
+    drop(reader);
+    let next = taker(&bus).args(["--ready-fd", "1"]).stdout(writer).stderr(log).spawn().unwrap();
+    assert!(bus.child.wait().unwrap().success());
+    bus.child = next;
+    driver.goes_on("after an upgrade that nobody waits for");
+    let log = || std::fs::read_to_string(&bus.log).unwrap();
+    wait_until("the new process says that it could not tell", || log().contains("--ready-fd 1"));
+    driver.goes_on("after that");
+    assert!(bus.child.try_wait().unwrap().is_none(), "{}", log());
+    assert_eq!(sockets(&bus), before);
+    driver.end();
 }
 
 /// The file differs from the bus: the new process first takes the bus as it is, and then changes
