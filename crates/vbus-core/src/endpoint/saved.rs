@@ -2,7 +2,7 @@
 //! Stops a device, takes its state, and lets another one go on from it (spec/state-format.md).
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vbus_shm::ErrorCode;
 use vbus_shm::abi::{command, event, reg};
@@ -39,15 +39,24 @@ impl Endpoint {
     /// # Errors
     /// The call did not end in time. The device goes on as if nobody had asked.
     pub fn quiesce(&self) -> Result<(), NotSaved> {
+        self.quiesce_by(Instant::now() + CALL_WAIT)
+    }
+
+    /// As [`quiesce`](Self::quiesce), but it waits for a call until `by`.
+    ///
+    /// # Errors
+    /// As for `quiesce`.
+    pub fn quiesce_by(&self, by: Instant) -> Result<(), NotSaved> {
+        let begun = Instant::now();
         loop {
             let inner = lock(&self.inner);
             if let Some(call) = running_call(&inner) {
                 // Its end may need the tasks, and a command that cancels it needs the lock.
                 drop(inner);
-                if !call.wait(CALL_WAIT) {
-                    let seconds = CALL_WAIT.as_secs();
+                if !call.wait(by.saturating_duration_since(Instant::now())) {
+                    let seconds = begun.elapsed().as_secs_f64();
                     return Err(self.not_saved(format!(
-                        "a call of its driver has not ended within {seconds} s"
+                        "a call of its driver has not ended within {seconds:.1} s"
                     )));
                 }
                 continue;

@@ -11,7 +11,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
-    Access, Bus, Called, Connection, ConnectionState, Device, Endpoint, ErrorCode, Executor,
+    Access, Bus, Call, Called, Connection, ConnectionState, Device, Endpoint, ErrorCode, Executor,
     Identity, InterruptSink, MapError, MemoryContext, Open, OpenRequest, Progress, Region,
     RegionRequest, Task, Tuning, Window,
 };
@@ -22,11 +22,12 @@ const BASE: u64 = 0x10_0000;
 const BOUND: Duration = Duration::from_secs(60);
 
 /// Gives back each entry with its length doubled. An entry of length 0 is a violation. Region 13
-/// and function 13 cause a panic.
+/// and function 13 cause a panic. A call of function 99 does not end.
 struct Doubler;
 
 struct Doubling {
     ring: Option<(DeviceEnd<Window>, Region)>,
+    endless: Option<Call>,
 }
 
 impl Device for Doubler {
@@ -35,7 +36,7 @@ impl Device for Doubler {
     }
 
     fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
-        Ok(Box::new(Doubling { ring: None }))
+        Ok(Box::new(Doubling { ring: None, endless: None }))
     }
 }
 
@@ -52,6 +53,16 @@ impl Connection for Doubling {
     fn region_dropped(&mut self, _: u32) -> Result<(), ErrorCode> {
         self.ring = None;
         Ok(())
+    }
+
+    fn start_call(&mut self, mut call: Call) {
+        if call.function() == 99 {
+            self.endless = Some(call);
+            return;
+        }
+        let (function, flags) = (call.function(), call.flags());
+        let result = self.call(function, flags, call.buffer());
+        call.finish(result);
     }
 
     fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
@@ -629,4 +640,21 @@ fn a_second_failure_does_not_wait_for_the_end_that_the_first_causes() {
         assert_eq!(state, ConnectionState::Broken(ErrorCode::CORRUPT), "round {round}");
         endpoint.close();
     }
+}
+
+#[test]
+fn a_call_that_does_not_end_keeps_nobody_waiting_for_longer_than_he_says() {
+    let driver = Driver::new();
+    driver.open().unwrap();
+    let (mut ring, request) = driver.ring(BASE + 4096, 16);
+    let handle = driver.endpoint.region_add(request).unwrap();
+    assert!(matches!(driver.endpoint.call(99, 0, 0, 0), Ok(Called::Later(_))));
+    let begun = Instant::now();
+    let error = driver.endpoint.quiesce_by(begun + Duration::from_millis(30)).unwrap_err();
+    assert!((Duration::from_millis(30)..Duration::from_secs(5)).contains(&begun.elapsed()));
+    assert!(error.why.starts_with("a call of its driver has not ended within 0.0 s"), "{error}");
+    assert!(!driver.endpoint.is_quiesced());
+    driver.exchange(&mut ring, handle, 100);
+    driver.endpoint.close();
+    driver.endpoint.quiesce_by(Instant::now()).unwrap();
 }

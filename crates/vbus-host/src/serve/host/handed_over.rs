@@ -56,7 +56,7 @@ impl Host {
             }
         }
         for endpoint in self.bus.devices() {
-            endpoint.quiesce()?;
+            endpoint.quiesce_by(by)?;
             ensure!(Instant::now() < by, "device {:?} was too slow to stop", endpoint.name());
         }
         Ok(())
