@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The migration of a device: its state as a stream (spec/vfio-user.md, "Migration").
 
+use std::time::{Duration, Instant};
+
 use rustix::io::Errno;
-use vbus_core::Endpoint;
 use vbus_core::memory::{Charge, LogError};
 use vbus_core::state::Document;
+use vbus_core::{Endpoint, NotSaved};
 use vbus_pci::{FunctionState, PciFunction, Peer};
 use vfio_user_protocol::message::MigrationFlags;
 use vfio_user_protocol::migration::{ArcFailure, MigrationArc};
@@ -14,6 +16,10 @@ use vfio_user_protocol::migration::{ArcFailure, MigrationArc};
 pub(crate) const STREAM_MAX: usize = 8 << 20;
 /// How many bytes the stream of a client is charged with at a time.
 const CHARGE: usize = 1 << 20;
+
+/// How long a device that shall stop may wait for the end of a call. Clients wait for an answer for
+/// 5 seconds.
+const CALL_WAIT: Duration = Duration::from_secs(3);
 
 /// The bytes before each part of a stream: magic, version, kind, length.
 const HEAD: usize = 24;
@@ -53,6 +59,11 @@ impl Migration {
         let can = match self.can {
             Some(can) => can,
             None => {
+                if let Err(why) = stop(endpoint) {
+                    // The call may have ended when the client asks again.
+                    tracing::warn!(device = endpoint.name(), "no migration now: {why}");
+                    return None;
+                }
                 let saved = self.text(function, endpoint);
                 if !self.stopped {
                     endpoint.resume();
@@ -68,7 +79,7 @@ impl Migration {
 
     /// The state as text. The device is quiesced afterwards.
     fn text(&mut self, function: &mut PciFunction, endpoint: &Endpoint) -> Result<String, String> {
-        endpoint.quiesce().map_err(|error| error.to_string())?;
+        stop(endpoint).map_err(|error| error.to_string())?;
         let state = function.save().map_err(|error| error.to_string())?;
         let text = state.to_text().map_err(|error| error.to_string())?;
         if text.len() > STREAM_MAX - HEAD {
@@ -93,7 +104,7 @@ impl Migration {
         let device = endpoint.name();
         match arc {
             MigrationArc::Stop => {
-                endpoint.quiesce().map_err(|error| {
+                stop(endpoint).map_err(|error| {
                     tracing::warn!(device, "the device cannot be stopped: {error}");
                     ArcFailure::Unchanged(Errno::BUSY)
                 })?;
@@ -202,6 +213,11 @@ impl Migration {
         self.resume(endpoint);
         *self = Migration::default();
     }
+}
+
+/// Quiesces the device.
+fn stop(endpoint: &Endpoint) -> Result<(), NotSaved> {
+    endpoint.quiesce_by(Instant::now() + CALL_WAIT)
 }
 
 /// Lets the device go on from the state in a stream. It is quiesced.

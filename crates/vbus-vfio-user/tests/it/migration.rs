@@ -18,8 +18,8 @@ use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns,
 use vbus_core::shm::signal::Armed;
 use vbus_core::shm::sync::Word;
 use vbus_core::{
-    Access, Bus, Connection, Device, ErrorCode, Executor, Identity, Interrupt, Open, Progress,
-    Region, Tuning, Window, lock,
+    Access, Bus, Call, Connection, Device, ErrorCode, Executor, Identity, Interrupt, Open,
+    Progress, Region, Tuning, Window, lock,
 };
 use vbus_vfio_user::DeviceServer;
 use vfio_user_protocol::message::{DmaRange, MigrationState};
@@ -40,6 +40,7 @@ const BUFFER: u64 = 2 * PAGE;
 
 /// A device whose answers depend on all that it was asked: each is a hash of the requests so far.
 /// It writes the answer into the request's buffer, which has two pages: in one or in both of them.
+/// A call of it does not end.
 struct Chain {
     /// Whether it can be saved.
     saved: bool,
@@ -50,6 +51,7 @@ struct Chaining {
     ring: Option<(DeviceEnd<Window>, Interrupt)>,
     memory: Arc<MemoryContext>,
     saved: bool,
+    call: Option<Call>,
 }
 
 /// The next answer.
@@ -68,7 +70,8 @@ impl Device for Chain {
     }
 
     fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode> {
-        Ok(Box::new(Chaining { hash: 0, ring: None, memory: open.memory, saved: self.saved }))
+        let (memory, saved) = (open.memory, self.saved);
+        Ok(Box::new(Chaining { hash: 0, ring: None, memory, saved, call: None }))
     }
 
     fn save(&self) -> Result<Value, String> {
@@ -89,7 +92,8 @@ impl Device for Chain {
         let region = regions.pop().ok_or("no region")?;
         let (ring, _) = DeviceEnd::resume(region.window).map_err(|e| format!("{e:?}"))?;
         let ring = Some((ring, region.interrupt));
-        Ok(Box::new(Chaining { hash, ring, memory: open.memory, saved: self.saved }))
+        let (memory, saved) = (open.memory, self.saved);
+        Ok(Box::new(Chaining { hash, ring, memory, saved, call: None }))
     }
 }
 
@@ -97,6 +101,10 @@ impl Connection for Chaining {
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         self.ring = Some((DeviceEnd::attach(region.window)?, region.interrupt));
         Ok(())
+    }
+
+    fn start_call(&mut self, call: Call) {
+        self.call = Some(call);
     }
 
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
@@ -541,6 +549,24 @@ fn a_device_that_cannot_be_saved_has_no_migration_and_runs() {
     driver.send(&machine);
     driver.wait(&machine);
     assert!(machine.dirty().len() > 10);
+}
+
+#[test]
+fn a_device_that_is_busy_has_a_migration_when_its_call_has_ended() {
+    let folder = tempfile::tempdir().unwrap();
+    let one = One::new(folder.path(), "a", true);
+    let machine = Machine::new(&one);
+    drop(driver(&machine));
+    assert_eq!(machine.command(command::CALL, &[1, 0, 0]), Err(ErrorCode::IN_PROGRESS.0));
+    // The client gets an answer before it gives the server up.
+    assert_eq!(machine.client().migration_flags().unwrap(), None);
+    assert_eq!(machine.command(command::CLOSE, &[]), Ok(0));
+    assert!(machine.client().migration_flags().unwrap().is_some());
+    drop(driver(&machine));
+    assert_eq!(machine.command(command::CALL, &[1, 0, 0]), Err(ErrorCode::IN_PROGRESS.0));
+    let stop = MigrationState::Stop;
+    assert_eq!(refused(machine.client().set_migration_state(stop)), Errno::BUSY);
+    assert_eq!(machine.client().migration_state().unwrap(), MigrationState::Running);
 }
 
 #[test]
