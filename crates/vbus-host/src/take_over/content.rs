@@ -6,7 +6,9 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::io::ioctl_fionbio;
+use rustix::net::{AddressFamily, sockopt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -60,7 +62,7 @@ pub struct ManagerPart {
 impl ManagerPart {
     /// The longest time between two signs of life.
     pub fn watchdog(&self) -> Option<Duration> {
-        self.watchdog.map(Duration::from_micros)
+        self.watchdog.filter(|micros| *micros > 0).map(Duration::from_micros)
     }
 }
 
@@ -162,7 +164,7 @@ fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
 /// Reads an offer.
 ///
 /// # Errors
-/// It is none, or its descriptors are not those that it counts.
+/// It is none, or its descriptors are not those that it counts, or of another kind.
 pub fn read_offer(parcel: Parcel) -> Result<Handed> {
     let offer: Offer = read(&parcel.body)?;
     let mut rest = parcel.descriptors.into_iter();
@@ -177,7 +179,30 @@ pub fn read_offer(parcel: Parcel) -> Result<Handed> {
     {
         bail!("the offer has too many or too few descriptors");
     }
+    for (Socket { path, .. }, socket) in offer.sockets.iter().zip(&sockets) {
+        check_socket(socket, &[AddressFamily::UNIX], true)
+            .with_context(|| path.display().to_string())?;
+    }
+    if let Some(port) = &port {
+        check_socket(port, &[AddressFamily::INET, AddressFamily::INET6], true)
+            .context("the port")?;
+    }
+    if let Some(manager) = &manager {
+        check_socket(manager, &[AddressFamily::UNIX], false)
+            .context("the socket of the service manager")?;
+    }
     Ok(Handed { offer, lock, sockets, port, manager })
+}
+
+/// Checks that a descriptor is a socket of one of these families, which listens or not, and makes
+/// it non-blocking, as it should be.
+fn check_socket(socket: &OwnedFd, families: &[AddressFamily], listens: bool) -> Result<()> {
+    ensure!(
+        sockopt::socket_domain(socket).is_ok_and(|family| families.contains(&family))
+            && sockopt::socket_acceptconn(socket) == Ok(listens),
+        "the other bus has handed over a descriptor of another kind"
+    );
+    Ok(ioctl_fionbio(socket, true)?)
 }
 
 /// Reads a state. Returns when the leaving bus stopped, and its devices.
@@ -194,6 +219,8 @@ pub fn read_state(parcel: Parcel) -> Result<(u64, Vec<DeviceParcel>)> {
     let mut parcels = Vec::new();
     for DevicePart { name, settled, opened, descriptors, state } in devices {
         let of_back_end = take(opened.len())?;
+        // A back end must not wait at one, whatever it is.
+        of_back_end.iter().try_for_each(|fd| ioctl_fionbio(fd, true))?;
         let of_server = take(descriptors as usize)?;
         let state = match state {
             StatePart::Served(data) => {
@@ -216,4 +243,85 @@ pub fn read_state(parcel: Parcel) -> Result<(u64, Vec<DeviceParcel>)> {
 pub fn now() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec.unsigned_abs().wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec.unsigned_abs())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::{UnixDatagram, UnixListener};
+
+    use rustix::fs::{OFlags, fcntl_getfl};
+    use serde_json::json;
+
+    use super::*;
+
+    fn is_non_blocking(fd: &OwnedFd) -> bool {
+        fcntl_getfl(fd).unwrap().contains(OFlags::NONBLOCK)
+    }
+
+    #[test]
+    fn descriptors_of_an_offer_that_are_of_another_kind_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let unix = UnixListener::bind(dir.path().join("socket")).unwrap();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let (datagram, _peer) = UnixDatagram::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let all =
+            [OwnedFd::from(file), OwnedFd::from(unix), OwnedFd::from(tcp), OwnedFd::from(datagram)];
+        let body = json!({
+            "version": "1",
+            "pid": 1,
+            "sockets": [{ "path": "/d/control.sock", "inherited": false }],
+            "port": "127.0.0.1:9",
+            "manager": { "watchdog": 0 },
+            "devices": [],
+        });
+        // The lock may be anything here: whoever takes it checks it.
+        let read = |places: [usize; 4]| {
+            let descriptors = places.map(|at| all[at].try_clone().unwrap()).into();
+            read_offer(Parcel { body: body.to_string().into_bytes(), descriptors })
+        };
+        let handed = read([0, 1, 2, 3]).unwrap();
+        assert_eq!(handed.offer.manager.unwrap().watchdog(), None);
+        assert!(is_non_blocking(&handed.sockets[0]) && is_non_blocking(&handed.port.unwrap()));
+        assert!(is_non_blocking(&handed.manager.unwrap()));
+        let (right, names) = ([1, 2, 3], ["/d/control.sock", "the port", "the service manager"]);
+        for (place, name) in names.into_iter().enumerate() {
+            for wrong in (0..all.len()).filter(|at| *at != right[place]) {
+                let mut places = [0, 1, 2, 3];
+                places[1 + place] = wrong;
+                let text = format!("{:#}", read(places).unwrap_err());
+                assert!(text.contains(name) && text.contains("another kind"), "{wrong}: {text}");
+            }
+        }
+    }
+
+    #[test]
+    fn descriptors_of_a_back_end_do_not_block() {
+        let (reader, _writer) = rustix::pipe::pipe().unwrap();
+        let device = json!({
+            "class": "uplink",
+            "regions": 0,
+            "vectors": 1,
+            "incarnation": 1,
+            "config": { "generation": 0, "bytes": "" },
+            "events": { "pending": 0, "vector": null },
+            "counters": {},
+            "connection": "closed",
+            "device": {},
+        });
+        let body = json!({
+            "stopped": 0,
+            "devices": [{
+                "name": "u0",
+                "settled": {},
+                "opened": ["tap.0"],
+                "descriptors": 0,
+                "state": { "alone": device },
+            }],
+        });
+        let body = body.to_string().into_bytes();
+        let (_, mut parcels) = read_state(Parcel { body, descriptors: vec![reader] }).unwrap();
+        let (name, reader) = parcels.remove(0).opened.remove(0);
+        assert!(name == "tap.0" && is_non_blocking(&reader));
+    }
 }
