@@ -14,6 +14,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -84,7 +85,9 @@ pub fn leave(socket: BorrowedFd<'_>, bus: &mut impl Leaves, limits: &Limits) -> 
     let ready = expect(&wire, kind::READY, by);
     ready.context("the other bus did not get ready")?;
     let by = Instant::now() + limits.pause;
-    let state = bus.stop(by);
+    // A class that panics must not leave all devices standing still.
+    let state = catch_unwind(AssertUnwindSafe(|| bus.stop(by)))
+        .unwrap_or_else(|_| Err(anyhow!("a device panicked; see the log")));
     let taken = state.and_then(|state| {
         send(&wire, kind::STATE, &state, by).context("the state could not be sent")?;
         expect(&wire, kind::TAKEN, by).context("the other bus did not take over").map(drop)
@@ -224,6 +227,7 @@ mod tests {
             self.events.push("stop");
             match self.fails {
                 Some("stop") => bail!("as the test wants"),
+                Some("panic") => panic!("as the test wants"),
                 _ => Ok(Parcel { body: vec![7; 3 << 20], ..Parcel::default() }),
             }
         }
@@ -297,6 +301,16 @@ mod tests {
                 let text = format!("{:#}", result.unwrap_err());
                 assert!(text.contains("as the test wants"), "{step}: {text}");
             }
+        }
+    }
+
+    #[test]
+    fn a_device_that_panics_does_not_keep_the_old_bus_from_going_on() {
+        let old = Old { fails: Some("panic"), ..Old::default() };
+        let (happened, results) = both(old, New::default(), LONG);
+        assert_eq!(happened, ["offer", "stop", "go on"]);
+        for result in results {
+            assert!(format!("{:#}", result.unwrap_err()).contains("a device panicked"));
         }
     }
 
