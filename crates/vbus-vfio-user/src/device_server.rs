@@ -153,12 +153,11 @@ impl DeviceServer {
     /// Stops the server between two messages, for a process that takes this one's place. Until
     /// [`release`](Self::release) the client waits. What it has asked for and is under way is
     /// finished first. A client that is moving its device to another server has to be finished with
-    /// that. While a server is held, dropping it, or the end of this process, does not
-    /// end the connection: it belongs to the other process.
+    /// that. While a server is held, dropping it, or the end of this process, does not end the
+    /// connection: it belongs to the other process.
     ///
     /// # Errors
-    /// The operation that is under way has not ended at `by`, or the client is moving its device.
-    /// The server goes on.
+    /// As [`HoldError`] says. The server goes on.
     pub fn hold(&self, by: Instant) -> Result<(), HoldError> {
         let mut state = lock(&self.place.state);
         state.held = true;
@@ -167,7 +166,7 @@ impl DeviceServer {
             if rest.is_zero() {
                 drop(state);
                 self.release();
-                return Err(HoldError);
+                return Err(HoldError::Busy);
             }
             let waited = self.place.back.wait_timeout(state, rest);
             state = waited.unwrap_or_else(|e| e.into_inner()).0;
@@ -178,7 +177,7 @@ impl DeviceServer {
             if server.is_migrating() {
                 drop(state);
                 self.release();
-                return Err(HoldError);
+                return Err(HoldError::Migrating);
             }
             server.target_mut().held = true;
         }
@@ -278,10 +277,17 @@ impl Drop for PlaceState {
     }
 }
 
-/// The client's operation does not end.
+/// Why a server cannot stand still now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("an operation of the client does not end")]
-pub struct HoldError;
+#[non_exhaustive]
+pub enum HoldError {
+    /// The operation that is under way has not ended in time.
+    #[error("an operation of the client does not end")]
+    Busy,
+    /// The client is moving its device to another server.
+    #[error("the client is moving the device to another server; try again when it has ended that")]
+    Migrating,
+}
 
 impl std::fmt::Debug for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

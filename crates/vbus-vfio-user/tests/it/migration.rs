@@ -21,7 +21,7 @@ use vbus_core::{
     Access, Bus, Call, Connection, Device, ErrorCode, Executor, Identity, Interrupt, Open,
     Progress, Region, Tuning, Window, lock,
 };
-use vbus_vfio_user::DeviceServer;
+use vbus_vfio_user::{DeviceServer, HoldError};
 use vfio_user_protocol::message::{DmaRange, MigrationState};
 use vfio_user_protocol::{Client, ClientError, Errno, pci};
 
@@ -641,7 +641,7 @@ fn a_client_that_goes_away_within_a_migration_leaves_a_device_for_the_next() {
         machine.client().dma_logging_start(PAGE, &[]).unwrap();
         machine.client().set_migration_state(state).unwrap();
         // A process that takes the server over waits until the device is moved.
-        assert!(one.server.hold(Instant::now() + BOUND).is_err());
+        assert_eq!(one.server.hold(Instant::now() + BOUND), Err(HoldError::Migrating));
         assert_eq!(machine.client().migration_state().unwrap(), state);
     }
     let machine = Machine::new(&one);
