@@ -102,7 +102,7 @@ impl Migration {
         pre_copy: bool,
     ) -> Result<(), Failure> {
         let begin = self.state;
-        // A device that may not be asked for goes nowhere, also where it is.
+        // Nobody may ask for this state, even if the device is in it.
         if to == MigrationState::Error {
             return Err(Refusal::NoWay(begin, to).into());
         }

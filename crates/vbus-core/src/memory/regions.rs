@@ -67,8 +67,8 @@ impl Regions {
 /// Is told of each change of the maps, until it is dropped.
 pub trait Follower: Send + Sync {
     /// The maps have changed, or a log of what is written has begun. The peer hears of the change
-    /// when this returns. It runs on the thread
-    /// of the change, which waits for it. No other lock of the memory is held.
+    /// when this returns. It runs on the thread of the change, which waits for it. No lock of the
+    /// memory is held.
     fn memory_changed(&self);
 }
 

@@ -49,8 +49,8 @@ pub enum Verb {
     Listen { path: String, backlog: i32, access: Access },
     /// Remove a socket that `Listen` made.
     Remove { path: String },
-    /// Another bus is taking over (true): leave the sockets and the threads as they are, if the bus
-    /// ends now. Or it has not taken over (false). Answer: nothing.
+    /// Another bus is taking over (true): leave the sockets as they are, if the bus ends now. Or it
+    /// has not taken over (false). Answer: nothing.
     Leave { leaving: bool },
     /// Treat the socket there, which a former bus has left, as one that `Listen` made. Answer:
     /// nothing.
