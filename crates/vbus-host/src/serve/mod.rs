@@ -363,7 +363,7 @@ fn take_over(
         host.check(&spec.device())?;
     }
     let (stopped, parcels) = joining.ready()?;
-    let taken = restore(host, &specs, parcels).and_then(|made| {
+    let taken = restore(host, &specs, (stopped, parcels)).and_then(|made| {
         joining.taken()?;
         Ok(made)
     });
@@ -389,11 +389,12 @@ fn take_over(
     Ok(())
 }
 
-/// Makes all devices of the other bus. Those that carry the interrupts of others come last.
+/// Makes all devices of the other bus, which has stopped at `stopped`. Those that carry the
+/// interrupts of others come last.
 fn restore(
     host: &Host,
     specs: &[Spec],
-    parcels: Vec<DeviceParcel>,
+    (stopped, parcels): (u64, Vec<DeviceParcel>),
 ) -> Result<Vec<(Spec, Arc<Endpoint>)>> {
     ensure!(specs.len() == parcels.len(), "the state is that of other devices than the offer");
     let carries = |name: &str| specs.iter().any(|spec| spec.pic.as_deref() == Some(name));
@@ -401,6 +402,7 @@ fn restore(
     let (last, first): (Vec<_>, Vec<_>) = both.partition(|(spec, _)| carries(&spec.name));
     let mut made = Vec::new();
     for (spec, parcel) in first.into_iter().chain(last) {
+        Joining::check_time(stopped)?;
         made.push((spec.clone(), host.restore(spec.device(), parcel)?));
     }
     Ok(made)

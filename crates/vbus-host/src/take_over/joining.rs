@@ -13,7 +13,7 @@ use vbus_cli::rundir::{self, CONTROL};
 use vbus_control::Peer;
 
 use super::content::{self, DeviceParcel, FORMAT, Handed};
-use super::steps::{LIMITS, Taking};
+use super::steps::{LIMITS, RESERVE, Taking};
 
 /// How long the bus that is there may take to answer the request.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -86,6 +86,20 @@ impl Joining {
         content::read_state(self.taking().ready()?)
     }
 
+    /// Whether this bus may begin with another device. The other bus stopped at `stopped`
+    /// (CLOCK_MONOTONIC, in nanoseconds).
+    ///
+    /// # Errors
+    /// It is too late: the other bus may go on before the device is made.
+    pub fn check_time(stopped: u64) -> Result<()> {
+        let past = Duration::from_nanos(content::now().saturating_sub(stopped));
+        ensure!(
+            past + RESERVE < LIMITS.pause,
+            "the devices have paused for {past:.1?} already, which is too long"
+        );
+        Ok(())
+    }
+
     /// Says that this bus has taken over. From here on it is the only one.
     ///
     /// # Errors
@@ -111,5 +125,18 @@ fn line(mut socket: &UnixStream) -> Result<Vec<u8>> {
         }
         ensure!(line.len() < ANSWER_MAX, "its answer has no end");
         line.extend(byte);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bus_that_is_late_begins_no_device_before_the_other_one_goes_on() {
+        let ago = |millis: u64| content::now() - millis * 1_000_000;
+        assert!(Joining::check_time(ago(0)).is_ok() && Joining::check_time(u64::MAX).is_ok());
+        let error = Joining::check_time(ago(2500)).unwrap_err().to_string();
+        assert!(error.contains("paused for 2.5"), "{error}");
     }
 }

@@ -54,6 +54,10 @@ pub struct Limits {
 pub const LIMITS: Limits =
     Limits { prepare: Duration::from_secs(60), pause: Duration::from_secs(3) };
 
+/// How long before the end of the pause the new bus begins no device any more. To resume a ring, it
+/// writes to the driver's memory: it must not do so when the leaving bus goes on.
+pub const RESERVE: Duration = Duration::from_millis(500);
+
 /// The bus that leaves.
 pub trait Leaves {
     /// What the new bus needs to prepare.
