@@ -429,13 +429,20 @@ impl Signals {
         Ok(())
     }
 
+    /// Forwards no interrupts of queue `index` any more. The kernel does not write its eventfd any
+    /// more, but may have done so before: the driver gets that interrupt now.
     fn forget(&self, index: u16) {
-        lock(&self.forwarded).retain(|(of, eventfd, _)| {
-            let stays = *of != index;
-            if let Some(task) = lock(&self.task).as_ref().filter(|_| !stays) {
+        lock(&self.forwarded).retain(|(of, eventfd, call)| {
+            if *of != index {
+                return true;
+            }
+            if let Some(task) = &*lock(&self.task) {
                 task.unwatch(eventfd);
             }
-            stays
+            if taken(eventfd) {
+                call.notify(true);
+            }
+            false
         });
     }
 
@@ -475,5 +482,56 @@ impl Task for SignalsTask {
 
     fn adaptive(&self) -> bool {
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use vbus_core::{Executor, Host, Tuning};
+
+    use super::*;
+    use crate::device::Transport;
+
+    #[derive(Default)]
+    struct Interrupts(AtomicU32);
+
+    impl Transport for Interrupts {
+        fn queue_used(&self, _index: u16) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn config_changed(&self, _config: Vec<u8>, _tell: bool) {}
+    }
+
+    fn eventfd() -> OwnedFd {
+        super::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
+    }
+
+    #[test]
+    fn the_last_interrupt_of_a_queue_that_leaves_is_forwarded() {
+        let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
+        let host = Host::new("n", executor, 1, 3);
+        let interrupts = Arc::new(Interrupts::default());
+        let signals = Signals::new().unwrap();
+        let queues = [0, 1].map(|index| {
+            let call = Call::new(interrupts.clone(), index, host.counters().clone());
+            let eventfd = eventfd();
+            signals.forward(index, &eventfd, &call).unwrap();
+            eventfd
+        });
+        let count = || interrupts.0.load(Ordering::Relaxed);
+        // As the kernel does, and no task has looked since.
+        for eventfd in &queues {
+            rustix::io::write(eventfd, &1_u64.to_ne_bytes()).unwrap();
+        }
+        signals.forget(0);
+        assert_eq!(count(), 1);
+        signals.forget(0);
+        assert!(signals.pass_on());
+        assert_eq!(count(), 2);
+        signals.forget(1);
+        assert_eq!(count(), 2, "it had been forwarded");
     }
 }
