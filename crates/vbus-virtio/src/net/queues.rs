@@ -284,9 +284,8 @@ impl Queues {
         let begun = Signals::new().map_err(Fault::from).and_then(|signals| {
             let (this, of_task) = (self.this.clone(), signals.clone());
             let bad = move || {
-                if let Some(this) = this.upgrade() {
-                    this.move_later("vhost-net found a queue that is bad".into());
-                }
+                let why = "vhost-net found a queue that is bad";
+                this.upgrade().is_none_or(|this| this.move_later(why.into()))
             };
             let (worker, counters) = (driver.worker, driver.counters.clone());
             let task = driver.executor.spawn_with(
@@ -295,7 +294,7 @@ impl Queues {
                 |_| {},
                 |task| {
                     of_task.watched_by(task)?;
-                    let task = SignalsTask { signals: of_task, bad: Box::new(bad) };
+                    let task = SignalsTask { signals: of_task, bad: Box::new(bad), told: false };
                     Ok::<_, std::io::Error>(Box::new(task) as _)
                 },
             )?;
@@ -385,8 +384,8 @@ impl Queues {
         }
     }
 
-    /// Moves the queues to this process, on another thread.
-    fn move_later(&self, why: String) {
+    /// Moves the queues to this process, on another thread. Returns whether there is one.
+    fn move_later(&self, why: String) -> bool {
         let this = self.this.clone();
         let moved = self.jobs.run(move || {
             let Some(this) = this.upgrade() else { return };
@@ -404,6 +403,7 @@ impl Queues {
         if !moved {
             tracing::error!("queues cannot leave vhost-net: there is no thread");
         }
+        moved
     }
 
     /// Takes the queues of the pairs from `queues` on away from the kernel.

@@ -462,10 +462,13 @@ fn taken(eventfd: &OwnedFd) -> bool {
     rustix::io::read(eventfd, &mut [0; 8]).is_ok()
 }
 
-/// The task that hears what the kernel tells. `bad` is called when a ring is bad.
+/// The task that hears what the kernel tells. `bad` is called when a ring is bad, until it returns
+/// true: the kernel will have no ring soon.
 pub struct SignalsTask {
     pub signals: Arc<Signals>,
-    pub bad: Box<dyn Fn() + Send>,
+    pub bad: Box<dyn Fn() -> bool + Send>,
+    /// `bad` has returned true.
+    pub told: bool,
 }
 
 impl Task for SignalsTask {
@@ -474,8 +477,8 @@ impl Task for SignalsTask {
     }
 
     fn poll(&mut self, _budget: u32) -> Result<Progress, ErrorCode> {
-        if taken(&self.signals.error) {
-            (self.bad)();
+        if taken(&self.signals.error) && !self.told {
+            self.told = (self.bad)();
         }
         Ok(if self.signals.pass_on() { Progress::Busy } else { Progress::Idle })
     }
@@ -533,5 +536,19 @@ mod tests {
         assert_eq!(count(), 2);
         signals.forget(1);
         assert_eq!(count(), 2, "it had been forwarded");
+    }
+
+    #[test]
+    fn a_bad_ring_is_told_until_somebody_acts() {
+        let signals = Signals::new().unwrap();
+        let calls = Arc::new(AtomicU32::new(0));
+        let of_task = calls.clone();
+        let bad = Box::new(move || of_task.fetch_add(1, Ordering::Relaxed) == 1);
+        let mut task = SignalsTask { signals: signals.clone(), bad, told: false };
+        for told in [0, 1, 2, 2] {
+            assert_eq!(calls.load(Ordering::Relaxed), told);
+            rustix::io::write(&signals.error, &1_u64.to_ne_bytes()).unwrap();
+            task.poll(1).unwrap();
+        }
     }
 }
