@@ -206,18 +206,14 @@ impl Device for OnBus {
 
     fn reconfigure(&self, old: &Value, new: &Value) -> Result<(), String> {
         let Parsed { config, vhost, .. } = parse(new).map_err(|error| error.to_string())?;
-        let mut old = old.clone();
-        let moves = settings::changed(&old, new).iter().any(|key| key == "vhost");
-        if moves {
-            old["vhost"] = new["vhost"].clone();
+        let changed = settings::changed(old, new);
+        if !changed.iter().any(|key| key == "vhost") {
+            return self.nic.nic().reconfigure(old, new, &config);
         }
-        if !settings::changed(&old, new).is_empty() {
-            if moves {
-                return Err("vhost changes alone".into());
-            }
-            self.nic.nic().reconfigure(&old, new, &config)?;
+        if changed.len() > 1 {
+            return Err("vhost changes alone".into());
         }
-        if moves { self.nic.set_vhost(vhost) } else { Ok(()) }
+        self.nic.set_vhost(vhost)
     }
 
     fn quiesce(&self) {

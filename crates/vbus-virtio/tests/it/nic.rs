@@ -575,3 +575,24 @@ fn settings_that_vhost_net_cannot_have_are_refused() {
         assert!(error.starts_with(text), "{error}");
     }
 }
+
+#[test]
+fn vhost_changes_alone() {
+    let lab = Lab::new();
+    let endpoint = lab.endpoint(0, json!({ "backend": "switch", "switch": "lab" }));
+    let with = |more: Value| {
+        let mut settings = json!({ "backend": "tap", "rx-rate": "1G" });
+        settings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        settings
+    };
+    let change = |old: &Value, new: &Value| endpoint.device().reconfigure(old, new);
+    let (none, off) = (with(json!({})), with(json!({ "vhost": false })));
+    let on = json!({ "backend": "tap", "vhost": true });
+    // The device has no kernel's end to open: only the way back is tested.
+    assert_eq!(change(&off, &none), Ok(()), "the key is gone from the file");
+    assert_eq!(change(&none, &off), Ok(()));
+    assert_eq!(change(&on, &json!({ "backend": "tap" })), Ok(()));
+    assert_eq!(change(&on, &none), Err("vhost changes alone".into()));
+    let error = change(&none, &with(json!({ "mtu": 9000 }))).unwrap_err();
+    assert!(error.starts_with("only rates and bursts change"), "{error}");
+}
