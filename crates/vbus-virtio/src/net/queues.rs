@@ -22,6 +22,9 @@ use crate::queue::{Chain, Format, Layout, Position, Queue, RingFeatures, State a
 pub struct Queues {
     this: Weak<Queues>,
     work: Arc<Work>,
+    /// Locked while the back end is told what to set itself up for, before the state: what was
+    /// chosen last is told last.
+    turn: Mutex<()>,
     state: Mutex<State>,
     /// Moves that a task or a change of the memory has begun.
     jobs: BlockingQueue,
@@ -70,7 +73,8 @@ impl Queues {
         let slots = (0..work.queue_pairs() * 2).map(|_| None).collect();
         let state = State { slots, kernel: None, ended: false };
         let (state, jobs) = (Mutex::new(state), BlockingQueue::default());
-        let queues = Arc::new_cyclic(|this| Queues { this: this.clone(), work, state, jobs });
+        let turn = Mutex::default();
+        let queues = Arc::new_cyclic(|this| Queues { this: this.clone(), work, turn, state, jobs });
         queues.work.driver.memory.follow(&queues);
         // From now on a change of the setting finds the queues.
         queues.work.nic.has_started(&queues);
@@ -134,6 +138,7 @@ impl Queues {
     /// the pairs in use: it begins when the interface has their queues in use, and ends before it
     /// has not.
     pub fn configure(&self, before: Choices, done: Done) -> Result<(), ErrorCode> {
+        let _turn = lock(&self.turn);
         let queues = self.work.receiver.steering.queues();
         {
             let mut state = lock(&self.state);
