@@ -199,6 +199,11 @@ impl Queue for CapturedQueue {
         self.inner.forget();
     }
 
+    fn rest(&mut self) {
+        *self.inbound = Inbound::default();
+        self.inner.rest();
+    }
+
     fn flush(&mut self) {
         self.inner.flush();
     }

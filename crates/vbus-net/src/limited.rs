@@ -216,6 +216,10 @@ impl Queue for LimitedQueue {
         self.inner.forget();
     }
 
+    fn rest(&mut self) {
+        self.inner.rest();
+    }
+
     fn flush(&mut self) {
         self.inner.flush();
     }
