@@ -35,7 +35,7 @@ struct Wire<'a> {
 }
 
 /// After the set-up the bus has no part in a frame. Then the queues move between the kernel and the
-/// bus under load, pairs come and go, and the card is unplugged under load.
+/// bus under load, and the card is unplugged under load.
 pub fn carries(l1: &L1, figures: &mut Figures) -> Result<()> {
     if l1.guest.run("test -c /dev/vhost-net && test -c /dev/net/tun")?.code != 0 {
         return Err(Skip("L1 has no /dev/vhost-net or no /dev/net/tun".into()).into());
