@@ -46,6 +46,9 @@ pub struct Host {
     /// Each device, by name. It is not locked while a device is made or removed, because a back end
     /// may take long for that.
     served: Mutex<BTreeMap<String, Member>>,
+    /// Locked while a device takes other settings, before `served`: each change begins with those
+    /// that the one before has left.
+    settings: Mutex<()>,
     /// The sockets that belong to no device: duplicates, for a bus that takes over.
     own: Mutex<Vec<(PathBuf, OwnedFd)>>,
     /// The sockets of the bus whose place this one has taken, until somebody uses them.
@@ -188,6 +191,7 @@ impl Host {
             supervisor,
             protections,
             served: Mutex::default(),
+            settings: Mutex::default(),
             own: Mutex::default(),
             former: Mutex::default(),
             unowned: Mutex::default(),
@@ -323,16 +327,33 @@ impl Host {
         Ok(())
     }
 
-    /// Changes a device from `old` to `new`, without removing it. Returns the keys that changed.
+    /// Changes a device to `new` from what it is now, without removing it. Returns the keys that
+    /// changed.
     ///
     /// # Errors
     /// The device would have to be made anew. The keys that differ, and the reason.
-    pub fn reconfigure(
+    pub fn reconfigure(&self, new: &DeviceSpec) -> Result<Vec<String>, (Vec<String>, String)> {
+        let _turn = lock(&self.settings);
+        let old = self.spec(&new.name).map_err(|error| (Vec::new(), error.to_string()))?;
+        self.change_settings(&old, new)
+    }
+
+    /// What the device `name` was made from, with the changes since then.
+    fn spec(&self, name: &str) -> Result<DeviceSpec> {
+        let spec = self.lock().get(name).map(|member| member.spec.clone());
+        spec.with_context(|| format!("there is no device {name:?}"))
+    }
+
+    /// The caller holds the lock of `settings`.
+    fn change_settings(
         &self,
         old: &DeviceSpec,
         new: &DeviceSpec,
     ) -> Result<Vec<String>, (Vec<String>, String)> {
         let (keys, is_own) = new.changed_keys(old);
+        if keys.is_empty() {
+            return Ok(keys);
+        }
         let changed = match self.bus.get(&new.name) {
             Err(error) => Err(error.to_string()),
             Ok(_) if !is_own => Err("the bus takes these only when it makes the device".into()),
@@ -354,8 +375,8 @@ impl Host {
     /// # Errors
     /// There is no such device, or it cannot take them now.
     pub fn set(&self, name: &str, settings: Map<String, Value>) -> Result<Vec<String>> {
-        let old = self.lock().get(name).map(|member| member.spec.clone());
-        let old = old.with_context(|| format!("there is no device {name:?}"))?;
+        let _turn = lock(&self.settings);
+        let old = self.spec(name)?;
         if let Some(key) = settings.keys().find(|key| DeviceSpec::KEYS.contains(&&***key)) {
             bail!(
                 "{key:?} is one of the settings that the bus takes only when it makes the device"
@@ -366,10 +387,7 @@ impl Host {
             all.extend(settings);
         }
         self.bus.check_settings(name, &new.class, &new.settings)?;
-        if old == new {
-            return Ok(Vec::new());
-        }
-        self.reconfigure(&old, &new)
+        self.change_settings(&old, &new)
             .map_err(|(keys, reason)| anyhow!("{name}: {}: {reason}", keys.join(", ")))
     }
 

@@ -285,9 +285,12 @@ impl Reloader {
             }
             let (keys, reason) = match next {
                 None => (Vec::new(), String::new()),
-                Some(next) => match host.reconfigure(spec, next) {
+                Some(next) => match host.reconfigure(next) {
                     Ok(keys) => {
-                        report.changed(&subject, format!("changed {}", keys.join(", ")));
+                        // None, if somebody has set them by hand already.
+                        if !keys.is_empty() {
+                            report.changed(&subject, format!("changed {}", keys.join(", ")));
+                        }
                         has.push(Made { spec: (*next).clone(), ..stays(made) });
                         continue;
                     }

@@ -84,6 +84,15 @@ fn devices_come_go_and_change() {
         assert!(error.contains(text), "{words:?}: {error}");
     }
     assert!(rate(&bus).contains(&Some(4_000_000_000)), "what was refused has changed nothing");
+
+    // The file is compared with what the device has, once it says something else of the device.
+    let others = [nic("same", ""), nic("other", "mtu = 9000"), nic("new", "")].concat();
+    assert_eq!(bus.good(&["reload"]), "nothing has changed\n");
+    configure(&bus, &(others.clone() + &nic("rate", "rate = \"4G\"\nburst = \"64k\"")));
+    assert_eq!(bus.good(&["reload"]), "device rate: changed burst\n");
+    bus.good(&set(&["rate", "burst=32k"]));
+    configure(&bus, &(others + &nic("rate", "rate = \"4G\"\nburst = \"32k\"")));
+    assert_eq!(bus.good(&["reload"]), "nothing has changed\n");
     drop(client);
 }
 
