@@ -4,7 +4,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -149,9 +149,14 @@ impl Backend for Tap {
     }
 
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
-        self.link.set_carrier(true);
         let (control, link) = (self.control.clone(), self.link.clone());
-        Ok(Arc::new(TapPlug { port, control, link, in_kernel: AtomicBool::new(false) }))
+        let number = {
+            let mut state = lock(&control.state);
+            state.plugs += 1;
+            link.set_carrier(true);
+            state.plugs
+        };
+        Ok(Arc::new(TapPlug { number, port, control, link, in_kernel: AtomicBool::new(false) }))
     }
 
     fn inspect(&self) -> Value {
@@ -218,8 +223,11 @@ struct TapState {
     offloads: u64,
 }
 
-/// A driver's use of the interface.
+/// A driver's use of the interface. A thread that sets the interface up for a driver may hold it
+/// until the next driver is there. Then it does nothing any more.
 struct TapPlug {
+    /// The newest one has the number of [`ControlState::plugs`].
+    number: u64,
     port: Arc<Port>,
     control: Arc<TapControl>,
     link: Arc<Link>,
@@ -264,7 +272,8 @@ impl Plug for TapPlug {
             }));
         };
         let filter = self.addresses();
-        self.control.want(Wanted { up: true, queues, offloads, filter }, Some(Box::new(done)))
+        let wanted = Wanted { up: true, queues, offloads, filter };
+        self.control.want_of(self.number, wanted, Some(Box::new(done)))
     }
 
     fn leave_to_kernel(&self, leave: bool) {
@@ -281,12 +290,22 @@ impl Drop for TapPlug {
     fn drop(&mut self) {
         // Reset the offloads, because the next driver may not accept those of this one. Take the
         // carrier down, because there is no driver. Not of an interface that another process has.
-        if lock(&self.control.state).quiesced {
-            lock(&self.control.state).unplugged = true;
-        } else if self.control.want(Wanted::default(), None).is_err() {
-            let _ = self.control.apply(&Wanted::default()); // It may block, but must be done.
+        let mut state = lock(&self.control.state);
+        if state.plugs != self.number {
+            return;
         }
         self.link.set_carrier(false);
+        if state.quiesced {
+            state.unplugged = true;
+            return;
+        }
+        drop(state);
+        match self.control.want_of(self.number, Wanted::default(), None) {
+            // There is another driver meanwhile.
+            Ok(()) | Err(ErrorCode::NOT_OPEN) => {}
+            // It may block, but must be done.
+            Err(_) => drop(self.control.apply(&Wanted::default())),
+        }
     }
 }
 
@@ -334,6 +353,8 @@ struct ControlState {
     unplugged: bool,
     /// The interface is as wanted, and so it was when another process handed it over.
     is_adopted: bool,
+    /// How many drivers there have been. The interface is for the last one.
+    plugs: u64,
 }
 
 impl TapControl {
@@ -348,7 +369,29 @@ impl TapControl {
 
     /// Lets the helper thread set the interface up, and then call `done`.
     fn want(self: &Arc<Self>, wanted: Wanted, done: Option<SetUp>) -> Result<(), ErrorCode> {
-        let mut state = lock(&self.state);
+        self.want_now(lock(&self.state), wanted, done)
+    }
+
+    /// As [`want`](Self::want), for driver `number`. NOT_OPEN: there is another driver by now.
+    fn want_of(
+        self: &Arc<Self>,
+        number: u64,
+        wanted: Wanted,
+        done: Option<SetUp>,
+    ) -> Result<(), ErrorCode> {
+        let state = lock(&self.state);
+        if state.plugs != number {
+            return Err(ErrorCode::NOT_OPEN);
+        }
+        self.want_now(state, wanted, done)
+    }
+
+    fn want_now(
+        self: &Arc<Self>,
+        mut state: MutexGuard<'_, ControlState>,
+        wanted: Wanted,
+        done: Option<SetUp>,
+    ) -> Result<(), ErrorCode> {
         if std::mem::take(&mut state.is_adopted) && state.wanted == wanted {
             drop(state);
             done.into_iter().for_each(|done| done(Ok(())));
@@ -662,5 +705,37 @@ impl TapQueue {
 impl Drop for TapQueue {
     fn drop(&mut self) {
         let _ = self.watch(false); // The end of a watch cannot fail.
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filter::Filter;
+    use crate::steering::Steering;
+
+    #[test]
+    fn a_driver_that_has_gone_leaves_the_interface_to_the_next_one() {
+        // No interface: nothing can be set up, but what is wanted can be seen.
+        let (reader, _writer) = rustix::pipe::pipe().unwrap();
+        let queue = Arc::new(vbus_tap::Queue::from_descriptor(reader, false));
+        let control = Arc::new(TapControl::new(vec![queue]));
+        let (offloads, link) = (Offloads::ALL, Arc::new(Link::default()));
+        let tap = Tap { name: "tap".into(), control, offloads, link };
+        let plug = || {
+            let shared = (Arc::new(Filter::new([2; 6])), Arc::new(Steering::new(1)));
+            tap.plug(Arc::new(Port::new("n", 1500, 1, shared, Vec::new()))).unwrap()
+        };
+        let configure = |plug: &Arc<dyn Plug>| plug.configure(1, Offloads::CSUM, Box::new(drop));
+        let is_up = || (lock(&tap.control.state).wanted.up, tap.link.is_up());
+        let first = plug();
+        configure(&first).unwrap();
+        let second = plug();
+        configure(&second).unwrap();
+        assert_eq!(configure(&first), Err(ErrorCode::NOT_OPEN));
+        drop(first);
+        assert_eq!(is_up(), (true, true));
+        drop(second);
+        assert_eq!(is_up(), (false, false));
     }
 }
