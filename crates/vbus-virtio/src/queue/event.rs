@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Whether a notification is due (VIRTIO 1.3, 2.7.7.1, 2.7.10 and 2.8.21.3.1).
+//! Whether a notification of a split queue is due (VIRTIO 1.3, 2.7.7.1 and 2.7.10).
 
 /// Whether `event` is one of the `count` indexes before `new`. All are modulo 2^16. A `count` of
 /// 2^16 - 1 means that many or more: then the event may be of any lap, and a notification is due.

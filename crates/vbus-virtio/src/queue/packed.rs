@@ -8,7 +8,6 @@
 use vbus_core::shm::signal::Armed;
 
 use super::chain::{Chain, Head};
-use super::event::need_event;
 use super::indirect;
 use super::layout::{DESCRIPTOR_BYTES, Format, RingFeatures};
 use super::memory::{Area, Areas, Descriptor, Edge, Fence, Tables};
@@ -51,6 +50,14 @@ impl Cursor {
             Some(slot) => Cursor { slot, wrap: self.wrap },
             None => Cursor { slot: self.slot + (size - slots), wrap: !self.wrap },
         }
+    }
+
+    /// How many descriptors lie from `event` to this place: 1 to those of two laps, after which
+    /// both are the same again. The driver may name any place.
+    fn after(self, event: Cursor, size: u16) -> u32 {
+        let lap = u32::from(size);
+        let place = |at: Cursor| u32::from(at.slot) + if at.wrap { lap } else { 0 };
+        (place(self) + 2 * lap - 1 - place(event) % (2 * lap)) % (2 * lap) + 1
     }
 
     fn at(self) -> usize {
@@ -225,10 +232,9 @@ impl Packed {
             event::DESCRIPTOR if self.features.event_idx => {
                 let [low, high, ..] = wanted.to_le_bytes();
                 let place = u16::from_le_bytes([low, high]);
-                let (slot, wrap) = (place & !(1 << 15), place >> 15 != 0);
+                let event = Cursor { slot: place & !(1 << 15), wrap: place >> 15 != 0 };
                 let new = self.used.back(self.unpublished, self.size);
-                let slot = if wrap == new.wrap { slot } else { slot.wrapping_sub(self.size) };
-                need_event(slot, new.slot, since)
+                since == u16::MAX || new.after(event, self.size) <= since.into()
             }
             _ => true,
         }

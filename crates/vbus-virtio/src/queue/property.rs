@@ -614,3 +614,40 @@ fn two_threads_lose_no_buffer_and_no_notification() {
         }
     }
 }
+
+/// A device that holds interrupts back asks late. A driver that looks by itself meanwhile, and asks
+/// for no other interrupt, is owed the one that it has asked for, however many laps that is ago.
+#[test]
+fn an_interrupt_is_owed_for_any_number_of_laps() {
+    for (format, size) in [(Format::Split, 2), (Format::Packed, 1), (Format::Packed, 3)] {
+        let layout = Layout {
+            format,
+            size,
+            descriptors: DESCRIPTORS,
+            driver_area: DRIVER_AREA,
+            device_area: DEVICE_AREA,
+        };
+        let features = RingFeatures { event_idx: true, ..RingFeatures::default() };
+        let start = Position::start(format);
+        let shape = Shape { layout, features, start, scattered: false, skew: 0 };
+        let buffer = Buffer { parts: vec![(Part { addr: 0, len: 1 }, true)], direct: None };
+        for buffers in 1..20 {
+            let one = |_| {
+                [
+                    Op::Add(buffer.clone()),
+                    Op::DriverPublish,
+                    Op::Take(1),
+                    Op::CompleteOldest(1),
+                    Op::DevicePublish,
+                    Op::Reap(1),
+                ]
+            };
+            // What the queue does not know of the time before is asked first.
+            let mut ops = Vec::from(one(0));
+            ops.extend([Op::Notification, Op::DriverArm]);
+            ops.extend((0..buffers).flat_map(one));
+            ops.push(Op::Notification);
+            run(&shape, &ops);
+        }
+    }
+}
