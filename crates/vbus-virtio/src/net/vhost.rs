@@ -210,7 +210,7 @@ impl<T> During<T> for Result<T, Errno> {
         self.map_err(|error| match error {
             // The module's own limit.
             Errno::TOOBIG => Fault::Request(
-                "the driver's memory has more regions than the module vhost takes (max_mem_regions)",
+                "the driver's memory has more regions than vhost takes (max_mem_regions)",
                 error,
             ),
             error => Fault::Request(what, error),
