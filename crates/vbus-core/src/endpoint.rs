@@ -614,10 +614,8 @@ impl Endpoint {
         let mut inner = lock(&self.inner);
         self.check_not_quiesced()?;
         let Inner::Open(open) = &mut *inner else { return Err(ErrorCode::NOT_OPEN) };
-        let signal_offset = self.check_shape(request.vector, request.len, request.signal)?;
-        if request.addr % 64 != 0 {
-            return Err(ErrorCode::BAD_ALIGNMENT);
-        }
+        let (vector, len) = (request.vector, request.len);
+        let signal_offset = self.check_shape(vector, request.addr, len, request.signal)?;
         let free = open.regions.iter().position(Option::is_none).ok_or(ErrorCode::LIMIT)?;
         let handle = u32::try_from(free).map_err(|_| ErrorCode::LIMIT)?;
         let check = || lock(&open.connection).check_region(request.id, request.len);
@@ -671,11 +669,12 @@ impl Endpoint {
         Ok(handle)
     }
 
-    /// Checks what a driver or a state says of a region's vector, length and signal block. Returns
-    /// the offset of the signal block.
+    /// Checks what a driver or a state says of a region's vector, length and signal block, and of
+    /// the address of the region or of its list of pages. Returns the offset of the signal block.
     fn check_shape(
         &self,
         vector: u16,
+        addr: u64,
         len: u64,
         signal: Option<u64>,
     ) -> Result<Option<usize>, ErrorCode> {
@@ -685,7 +684,7 @@ impl Endpoint {
         if len == 0 || len > REGION_BYTES_MAX {
             return Err(ErrorCode::BAD_LENGTH);
         }
-        if len % 8 != 0 {
+        if addr % 64 != 0 || len % 8 != 0 {
             return Err(ErrorCode::BAD_ALIGNMENT);
         }
         match signal {

@@ -283,9 +283,13 @@ impl Endpoint {
 
     /// Maps a region of the state.
     fn region(&self, part: &RegionPart) -> Result<Region, ErrorCode> {
-        let signal_offset = self.check_shape(part.vector, part.len, part.signal)?;
+        let addr = match &part.place {
+            Place::At(addr) => *addr,
+            // A list of pages was read when the driver added the region.
+            Place::Pages { .. } => 0,
+        };
+        let signal_offset = self.check_shape(part.vector, addr, part.len, part.signal)?;
         match &part.place {
-            Place::At(addr) if addr % 64 != 0 => return Err(ErrorCode::BAD_ALIGNMENT),
             Place::At(_) => {}
             Place::Pages { shift, pages } => {
                 if !(PAGE_SHIFT_MIN..=PAGE_SHIFT_MAX).contains(shift) {

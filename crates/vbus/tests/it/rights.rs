@@ -212,6 +212,7 @@ impl Hostile {
             "vmm_folders": [dir],
             "paths": { "vmm": [dir.with_file_name("vmm")] },
             "taps": ["vbus%d"],
+            "vhost": false,
             "threads": threads,
             "config": config.map(Path::as_os_str),
             "any_thread": false,
