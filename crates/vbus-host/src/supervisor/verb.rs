@@ -36,6 +36,9 @@ pub const DESCRIPTORS_MAX: usize = 16;
 
 /// How often a message is sent or received again while the system has no memory for it.
 const TRIES: u32 = 100;
+/// The same for a verb, for which the supervisor waits. If it gave up, all sockets of the bus would
+/// go. The bus waits for its answer meanwhile.
+const VERB_TRIES: u32 = 250;
 /// The time between two tries.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -187,7 +190,7 @@ fn send_bytes(socket: impl AsFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -
     if !descriptors.is_empty() {
         control.push(SendAncillaryMessage::ScmRights(descriptors));
     }
-    retry(|| sendmsg(&socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL))?;
+    retry(TRIES, || sendmsg(&socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL))?;
     Ok(())
 }
 
@@ -197,7 +200,7 @@ fn send_bytes(socket: impl AsFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -
 /// The message is not understood, or this process has too many descriptors.
 pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-    let received = receive_bytes(socket, RecvAncillaryBuffer::new(&mut space))?;
+    let received = receive_bytes(socket, RecvAncillaryBuffer::new(&mut space), TRIES)?;
     let Some((mut bytes, mut descriptors)) = received else { return Ok(None) };
     if bytes == IN_FILE {
         let missing = || io::Error::other("a message between bus and supervisor was cut");
@@ -215,16 +218,17 @@ pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<(T, 
 /// The message is not understood, or has descriptors. The kernel has closed them already: they
 /// take no place in this process.
 pub fn receive_plain<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<T>> {
-    let received = receive_bytes(socket, RecvAncillaryBuffer::new(&mut []))?;
+    let received = receive_bytes(socket, RecvAncillaryBuffer::new(&mut []), VERB_TRIES)?;
     Ok(received.map(|(bytes, _)| serde_json::from_slice(&bytes)).transpose()?)
 }
 
 fn receive_bytes(
     socket: impl AsFd,
     mut control: RecvAncillaryBuffer<'_>,
+    tries: u32,
 ) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
     let mut bytes = vec![0; BYTES_MAX];
-    let received = retry(|| {
+    let received = retry(tries, || {
         recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)
     })?;
     let mut descriptors = Vec::new();
@@ -243,10 +247,11 @@ fn receive_bytes(
     Ok(Some((bytes, descriptors)))
 }
 
-/// Repeats a call that was interrupted, or for which the system has no memory at the moment. A
-/// message that is not received now would be taken for the answer to the next verb.
-fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
-    let mut left = TRIES;
+/// Repeats a call that was interrupted, or, `tries` times, one for which the system has no memory
+/// at the moment. A message that is not received now would be taken for the answer to the next
+/// verb.
+fn retry<T>(tries: u32, mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+    let mut left = tries;
     loop {
         match call() {
             Err(Errno::INTR) => {}
