@@ -469,7 +469,7 @@ impl Backend {
         drop(running);
         host.counters().opens.one();
         host.set_state(ConnectionState::Open);
-        let features = format_args!("{features:#x}");
+        let features = format!("{features:#x}");
         tracing::info!(device = host.name(), features, "a driver has started");
         self.tell_in_use()
     }
