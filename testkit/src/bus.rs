@@ -114,6 +114,8 @@ pub struct Bus {
     /// `vbus serve`.
     pub process: Process,
     client: BusClient,
+    config: PathBuf,
+    log: PathBuf,
 }
 
 impl Bus {
@@ -130,8 +132,10 @@ impl Bus {
         let folder = dir.join("bus");
         let mut command = Command::new(program);
         command.arg("serve").arg("--config").arg(&file).arg("--dir").arg(&folder);
-        let process = Process::start(command, "vbus serve", &dir.join("bus.log"))?;
-        let mut bus = Self { process, client: BusClient::new(program, &folder) };
+        let log = dir.join("bus.log");
+        let process = Process::start(command, "vbus serve", &log)?;
+        let client = BusClient::new(program, &folder);
+        let mut bus = Self { process, client, config: file, log };
         let until = Instant::now() + START;
         loop {
             match bus.run(&["device", "list"]) {
@@ -146,6 +150,47 @@ impl Bus {
             }
             thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// A new process takes the place of this one (`vbus serve --take-over`), which then ends.
+    /// Returns how long the devices paused.
+    ///
+    /// # Errors
+    /// It does not take over, and the bus goes on.
+    pub fn take_over(&mut self) -> Result<Duration> {
+        let command = self.taker();
+        let (mut next, lines) = Process::start_with_lines(command, "the new bus", &self.log)?;
+        match lines.recv_timeout(START) {
+            Ok(line) if line == "READY=1" => {}
+            told => {
+                let _ = next.kill();
+                return Err(next.complaint(&format!("did not take over, and said {told:?}")));
+            }
+        }
+        let ended = self.process.wait(START).context("the old bus")?;
+        ensure!(ended.success(), next.complaint(&format!("took over, but the old one: {ended}")));
+        self.process = next;
+        let log = self.log()?;
+        let pause = log.lines().rev().find_map(|line| line.split_once("they paused for "));
+        let (_, pause) = pause.context("the log does not say how long the devices paused")?;
+        parse_duration(pause).with_context(|| format!("the log says {pause:?}"))
+    }
+
+    /// The command of a process that takes the place of this one. It says on its standard output
+    /// that it has.
+    pub fn taker(&self) -> Command {
+        let mut command = self.command(&["serve", "--take-over", "--ready-fd", "1"]);
+        command.arg("--config").arg(&self.config);
+        command
+    }
+
+    /// What the bus, and those that it has taken over from, have said.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub fn log(&self) -> Result<String> {
+        let log = &self.log;
+        fs::read_to_string(log).with_context(|| format!("cannot read {}", log.display()))
     }
 
     /// The client of this bus.
@@ -290,6 +335,20 @@ impl Bus {
     }
 }
 
+/// Reads what `{:?}` of a [`Duration`] writes.
+fn parse_duration(text: &str) -> Option<Duration> {
+    let text = text.trim();
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit() && c != '.')?);
+    let unit = match unit {
+        "ns" => 1e-9,
+        "µs" => 1e-6,
+        "ms" => 1e-3,
+        "s" => 1.0,
+        _ => return None,
+    };
+    Some(Duration::from_secs_f64(number.parse::<f64>().ok()? * unit))
+}
+
 /// A `vbus state watch` that runs until this is dropped.
 pub struct Watch {
     child: Child,
@@ -318,5 +377,19 @@ impl Drop for Watch {
         // Fails only if it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_duration_of_the_log_is_read() {
+        for micros in [0, 7, 1500, 46_000, 2_500_000] {
+            let duration = Duration::from_micros(micros);
+            assert_eq!(parse_duration(&format!("{duration:?}\n")), Some(duration));
+        }
+        assert_eq!((parse_duration("46"), parse_duration("4 years")), (None, None));
     }
 }

@@ -21,6 +21,7 @@
 //! - `guest-agent watch` fills memory and checks later that nobody has written it;
 //! - `guest-agent xdp` lets a program of XDP run on an interface;
 //! - `guest-agent qstats` prints what netlink tells of an interface's queues;
+//! - `guest-agent numbers` sends and receives datagrams with numbers: none may be lost or doubled;
 //! - `guest-agent datagrams` sends and receives datagrams of UDP;
 //! - `guest-agent lie` serves the device of another vfio-user server, with a lie about it.
 
@@ -33,6 +34,7 @@ mod latency;
 mod lie;
 mod map;
 mod nonsense;
+mod numbers;
 mod option;
 mod page;
 mod qstats;
@@ -74,6 +76,8 @@ fn main() -> ExitCode {
         }
         ["datagrams", "throw", address, count] => datagrams::throw(address, count),
         ["datagrams", "print", address, interface] => datagrams::print(address, interface),
+        ["numbers", "send", address] => numbers::send(address),
+        ["numbers", "receive", address] => numbers::receive(address),
         ["qstats", interface] => qstats::qstats(interface),
         ["watch", mib, seconds] => watch::watch(mib, seconds),
         ["xdp", interface, what] => xdp::xdp(interface, what),
@@ -94,6 +98,7 @@ fn main() -> ExitCode {
                  nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME | \
                  watch MIB SECONDS | xdp INTERFACE pass|drop|back|around | qstats INTERFACE | \
                  datagrams send|receive ADDRESS:PORT COUNT BYTES SEGMENT | \
+                 numbers send|receive ADDRESS:PORT | \
                  datagrams throw ADDRESS:PORT COUNT | datagrams print ADDRESS:PORT INTERFACE"
             );
             return ExitCode::from(2);

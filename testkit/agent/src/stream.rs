@@ -28,7 +28,7 @@ fn add_options(stream: &TcpStream) -> io::Result<()> {
 ///
 /// It does not resist an adversary. Every step is a bijection of the state, so a single changed
 /// word always changes the result. The rotation makes the result depend on the order.
-struct Hash {
+pub struct Hash {
     state: u64,
     /// The last bytes, fewer than a word.
     rest: Vec<u8>,
@@ -38,7 +38,8 @@ struct Hash {
 const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
 
 impl Hash {
-    fn new() -> Self {
+    /// Of no bytes.
+    pub fn new() -> Self {
         Self { state: 0, rest: Vec::with_capacity(8), length: 0 }
     }
 
@@ -46,7 +47,8 @@ impl Hash {
         self.state = (self.state ^ u64::from_le_bytes(bytes)).wrapping_mul(ODD).rotate_left(31);
     }
 
-    fn add(&mut self, mut bytes: &[u8]) {
+    /// Adds bytes.
+    pub fn add(&mut self, mut bytes: &[u8]) {
         self.length += bytes.len() as u64;
         while !self.rest.is_empty() && !bytes.is_empty() {
             self.rest.push(bytes[0]);
@@ -65,7 +67,8 @@ impl Hash {
         self.rest.extend_from_slice(words.remainder());
     }
 
-    fn end(mut self) -> String {
+    /// The number of bytes, and the hash.
+    pub fn end(mut self) -> String {
         let mut last = [0; 8];
         last[..self.rest.len()].copy_from_slice(&self.rest);
         self.word(last);

@@ -94,6 +94,11 @@ pub const SCENARIOS: &[Scenario] = &[
     in_guests("vm::kill_guest", "kill -9 of a guest in mid-traffic", vm::deaths::guest),
     in_guests("vm::kill_driver", "kill -9 of the driver in mid-traffic", vm::deaths::driver),
     in_guests("vm::kill_bus", "kill -9 of the bus in mid-traffic", vm::deaths::bus),
+    in_guests(
+        "vm::take_over",
+        "the bus is upgraded again and again under load, and upgrades fail: no frame is lost",
+        vm::take_over::upgrades,
+    ),
     in_guests("vm::reset_guest", "a guest is reset in mid-traffic", vm::deaths::reboot),
     in_guests("vm::reopen", "the driver is opened 100 times, without a leak", vm::deaths::reopen),
     in_guests(

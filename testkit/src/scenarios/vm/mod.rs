@@ -12,6 +12,7 @@ pub(super) mod idle;
 pub(super) mod plug;
 pub(super) mod sched;
 pub(super) mod state;
+pub(super) mod take_over;
 pub(super) mod template;
 pub(super) mod traffic;
 pub(super) mod vfio_user;
