@@ -375,7 +375,7 @@ impl Cpu {
         self.settle(now, Some(policy));
         match self.outcome {
             word::IS_CLAMPED => self.counts.clamped += 1,
-            word::BAD_REQUEST | word::NOT_ALLOWED => self.counts.refused += 1,
+            word::BAD_REQUEST | word::NOT_ALLOWED | word::FAILED => self.counts.refused += 1,
             _ => {}
         }
     }
@@ -447,7 +447,6 @@ impl Cpu {
             let text = "cannot set a thread's scheduling class";
             tracing::warn!(device = &*self.device, thread = tid, %error, "{text}{advice}");
         }
-        self.counts.refused += 1;
         self.outcome = word::FAILED;
     }
 

@@ -35,6 +35,7 @@
 
 mod mutation;
 mod random;
+pub mod saved;
 pub mod virtio;
 
 pub use mutation::mutate;
@@ -116,6 +117,11 @@ impl Memory {
     pub fn alone(len: u64) -> Memory {
         let fd = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&fd, len).unwrap();
+        Memory::of(fd, len)
+    }
+
+    /// The memory of another driver, from its [`file`](Self::file) of `len` bytes.
+    pub fn of(fd: OwnedFd, len: u64) -> Memory {
         let context = MemoryContext::new();
         context.map(0, len, Some((fd.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
         Memory { context, fd, next: 4096, len }

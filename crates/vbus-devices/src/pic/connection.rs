@@ -231,8 +231,8 @@ impl PicState {
     }
 
     fn unroute(&mut self, what: &(String, u16)) -> Result<u64, ErrorCode> {
-        let Routed { line, cpu, route, .. } =
-            self.routes.remove(what).ok_or(ErrorCode(NO_ROUTE))?;
+        let routed = self.routes.remove(what).filter(|routed| routed.route.is_alive());
+        let Routed { line, cpu, route, .. } = routed.ok_or(ErrorCode(NO_ROUTE))?;
         // Dropping the route makes the other device send its own interrupt once, so the line need
         // not stay pending.
         drop(route);
@@ -242,9 +242,10 @@ impl PicState {
         Ok(0)
     }
 
-    /// Whether another route leads to this line.
+    /// Whether a route leads to this line. One that has ended raises it no more.
     fn is_shared(&self, cpu: &Arc<Cpu>, line: u16) -> bool {
-        self.routes.values().any(|routed| routed.line == line && Arc::ptr_eq(&routed.cpu, cpu))
+        let leads = |routed: &Routed| routed.line == line && Arc::ptr_eq(&routed.cpu, cpu);
+        self.routes.values().any(|routed| leads(routed) && routed.route.is_alive())
     }
 
     pub fn inspect(&self) -> Value {

@@ -6,9 +6,11 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
-use vbus_core::{Executor, InterruptSink, Tuning};
+use serde_json::Value;
+use vbus_core::{Executor, InterruptSink, Tuning, state};
 use vbus_pci::vbus_pci_config::{Builder, Header, MsixLayout, capabilities};
-use vbus_pci::{BarHandler, Interrupts, IrqIndex, PciFunction, region};
+use vbus_pci::{BarHandler, FunctionState, Interrupts, IrqIndex, PciFunction, Peer, region};
+use vbus_test_driver::saved::{Verdict, content, document, forge};
 
 /// The calls of a handler, in order.
 type Calls = Arc<Mutex<Vec<String>>>;
@@ -38,6 +40,15 @@ impl BarHandler for Noting {
 
     fn bus_master_cleared(&mut self) {
         self.note(format_args!("bus master cleared"));
+    }
+
+    fn save(&mut self) -> Result<Value, String> {
+        state::part(&self.0)
+    }
+
+    fn restore(&mut self, saved: &Value) -> Result<(), String> {
+        let number: u8 = state::read_part(saved)?;
+        if number == self.0 { Ok(()) } else { Err(format!("it is BAR {number}")) }
     }
 }
 
@@ -126,4 +137,36 @@ fn msix_lies_where_the_configuration_space_says() {
     assert_eq!(read(&mut function, 4, 0x800), [0; 8]);
     function.reset();
     assert_eq!(read(&mut function, 4, 32), [0; 4]);
+}
+
+/// Whatever a forged state says, it is refused, or the function that goes on answers as its
+/// configuration space says.
+#[test]
+fn forged_states_of_a_bare_function_do_no_harm() {
+    let (mut original, interrupts) = function(&Calls::default());
+    original.write(region::CONFIG, 4, &[6, 0]);
+    original.write(4, 32, &0x1122_3344_fee0_1003u64.to_le_bytes());
+    interrupts.trigger(2);
+    let state = content(&original.save().unwrap());
+    let fixed: [u8; 4] = read(&mut original, region::CONFIG, 0);
+    forge(&state, 0..600, |seed, forged| {
+        let Some(state) = document::<FunctionState>(&forged) else { return Verdict::Unread };
+        let (mut next, interrupts) = function(&Calls::default());
+        let peer = if seed % 2 == 0 { Peer::Same } else { Peer::Other };
+        let verdict = match next.restore(&state, peer) {
+            Err(error) => Verdict::Refused(error.why),
+            Ok(()) => Verdict::Taken,
+        };
+        assert_eq!(read(&mut next, region::CONFIG, 0), fixed, "seed {seed}");
+        (0..3).for_each(|vector| interrupts.trigger(vector));
+        let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
+        let given = vec![None, None, Some(fd.try_clone().unwrap())];
+        next.connect_irqs(IrqIndex::Msix, 0, given).unwrap();
+        next.reset();
+        next.write(region::CONFIG, 4, &[6, 0]);
+        assert_eq!(read(&mut next, 4, 0x800), [0; 4], "seed {seed}: pending after a reset");
+        let again = content(&next.save().unwrap());
+        assert_eq!(again["interrupts"]["msix_pending"], serde_json::json!([]), "seed {seed}");
+        verdict
+    });
 }

@@ -6,6 +6,7 @@ use vbus_core::shm::ring::Entry;
 use vbus_core::shm::signal::Armed;
 use vbus_core::state::{BadDocument, Document};
 use vbus_pci::{FunctionState, IrqIndex, Options, Peer, region};
+use vbus_test_driver::saved::{Verdict, content, document, forge, try_out};
 
 use crate::function::{Rig, exchange};
 
@@ -130,4 +131,36 @@ fn a_state_of_something_else_is_refused() {
         let begins = "device \"m0\" of class \"mirror\" cannot be restored: ";
         assert!(refused.starts_with(begins) && refused.contains(why), "{refused}");
     }
+}
+
+/// Whatever a forged state says, it is refused, or the function that goes on from it is safe: it
+/// answers its driver, which can close the device and open it again.
+#[test]
+fn forged_states_of_a_function_do_no_harm() {
+    let mut rig = Rig::new(OPTIONS);
+    rig.function.write(region::CONFIG, 4, &6u16.to_le_bytes());
+    rig.function.write(region::BAR0, bar0::MSIX_TABLE + 16, &0xfee0_1000u64.to_le_bytes());
+    rig.open().unwrap();
+    let (mut ring, _) = rig.ring(2);
+    ring.submit(Entry { addr: 2, len: 0, id: 5, flags: 0 }).unwrap();
+    rig.endpoint.quiesce().unwrap();
+    let original = content(&rig.function.save().unwrap());
+    forge(&original, 0..900, |seed, forged| {
+        let Some(state) = document::<FunctionState>(&forged) else { return Verdict::Unread };
+        let mut next = Rig::beside(&rig, OPTIONS);
+        next.endpoint.quiesce().unwrap();
+        let peer = if seed % 2 == 0 { Peer::Same } else { Peer::Other };
+        let verdict = match next.function.restore(&state, peer) {
+            Err(error) => Verdict::Refused(error.why),
+            Ok(()) => Verdict::Taken,
+        };
+        let Rig { function, endpoint, .. } = &mut next;
+        try_out(endpoint, 8, seed, || drop(function.save()));
+        next.eventfd(IrqIndex::Msix, 2);
+        all(&mut next);
+        next.function.write(region::CONFIG, 4, &6u16.to_le_bytes());
+        assert_eq!(next.command(command::CLOSE, &[]), Ok(0), "seed {seed}");
+        assert!(next.open().is_ok(), "seed {seed}: it cannot be opened again");
+        verdict
+    });
 }

@@ -3,4 +3,5 @@
 // A test may panic, and its numbers are small.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+mod saved;
 mod sched;

@@ -110,36 +110,36 @@ const OWN: (u32, i32, i32) = (0, 0, 0);
 
 /// The value of a report page.
 #[derive(Clone, Copy, Debug, Default)]
-struct Report {
-    outcome: u32,
-    class: u32,
-    priority: i32,
-    version: u64,
-    updates: u64,
-    changes: u64,
-    clamped: u64,
-    refused: u64,
-    limited: u64,
-    expired: u64,
+pub struct Report {
+    pub outcome: u32,
+    pub class: u32,
+    pub priority: i32,
+    pub version: u64,
+    pub updates: u64,
+    pub changes: u64,
+    pub clamped: u64,
+    pub refused: u64,
+    pub limited: u64,
+    pub expired: u64,
 }
 
 /// A driver's pages of one virtual CPU.
-struct Pages {
-    requests: Writer<Window, end::Driver>,
-    window: Window,
-    reports: Reader<Window, end::Driver>,
-    handles: [u32; 2],
+pub struct Pages {
+    pub requests: Writer<Window, end::Driver>,
+    pub window: Window,
+    pub reports: Reader<Window, end::Driver>,
+    pub handles: [u32; 2],
 }
 
 /// A driver that has opened a `sched` device.
-struct Driver {
-    endpoint: Arc<Endpoint>,
-    memory: Memory,
-    interrupts: Arc<Interrupts>,
+pub struct Driver {
+    pub endpoint: Arc<Endpoint>,
+    pub memory: Memory,
+    pub interrupts: Arc<Interrupts>,
 }
 
 impl Driver {
-    fn open(endpoint: &Arc<Endpoint>) -> Driver {
+    pub fn open(endpoint: &Arc<Endpoint>) -> Driver {
         endpoint.close();
         endpoint.unmap_all();
         let interrupts = Arc::new(Interrupts::default());
@@ -149,7 +149,7 @@ impl Driver {
         Driver { endpoint: endpoint.clone(), memory, interrupts }
     }
 
-    fn page(&mut self, id: u32, bytes: u32) -> (Window, Result<u32, ErrorCode>) {
+    pub fn page(&mut self, id: u32, bytes: u32) -> (Window, Result<u32, ErrorCode>) {
         let layout = Layout::new(bytes, 4).unwrap();
         let addr = self.memory.alloc(layout.bytes());
         let window = self.memory.window(addr, layout.bytes());
@@ -157,7 +157,7 @@ impl Driver {
         (window, add(&self.endpoint, id, addr, layout.bytes(), SIGNAL_OFFSET))
     }
 
-    fn pages(&mut self, cpu: u32) -> Pages {
+    pub fn pages(&mut self, cpu: u32) -> Pages {
         let (window, request) = self.page(abi::request_page(cpu), abi::request::BYTES);
         let (memory, report) = self.page(abi::report_page(cpu), report::BYTES);
         let requests = Writer::attach(window.clone(), end::Driver).unwrap();
@@ -165,7 +165,7 @@ impl Driver {
         Pages { requests, window, reports, handles: [request.unwrap(), report.unwrap()] }
     }
 
-    fn post(&self, pages: &mut Pages, class: u32, priority: i32) {
+    pub fn post(&self, pages: &mut Pages, class: u32, priority: i32) {
         let mut value = [0; abi::request::BYTES as usize];
         value[..4].copy_from_slice(&class.to_le_bytes());
         value[4..8].copy_from_slice(&priority.to_le_bytes());
@@ -175,7 +175,7 @@ impl Driver {
     }
 
     /// Waits for a report that `wanted` accepts.
-    fn wait(&self, pages: &mut Pages, what: &str, wanted: impl Fn(&Report) -> bool) -> Report {
+    pub fn wait(&self, pages: &mut Pages, what: &str, wanted: impl Fn(&Report) -> bool) -> Report {
         self.interrupts.wait(what, || {
             let (report, version) = read(&pages.reports);
             if wanted(&report) {
@@ -189,14 +189,14 @@ impl Driver {
     }
 
     /// Posts a request, and waits until the device has read it.
-    fn ask(&self, pages: &mut Pages, class: u32, priority: i32) -> Report {
+    pub fn ask(&self, pages: &mut Pages, class: u32, priority: i32) -> Report {
         self.post(pages, class, priority);
         let version = pages.requests.version();
         self.wait(pages, "the report of a request", |report| report.version == version)
     }
 }
 
-fn read(reports: &Reader<Window, end::Driver>) -> (Report, u64) {
+pub fn read(reports: &Reader<Window, end::Driver>) -> (Report, u64) {
     let mut value = [0; report::BYTES as usize];
     let version = reports.read(&mut value).unwrap();
     let word = |at: usize| u32::from_le_bytes(value[at..at + 4].try_into().unwrap());

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Another bus goes on with a device, its server and its client. The driver notices nothing.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::net::{Shutdown, shutdown};
 use serde_json::{Value, json};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
@@ -14,6 +16,8 @@ use vbus_core::{
 };
 use vbus_driver::{Function, Hal, Memory};
 use vbus_process::{MEMORY_BYTES, Process};
+use vbus_test_driver::Random;
+use vbus_test_driver::saved::{Verdict, forge, try_out};
 use vbus_vfio_user::{DeviceServer, SavedData, SavedServer};
 
 /// How long a test waits for what must happen.
@@ -248,4 +252,92 @@ fn a_state_that_lies_leaves_the_first_bus_with_its_client() {
         stop.store(true, Ordering::Relaxed);
         driver.join().unwrap();
     });
+}
+
+/// A driver that has opened the device and registered a region.
+fn driver(process: Process) -> (Function<Process>, impl Sized) {
+    let mut function = Function::probe(process.clone()).unwrap();
+    function.open(0).unwrap();
+    let memory = process.alloc(4096).unwrap();
+    let region = function.region_add(0, 0, &memory, (0, 4096), None).unwrap();
+    (function, (memory, region))
+}
+
+/// Forges what is data, and mixes descriptors up.
+fn forged(value: Value, descriptors: &[OwnedFd], random: &mut Random) -> Option<SavedServer> {
+    let data: SavedData = serde_json::from_value(value).ok()?;
+    let mut descriptors: Vec<_> = descriptors.iter().map(|fd| fd.try_clone().unwrap()).collect();
+    match random.below(8) {
+        0 => drop(descriptors.pop()),
+        1 => {
+            let (a, b) = (random.index(descriptors.len()), random.index(descriptors.len()));
+            descriptors.swap(a, b);
+        }
+        _ => {}
+    }
+    Some(SavedServer { data, descriptors })
+}
+
+/// Whatever a forged state says, the other bus refuses it, or is safe: its device can be tried and
+/// saved. The first bus goes on with its client in any case.
+#[test]
+fn forged_states_do_no_harm() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let bus = One::start(&path);
+    let process = Process::connect(&path, MEMORY_BYTES).unwrap();
+    let (mut function, _region) = driver(process);
+    let SavedServer { data, descriptors } = bus.stop();
+    let original = serde_json::to_value(&data).unwrap();
+    forge(&original, 0..600, |seed, value| {
+        let Some(saved) = forged(value, &descriptors, &mut Random(!seed)) else {
+            return Verdict::Unread;
+        };
+        match One::next(saved, &path) {
+            Err(why) => Verdict::Refused(why),
+            Ok(next) => {
+                try_out(&next.endpoint(), 8, seed, || drop(next.server.save()));
+                Verdict::Taken
+            }
+        }
+    });
+    bus.go_on();
+    assert_eq!(function.call(1, 0, &mut [5]), Ok(5));
+}
+
+/// A server that goes on from a forged state serves the next client, whatever becomes of the one
+/// of the state.
+#[test]
+fn a_server_of_a_forged_state_serves_the_next_client() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let mut served = 0;
+    for seed in 0..100 {
+        let bus = One::start(&path);
+        let process = Process::connect(&path, MEMORY_BYTES).unwrap();
+        let client = driver(process.clone());
+        let SavedServer { data, descriptors } = bus.stop();
+        let mut value = serde_json::to_value(&data).unwrap();
+        let mut random = Random(seed);
+        for _ in 0..=random.below(3) {
+            vbus_test_driver::mutate(&mut value, &mut random);
+        }
+        let next = forged(value, &descriptors, &mut random);
+        let next = next.and_then(|saved| One::next(saved, &path).ok());
+        drop((bus, descriptors));
+        // It sends no message: the server may wait for the rest of one that never was.
+        shutdown(process.socket(), Shutdown::Both).unwrap();
+        std::mem::forget(client);
+        let Some(next) = next else { continue };
+        next.go_on();
+        let (tell, told) = std::sync::mpsc::channel();
+        let to = path.clone();
+        std::thread::spawn(move || {
+            let _ = tell.send(driver(Process::connect(to, MEMORY_BYTES).unwrap()));
+        });
+        let (mut function, _region) = told.recv_timeout(BOUND).expect("an answer");
+        assert_eq!(function.call(1, 0, &mut [5]), Ok(5), "seed {seed}");
+        served += 1;
+    }
+    assert!(served > 10, "{served} servers");
 }

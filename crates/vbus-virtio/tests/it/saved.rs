@@ -8,6 +8,9 @@ use serde_json::{Value, json};
 use vbus_core::state::Document;
 use vbus_pci::{FunctionState, IrqIndex, Options, Peer, device_function};
 use vbus_test_driver::Random;
+use vbus_test_driver::saved::{
+    Verdict, World, content, document, forge, same_when_saved, still, try_out,
+};
 
 use crate::driver::{NEEDS_RESET, eventually, field};
 use crate::nic::{
@@ -21,7 +24,7 @@ const CHAINS: usize = 16;
 const SLOT: usize = 16 << 10;
 
 /// Two cards on a switch, the first of which sends to the second.
-struct World {
+struct Cards {
     lab: Lab,
     cards: [Card; 2],
     settings: Value,
@@ -39,8 +42,8 @@ struct World {
     seen: Vec<Vec<u8>>,
 }
 
-impl World {
-    fn new(seed: u64, settings: Value) -> World {
+impl Cards {
+    fn new(seed: u64, settings: Value) -> Cards {
         let lab = Lab::new();
         let control = CTRL_VQ | CTRL_RX | CTRL_VLAN | CTRL_MAC | ANNOUNCE | COALESCE;
         let features = control | CSUM | HOST_TSO4 | GUEST_CSUM | GUEST_OFFLOADS;
@@ -48,7 +51,7 @@ impl World {
         let tx_slots = cards[0].driver.memory.alloc(CHAINS * SLOT);
         let rx_slots = cards[1].driver.memory.alloc(CHAINS * 2048);
         let (buffers, seen) = Default::default();
-        World {
+        Cards {
             lab,
             cards,
             settings,
@@ -62,39 +65,6 @@ impl World {
             random: Random(seed),
             seen,
         }
-    }
-
-    /// Saves both cards, and lets fresh ones on a fresh bus go on.
-    fn renew(&mut self) {
-        let lab = Lab::new();
-        for card in &self.cards {
-            card.driver.endpoint.quiesce().unwrap();
-        }
-        let states = self.cards.each_mut().map(|card| card.driver.function.save().unwrap());
-        for (number, card) in self.cards.iter_mut().enumerate() {
-            let read = FunctionState::from_text(&states[number].to_text().unwrap()).unwrap();
-            let endpoint = lab.endpoint(number, self.settings.clone());
-            card.driver.memory.share(&endpoint);
-            let mut function = device_function(endpoint.clone(), Options::default());
-            let eventfds = card.driver.function.irq_eventfds(IrqIndex::Intx).unwrap();
-            function.connect_irqs(IrqIndex::Intx, 0, eventfds).unwrap();
-            endpoint.quiesce().unwrap();
-            function.restore(&read, Peer::Same).unwrap();
-            (card.driver.function, card.driver.endpoint) = (function, endpoint);
-        }
-        for (card, state) in self.cards.iter_mut().zip(&states) {
-            let again = card.driver.function.save().unwrap();
-            assert_eq!(unmoving(&again), unmoving(state), "the state as it was restored");
-            card.driver.endpoint.resume();
-        }
-        self.lab = lab;
-    }
-
-    fn save_in_vain(&mut self) {
-        let card = &mut self.cards[self.random.index(2)];
-        card.driver.endpoint.quiesce().unwrap();
-        card.driver.function.save().unwrap();
-        card.driver.endpoint.resume();
     }
 
     fn send(&mut self, header: &[u8; HEADER], bytes: &[u8]) {
@@ -135,32 +105,6 @@ impl World {
         }
     }
 
-    fn step(&mut self) {
-        let n = self.random.next();
-        match self.random.below(12) {
-            0..=3 if self.coming < 8 => {
-                let to = if n % 5 == 0 { [0xff; 6] } else { MACS[1] };
-                let bytes = frame(to, MACS[0], 46 + (n % 1400) as usize);
-                self.send(&[0; HEADER], &bytes);
-                self.coming += 1;
-            }
-            4 if self.coming < 8 => {
-                let payload = 100 + (n % 6000) as usize;
-                let (header, bytes) = segment(payload);
-                self.send(&header, &bytes);
-                self.coming += payload.div_ceil(1000);
-            }
-            5..=6 => self.take(1 + (n % 6) as usize),
-            7 if self.buffers.len() < 10 => self.post(),
-            8..=9 => {
-                // What changes the way of a frame comes when no frame is on its way.
-                self.take(usize::MAX);
-                self.command(n);
-            }
-            _ => {}
-        }
-    }
-
     fn command(&mut self, n: u64) {
         let byte = n as u8;
         let command = match self.random.below(8) {
@@ -187,8 +131,67 @@ impl World {
     fn ask_for_own_address(&mut self) -> Vec<u8> {
         self.cards[1].ask(&[&[1, 1][..], &MACS[1]].concat(), 1)
     }
+}
 
-    /// Takes all that is on its way. Returns all that the drivers have seen.
+impl World for Cards {
+    fn step(&mut self) {
+        let n = self.random.next();
+        match self.random.below(12) {
+            0..=3 if self.coming < 8 => {
+                let to = if n % 5 == 0 { [0xff; 6] } else { MACS[1] };
+                let bytes = frame(to, MACS[0], 46 + (n % 1400) as usize);
+                self.send(&[0; HEADER], &bytes);
+                self.coming += 1;
+            }
+            4 if self.coming < 8 => {
+                let payload = 100 + (n % 6000) as usize;
+                let (header, bytes) = segment(payload);
+                self.send(&header, &bytes);
+                self.coming += payload.div_ceil(1000);
+            }
+            5..=6 => self.take(1 + (n % 6) as usize),
+            7 if self.buffers.len() < 10 => self.post(),
+            8..=9 => {
+                // What changes the way of a frame comes when no frame is on its way.
+                self.take(usize::MAX);
+                self.command(n);
+            }
+            _ => {}
+        }
+    }
+
+    fn renew(&mut self) {
+        let lab = Lab::new();
+        for card in &self.cards {
+            card.driver.endpoint.quiesce().unwrap();
+        }
+        let states = self.cards.each_mut().map(|card| card.driver.function.save().unwrap());
+        for (number, card) in self.cards.iter_mut().enumerate() {
+            let read = FunctionState::from_text(&states[number].to_text().unwrap()).unwrap();
+            let endpoint = lab.endpoint(number, self.settings.clone());
+            card.driver.memory.share(&endpoint);
+            let mut function = device_function(endpoint.clone(), Options::default());
+            let eventfds = card.driver.function.irq_eventfds(IrqIndex::Intx).unwrap();
+            function.connect_irqs(IrqIndex::Intx, 0, eventfds).unwrap();
+            endpoint.quiesce().unwrap();
+            function.restore(&read, Peer::Same).unwrap();
+            (card.driver.function, card.driver.endpoint) = (function, endpoint);
+        }
+        for (card, state) in self.cards.iter_mut().zip(&states) {
+            let again = card.driver.function.save().unwrap();
+            assert_eq!(unmoving(&again), unmoving(state), "the state as it was restored");
+            card.driver.endpoint.resume();
+        }
+        self.lab = lab;
+    }
+
+    fn save_in_vain(&mut self, n: u64) {
+        let card = &mut self.cards[n as usize % 2];
+        card.driver.endpoint.quiesce().unwrap();
+        card.driver.function.save().unwrap();
+        card.driver.endpoint.resume();
+    }
+
     fn end(mut self) -> Vec<Vec<u8>> {
         self.take(usize::MAX);
         let card = &mut self.cards[1];
@@ -203,59 +206,29 @@ impl World {
 
 /// A state without what passes by itself.
 fn unmoving(state: &FunctionState) -> Value {
-    let mut value: Value = serde_json::from_str(&state.to_text().unwrap()).unwrap();
-    let state = &mut value["state"];
+    let mut state = content(state);
     // A restored function has interrupted its driver.
     state["interrupts"] = json!(null);
     let bar = &mut state["bars"][0]["state"];
     bar["isr"] = json!(0);
     // A task publishes the state of the link soon after a driver has started.
     (bar["config"], bar["config_generation"]) = (json!(null), json!(0));
-    for name in ["wakeups", "polls", "polls_empty", "moves", "stalls", "interrupts"] {
-        bar["device"]["counters"][name] = json!(0);
-    }
-    value
-}
-
-/// As the test of venet has it.
-fn moves(settings: &Value, seeds: std::ops::Range<u64>) {
-    for seed in seeds {
-        let [mut plain, mut saved] = [0, 1].map(|_| World::new(seed, settings.clone()));
-        let mut when = Random(!seed);
-        for _ in 0..50 {
-            plain.step();
-            saved.step();
-            match when.below(4) {
-                0 => saved.renew(),
-                1 => {
-                    // Both worlds use as many random numbers.
-                    plain.random.index(2);
-                    saved.save_in_vain();
-                }
-                _ => {}
-            }
-        }
-        saved.renew();
-        let (plain, saved) = (plain.end(), saved.end());
-        assert_eq!(plain.len(), saved.len(), "seed {seed}");
-        for (n, (plain, saved)) in plain.iter().zip(&saved).enumerate() {
-            let show = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-            assert!(plain == saved, "seed {seed}, {n}: {} and {}", show(plain), show(saved));
-        }
-    }
+    still(&mut bar["device"]["counters"]);
+    state
 }
 
 /// What the drivers of two cards see does not depend on whether the cards are saved, and go on in
 /// fresh ones, at any step.
 #[test]
 fn drivers_do_not_see_that_their_cards_are_saved() {
-    moves(&json!({ "backpressure-ms": 3_600_000 }), 0..16);
+    let settings = json!({ "backpressure-ms": 3_600_000 });
+    same_when_saved(0..16, 50, |seed| Cards::new(seed, settings.clone()));
 }
 
 /// Whatever a forged state says, it is refused, or the card that goes on from it is safe.
 #[test]
 fn forged_states_do_no_harm() {
-    let mut world = World::new(1, json!({ "rss": true, "queue-pairs": 2 }));
+    let mut world = Cards::new(1, json!({ "rss": true, "queue-pairs": 2 }));
     world.post();
     for _ in 0..3 {
         world.send(&[0; HEADER], &frame(MACS[1], MACS[0], 1000));
@@ -264,38 +237,20 @@ fn forged_states_do_no_harm() {
     let card = &mut world.cards[1];
     card.driver.endpoint.quiesce().unwrap();
     let state = card.driver.function.save().unwrap();
-    let original: Value = serde_json::from_str(&state.to_text().unwrap()).unwrap();
     let lab = Lab::new();
-    let (mut refused, mut taken) = (0, 0);
-    for seed in 0..600 {
-        let mut random = Random(seed);
-        let mut forged = original.clone();
-        for _ in 0..=random.below(3) {
-            vbus_test_driver::mutate(&mut forged["state"], &mut random);
-        }
-        let Ok(state) = FunctionState::from_text(&forged.to_string()) else { continue };
+    forge(&content(&state), 0..600, |seed, forged| {
+        let Some(state) = document::<FunctionState>(&forged) else { return Verdict::Unread };
         let endpoint = lab.endpoint(1, world.settings.clone());
         endpoint.quiesce().unwrap();
-        card.driver.memory.share(&endpoint);
+        world.cards[1].driver.memory.share(&endpoint);
         let mut function = device_function(endpoint.clone(), Options::default());
-        match function.restore(&state, Peer::Other) {
-            Err(error) => {
-                assert!(!error.why.contains("panicked"), "seed {seed}: {error}");
-                refused += 1;
-            }
-            Ok(()) => taken += 1,
-        }
-        endpoint.resume();
-        // The tasks get their turn, and find out what they can.
-        (0..5).for_each(|queue| endpoint.ring(queue));
-        endpoint.inspect();
-        endpoint.quiesce().unwrap();
-        let broken = vbus_core::ConnectionState::Broken(vbus_core::ErrorCode::FAILED);
-        assert!(endpoint.host().state() != broken, "seed {seed}: a task panicked");
-        let _ = function.save();
-        endpoint.resume();
+        let verdict = match function.restore(&state, Peer::Other) {
+            Err(error) => Verdict::Refused(error.why),
+            Ok(()) => Verdict::Taken,
+        };
+        try_out(&endpoint, 5, seed, || drop(function.save()));
         drop(function);
         lab.bus.remove("net1").unwrap();
-    }
-    assert!(refused > 50 && taken > 50, "{refused} refused, {taken} taken");
+        verdict
+    });
 }
