@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the fuzz targets need of this crate's inside. It exists under `cfg(fuzzing)` alone.
+//! What the fuzz targets need of this crate's inside. It exists with the feature `fuzzing` alone.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;

@@ -52,7 +52,7 @@ mod classes;
 mod client;
 mod command;
 mod config;
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod metrics;
 mod plug;

@@ -70,7 +70,7 @@ pub use limits::Limits;
 pub use link::Link;
 pub use medium::Medium;
 pub use metrics::{BACKEND_METRICS, UPLINK_METRICS};
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzzing")]
 pub use offload::Plain;
 pub use offload::dhcp_checksum;
 pub use opener::{Direct, HandedOver, Opener, open_capture};

@@ -22,6 +22,6 @@ mod verb;
 
 pub use client::{RemoteThreads, SocketFile, Supervisor};
 pub use permits::{AllowSpec, Permits, Purpose};
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzzing")]
 pub use process::in_this_process;
 pub use process::{COMMAND, run};

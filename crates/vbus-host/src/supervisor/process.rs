@@ -75,7 +75,7 @@ pub fn run() -> ExitCode {
 }
 
 /// A supervisor that is a thread of this process; see [`crate::fuzzing::supervisor`].
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzzing")]
 pub fn in_this_process(
     permits: &Permits,
 ) -> io::Result<(OwnedFd, OwnedFd, std::thread::JoinHandle<()>)> {
