@@ -106,7 +106,14 @@ impl Drop for Idler {
     }
 }
 
-const OWN: (u32, i32, i32) = (0, 0, 0);
+fn own() -> (u32, i32, i32) {
+    (0, 0, own_nice())
+}
+
+/// The nice value of this process, which its threads inherit. Tests may run under `nice`.
+fn own_nice() -> i32 {
+    rustix::process::getpriority_process(None).unwrap()
+}
 
 /// The value of a report page.
 #[derive(Clone, Copy, Debug, Default)]
@@ -270,7 +277,7 @@ fn a_thread_follows_its_page() {
         ((abi::CLASS_BATCH, -5), (3, 0, -5)),
         ((abi::CLASS_IDLE, 0), (5, 0, 0)),
         ((abi::CLASS_FIFO, 1), (1, 1, 0)),
-        ((abi::CLASS_NONE, 0), OWN),
+        ((abi::CLASS_NONE, 0), own()),
     ];
     for round in 0..3 {
         for ((class, priority), becomes) in cases {
@@ -281,7 +288,7 @@ fn a_thread_follows_its_page() {
                 (report::OK, class, priority)
             );
             assert_eq!(idlers[round % 2].class(), becomes, "class {class}");
-            assert_eq!(idlers[1 - round % 2].class(), OWN, "the other thread does not change");
+            assert_eq!(idlers[1 - round % 2].class(), own(), "the other thread does not change");
             assert_eq!(report.changes, changes + 1, "one call a change");
         }
     }
@@ -305,13 +312,13 @@ fn a_thread_gets_its_class_again_when_a_device_goes_on() {
     let (bus_now, idler) = (bus(1), Idler::start());
     let mut driver = Driver::open(&device(&bus_now, &[&idler], json!({})));
     let mut pages = driver.pages(0);
-    assert_eq!(driver.ask(&mut pages, abi::CLASS_BATCH, 0).outcome, report::OK);
-    const BATCH: (u32, i32, i32) = (3, 0, 0);
+    let nice = own_nice();
+    assert_eq!(driver.ask(&mut pages, abi::CLASS_BATCH, nice).outcome, report::OK);
     let is_batch = |endpoint: &Endpoint| {
-        between_changes(endpoint, &idler).filter(|class| *class == BATCH).map(drop)
+        between_changes(endpoint, &idler).filter(|class| *class == (3, 0, nice)).map(drop)
     };
     driver.endpoint.quiesce().unwrap();
-    assert_eq!(idler.class(), OWN);
+    assert_eq!(idler.class(), own());
     driver.endpoint.resume();
     driver.interrupts.wait("the class, again", || is_batch(&driver.endpoint));
     driver.endpoint.quiesce().unwrap();
@@ -327,13 +334,13 @@ fn a_thread_gets_its_class_again_when_a_device_goes_on() {
     driver.memory.share(&driver.endpoint);
     driver.endpoint.quiesce().unwrap();
     driver.endpoint.restore(&DeviceState::from_text(&text).unwrap()).unwrap();
-    assert_eq!(idler.class(), OWN);
+    assert_eq!(idler.class(), own());
     driver.endpoint.resume();
     driver.interrupts.wait("the class, by another device", || is_batch(&driver.endpoint));
     let report = driver.ask(&mut pages, abi::CLASS_IDLE, 0);
     assert_eq!((report.outcome, report.updates), (report::OK, 2));
     assert_eq!(driver.ask(&mut pages, abi::CLASS_NONE, 0).outcome, report::OK);
-    assert_eq!(idler.class(), OWN);
+    assert_eq!(idler.class(), own());
 }
 
 /// The threads of this process, with counts of what is asked of them.
@@ -403,7 +410,7 @@ fn a_change_to_a_real_time_class_asks_for_nothing_else() {
         (abi::CLASS_FIFO, 3, [0, 1]),
         (abi::CLASS_RR, 4, [0, 2]),
         // The least nice value that is allowed is the thread's own.
-        (abi::CLASS_NORMAL, 5, [1, 3]),
+        (abi::CLASS_NORMAL, own_nice() + 5, [1, 3]),
     ] {
         assert_eq!(driver.ask(&mut pages, class, priority).outcome, report::OK);
         assert_eq!([0, 1].map(|at: usize| asked[at].load(Ordering::Relaxed)), counts);
@@ -508,7 +515,7 @@ fn the_policy_limits_requests() {
         (report.outcome, report.class, report.refused),
         (report::NOT_ALLOWED, abi::CLASS_NONE, 1)
     );
-    assert_eq!(idler.class(), OWN);
+    assert_eq!(idler.class(), own());
     driver.ask(&mut pages, abi::CLASS_FIFO, 2);
     // They include Linux's own number of the deadline class.
     for (class, priority) in
@@ -520,10 +527,13 @@ fn the_policy_limits_requests() {
             (report::BAD_REQUEST, abi::CLASS_NONE),
             "{class} {priority}"
         );
-        assert_eq!(idler.class(), OWN);
+        assert_eq!(idler.class(), own());
     }
     let report = driver.ask(&mut pages, abi::CLASS_NORMAL, -3);
-    assert_eq!((report.outcome, report.priority, idler.class()), (report::IS_CLAMPED, 0, OWN));
+    assert_eq!(
+        (report.outcome, report.priority, idler.class()),
+        (report::IS_CLAMPED, own_nice(), own())
+    );
 }
 
 #[test]
@@ -578,15 +588,15 @@ fn a_real_time_class_ends_unless_it_is_renewed() {
     driver.ask(&mut pages, abi::CLASS_RR, 4);
     let report = driver.wait(&mut pages, "the end", |report| report.outcome == report::HAS_EXPIRED);
     assert!(began.elapsed() >= Duration::from_millis(200));
-    assert_eq!((report.class, report.expired, idler.class()), (abi::CLASS_NONE, 1, OWN));
+    assert_eq!((report.class, report.expired, idler.class()), (abi::CLASS_NONE, 1, own()));
     assert_eq!(report.changes, 2);
     // The same value again is a new request. Its grant may have ended too before this thread sees
     // it.
     assert!(driver.ask(&mut pages, abi::CLASS_RR, 4).changes > 2);
     // A normal class has no end.
-    let expired = driver.ask(&mut pages, abi::CLASS_NORMAL, 4).expired;
+    let expired = driver.ask(&mut pages, abi::CLASS_NORMAL, own_nice() + 4).expired;
     std::thread::sleep(Duration::from_millis(500));
-    assert_eq!((idler.class(), read(&pages.reports).0.expired), ((0, 0, 4), expired));
+    assert_eq!((idler.class(), read(&pages.reports).0.expired), ((0, 0, own_nice() + 4), expired));
 }
 
 #[test]
@@ -682,7 +692,8 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
     let mut driver = Driver::open(&endpoint);
     let mut pages = driver.pages(0);
     let allowed = |class| match class {
-        OWN | (1, 1..=3, _) => true,
+        (1, 1..=3, _) => true,
+        class if class == own() => true,
         (0, 0, nice) => nice >= 2,
         _ => false,
     };
@@ -748,7 +759,7 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
     assert!(report.clamped > 0 && report.refused > 0 && report.limited > 0, "{report:?}");
     assert!(seen.len() > 2, "the device changed the thread all the time");
     endpoint.close();
-    assert_eq!(idler.class(), OWN);
+    assert_eq!(idler.class(), own());
 }
 
 #[test]
@@ -842,11 +853,11 @@ fn a_vmm_names_the_threads() {
         driver.wait(&mut pages[0], "the thread to be known", |report| {
             report.class == abi::CLASS_FIFO
         });
-        assert_eq!((idlers[1].class(), idlers[0].class()), ((1, 2, 0), OWN));
+        assert_eq!((idlers[1].class(), idlers[0].class()), ((1, 2, 0), own()));
         driver.post(&mut pages[1], abi::CLASS_RR, 3);
         driver.wait(&mut pages[1], "the class", |report| report.class == abi::CLASS_RR);
         bus.remove("sched").unwrap();
-        assert_eq!((idlers[1].class(), idlers[0].class()), (OWN, OWN));
+        assert_eq!((idlers[1].class(), idlers[0].class()), (own(), own()));
     }
 }
 
@@ -908,7 +919,7 @@ fn a_vmm_that_lies_harms_nobody() {
         assert!(lines.iter().all(|line| line.len() < 1000), "{name}: {lines:?}");
         bus.remove(name).unwrap();
     }
-    assert_eq!((idlers[0].class(), idlers[1].class()), (OWN, OWN));
+    assert_eq!((idlers[0].class(), idlers[1].class()), (own(), own()));
 }
 
 #[test]
