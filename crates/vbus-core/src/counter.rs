@@ -87,6 +87,9 @@ pub struct ConnectionCounters {
     pub opens: Counter,
     /// Connections that ended by a fault of the driver or the device.
     pub broken: Counter,
+    /// Times that the machine was set back under an open device: a snapshot was restored, and the
+    /// device was only reset.
+    pub set_back: Counter,
     /// Commands of the mailbox.
     pub commands: Counter,
     /// Doorbells rung by the driver.
@@ -124,6 +127,14 @@ impl ConnectionCounters {
             .unit("connections")
             .role(Role::Fault)
             .advice("the log of the bus has one line for each"),
+        Metric::counter(
+            "set_back",
+            "device_set_back",
+            "Times that the device was reset under its driver and the guest went on: a snapshot of \
+             the machine was restored, and QEMU had saved nothing of the device",
+        )
+        .role(Role::Fault)
+        .advice("use `vbus snapshot`; a driver of vbus opens the device again by itself"),
         Metric::counter(
             "commands",
             "device_commands",
@@ -203,10 +214,11 @@ impl ConnectionCounters {
     }
 
     /// All counters by the names that they have in JSON.
-    fn all(&self) -> [(&'static str, &Counter); 11] {
+    fn all(&self) -> [(&'static str, &Counter); 12] {
         [
             ("opens", &self.opens),
             ("broken", &self.broken),
+            ("set_back", &self.set_back),
             ("commands", &self.commands),
             ("doorbells", &self.doorbells),
             ("interrupts", &self.interrupts),

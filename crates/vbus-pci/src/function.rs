@@ -7,12 +7,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use serde_json::Value;
-use vbus_core::{Executor, NotRestored, NotSaved};
+use vbus_core::{ConnectionCounters, Endpoint, Executor, NotRestored, NotSaved};
 use vbus_pci_config::register::{
-    COMMAND, COMMAND_INTX_DISABLE, COMMAND_MASTER, STATUS, STATUS_INTERRUPT,
+    BAR0, COMMAND, COMMAND_INTX_DISABLE, COMMAND_MASTER, STATUS, STATUS_INTERRUPT,
 };
 use vbus_pci_config::{ConfigSpace, MsixLayout, MsixTable, read_pending_bits, touches};
 
+use crate::after_reset::AfterReset;
 use crate::interrupts::{Interrupts, IrqError, IrqIndex, of_peer};
 use crate::mask_event::MaskEvent;
 use crate::saved::{BarState, FunctionState, Peer};
@@ -61,8 +62,8 @@ pub trait BarHandler: Send {
     }
 
     /// Sets the BAR to its state after power-on. When this returns, the device no longer touches
-    /// the driver's memory.
-    fn reset(&mut self);
+    /// the driver's memory. Returns whether a driver had the device open.
+    fn reset(&mut self) -> bool;
 
     /// The peer has gone. When this returns, the device no longer touches the peer's memory. The
     /// handler ignores the eventfds that it gave to the peer, and gives new ones to the next peer.
@@ -72,8 +73,10 @@ pub trait BarHandler: Send {
     }
 
     /// The driver has cleared Bus Master. When this returns, the device no longer touches the
-    /// driver's memory.
-    fn bus_master_cleared(&mut self) {}
+    /// driver's memory. Returns whether a driver had the device open.
+    fn bus_master_cleared(&mut self) -> bool {
+        false
+    }
 
     /// The peer has connected or disconnected interrupts. The peer learns that this is done when
     /// the method returns. It must not wait for the driver.
@@ -132,6 +135,12 @@ pub struct PciFunction {
     window: Option<usize>,
     /// The names of the device and of its class, for errors.
     names: (String, String),
+    counters: Arc<ConnectionCounters>,
+    /// Bus Master was cleared under a driver, and the peer has accessed nothing since then. A VMM
+    /// that resets the function clears Bus Master first.
+    cut: bool,
+    /// The last reset came under a driver, and nobody knows yet what it was.
+    after_reset: Option<AfterReset>,
     /// See [`PciFunction::abandon`].
     abandoned: bool,
 }
@@ -171,14 +180,18 @@ impl PciFunction {
             mask_events: Default::default(),
             window: None,
             names: Default::default(),
+            counters: Arc::default(),
+            cut: false,
+            after_reset: None,
             abandoned: false,
         }
     }
 
-    /// Says whose function it is: the names of the device and of its class, for errors.
+    /// Says whose function it is: errors have the device's name and class, and its counters count.
     #[must_use]
-    pub fn of_device(mut self, device: &str, class: &str) -> PciFunction {
-        self.names = (device.to_owned(), class.to_owned());
+    pub fn of_device(mut self, endpoint: &Endpoint) -> PciFunction {
+        self.names = (endpoint.name().to_owned(), endpoint.identity().class_name.to_owned());
+        self.counters = endpoint.counters().clone();
         self
     }
 
@@ -213,6 +226,7 @@ impl PciFunction {
     /// Reads from a region.
     pub fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) {
         data.fill(0);
+        self.cut = false;
         match (region, bar_number(region)) {
             (region::CONFIG, _) => {
                 let Ok(offset) = usize::try_from(offset) else { return };
@@ -230,16 +244,20 @@ impl PciFunction {
 
     /// Writes to a region.
     pub fn write(&mut self, region: u32, offset: u64, data: &[u8]) {
+        self.cut = false;
         match (region, bar_number(region)) {
             (region::CONFIG, _) => {
                 let Ok(offset) = usize::try_from(offset) else { return };
                 let before = self.config.command();
                 self.config.write(offset, data);
+                self.look_at_bars(offset, data);
                 let command = self.config.command();
                 if before & !command & COMMAND_MASTER != 0 {
                     // A kernel clears Bus Master when a driver has died or is unbound. The device
                     // must release all of the driver's memory before this returns.
-                    self.handlers().for_each(|handler| handler.bus_master_cleared());
+                    self.cut = self
+                        .handlers()
+                        .fold(false, |open, handler| handler.bus_master_cleared() | open);
                 }
                 self.interrupts.set_disabled(command & COMMAND_INTX_DISABLE != 0);
                 if let Some(WindowAccess { bar, offset, len }) = self.window_hit(offset, data.len())
@@ -323,11 +341,23 @@ impl PciFunction {
         handler.is_some_and(|handler| handler.is_long_write(offset, data))
     }
 
+    /// A write to the registers of BARs tells what a reset was.
+    fn look_at_bars(&self, offset: usize, data: &[u8]) {
+        let Some(after_reset) = &self.after_reset else { return };
+        for bar in (BAR0..).step_by(4).take(BAR_COUNT) {
+            let word = bar.checked_sub(offset).and_then(|at| data.get(at..)?.first_chunk());
+            if let Some(word) = word {
+                after_reset.bar_written(u32::from_le_bytes(*word));
+            }
+        }
+    }
+
     fn handlers(&mut self) -> impl Iterator<Item = &mut Box<dyn BarHandler>> {
         self.bars.iter_mut().flatten()
     }
 
     fn read_bar(&mut self, number: usize, offset: u64, data: &mut [u8]) {
+        self.after_reset.iter().for_each(AfterReset::used);
         if offset >= u64::from(self.config.bar_size(number)) {
             return;
         }
@@ -345,6 +375,7 @@ impl PciFunction {
     }
 
     fn write_bar(&mut self, number: usize, offset: u64, data: &[u8]) {
+        self.after_reset.iter().for_each(AfterReset::used);
         if offset >= u64::from(self.config.bar_size(number)) {
             return;
         }
@@ -482,8 +513,13 @@ impl PciFunction {
     /// Sets the function to its state after power-on. This resets the handlers, the configuration
     /// space and the pending interrupts. The connected eventfds stay.
     pub fn reset(&mut self) {
-        self.handlers().for_each(|handler| handler.reset());
+        let cut = std::mem::take(&mut self.cut);
+        let was_open = self.handlers().fold(cut, |open, handler| handler.reset() | open);
         self.reset_config();
+        if was_open {
+            let on = (&self.executor, self.worker);
+            self.after_reset = Some(AfterReset::begin(on, self.counters.clone()));
+        }
     }
 
     /// The state of the function, with that of its device. The device is quiesced
@@ -579,6 +615,7 @@ impl PciFunction {
     /// disconnects the peer's eventfds.
     pub fn disconnected(&mut self) {
         self.handlers().for_each(|handler| handler.disconnected());
+        (self.cut, self.after_reset) = (false, None);
         self.reset_config();
         self.mask_events = Default::default();
         self.interrupts.disconnect_all();

@@ -48,6 +48,7 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
+mod after_reset;
 mod function;
 mod interrupts;
 mod mask_event;

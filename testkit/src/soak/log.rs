@@ -8,9 +8,10 @@ const ENDED: &str = "connection of client";
 /// A client that came before the one before it had gone. That is nobody's fault.
 const REFUSED: &str = "refused: client";
 /// What else a hostile or a dying client may cause: pieces of the warnings, and no others.
-const WARNINGS: [&str; 7] = [
-    // A machine was reset under its driver.
-    "reset while its driver had it open",
+const WARNINGS: [&str; 8] = [
+    // A function was reset under its driver, and its guest goes on, or is killed.
+    "its guest goes on after a reset",
+    "nobody has set it up since it was reset",
     // A violation in shared memory.
     "a fault ends the connection",
     "memory of a region was unmapped",

@@ -50,7 +50,7 @@ pub fn device_function(endpoint: Arc<Endpoint>, options: Options) -> PciFunction
     let (executor, worker) = (endpoint.executor().clone(), endpoint.worker());
     let block = RegisterBlock::new(endpoint.clone(), interrupts.clone());
     PciFunction::new(config, interrupts, executor, worker)
-        .of_device(endpoint.name(), endpoint.identity().class_name)
+        .of_device(&endpoint)
         .with_bar(0, Box::new(block))
 }
 
@@ -178,14 +178,8 @@ impl BarHandler for RegisterBlock {
         words && (offset..offset + data.len() as u64).contains(&reg::COMMAND)
     }
 
-    fn reset(&mut self) {
-        if self.forget_driver() {
-            tracing::warn!(
-                device = self.endpoint.name(),
-                "reset while its driver had it open: the machine was reset, or was restored from a \
-                 snapshot. In a restored machine the driver must open the device again"
-            );
-        }
+    fn reset(&mut self) -> bool {
+        self.forget_driver()
     }
 
     fn disconnected(&mut self) {
@@ -193,9 +187,10 @@ impl BarHandler for RegisterBlock {
         self.endpoint.forget_doorbell_eventfds();
     }
 
-    fn bus_master_cleared(&mut self) {
+    fn bus_master_cleared(&mut self) -> bool {
         self.cut = self.is_open();
         self.close();
+        self.cut
     }
 
     fn io_eventfds(&mut self) -> rustix::io::Result<Vec<IoEventFd>> {

@@ -520,6 +520,59 @@ fn a_reset_under_an_open_connection_is_another_incarnation() {
     assert!(!changed(&mut rig), "the driver has closed");
 }
 
+/// What a system does that starts, and what one does that goes on: see the BAR.
+#[test]
+fn a_guest_that_goes_on_after_a_reset_is_told_from_one_that_starts() {
+    const COMMAND: u64 = 4;
+    const BAR0: u64 = 0x10;
+    const ADDRESS: u32 = 0xfeb0_0000;
+    let mut rig = Rig::new(Options::default());
+    let config = |rig: &mut Rig, at: u64, value: u32| {
+        rig.function.write(region::CONFIG, at, &value.to_le_bytes());
+    };
+    // As QEMU does it: Bus Master, the reset, and zeros in the BARs.
+    let reset = |rig: &mut Rig| {
+        config(rig, COMMAND, 6);
+        rig.open().unwrap();
+        config(rig, COMMAND, 0);
+        rig.function.reset();
+        config(rig, BAR0, 0);
+    };
+    let count = |rig: &Rig| rig.endpoint.counters().set_back.get();
+    reset(&mut rig);
+    config(&mut rig, BAR0, u32::MAX);
+    config(&mut rig, BAR0, ADDRESS);
+    assert_eq!(count(&rig), 0, "a system that starts sizes the BAR");
+    reset(&mut rig);
+    assert_eq!(count(&rig), 0, "nobody knows yet");
+    config(&mut rig, BAR0, ADDRESS);
+    config(&mut rig, BAR0, ADDRESS);
+    assert_eq!(count(&rig), 1, "a guest that goes on writes the address that it knows");
+    // A driver in a process has no BAR.
+    reset(&mut rig);
+    rig.read32(reg::CONNECTION);
+    config(&mut rig, BAR0, ADDRESS);
+    assert_eq!(count(&rig), 1);
+    // The driver has closed, or it has lost its connection before.
+    for closes in [true, false] {
+        rig.open().unwrap();
+        if closes {
+            assert_eq!(rig.command(command::CLOSE, &[]), Ok(0));
+        }
+        config(&mut rig, COMMAND, 6);
+        config(&mut rig, COMMAND, 0);
+        rig.read32(reg::CONNECTION);
+        rig.function.reset();
+        config(&mut rig, BAR0, ADDRESS);
+        assert_eq!(count(&rig), 1, "closes: {closes}");
+    }
+    // The machine goes.
+    reset(&mut rig);
+    rig.function.disconnected();
+    config(&mut rig, BAR0, ADDRESS);
+    assert_eq!(count(&rig), 1);
+}
+
 #[test]
 fn a_removed_device_says_so() {
     let mut rig = Rig::new(Options::default());

@@ -34,12 +34,14 @@ impl BarHandler for Noting {
         self.note(format_args!("write {data:?} at {offset:#x}"));
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self) -> bool {
         self.note(format_args!("reset"));
+        false
     }
 
-    fn bus_master_cleared(&mut self) {
+    fn bus_master_cleared(&mut self) -> bool {
         self.note(format_args!("bus master cleared"));
+        false
     }
 
     fn save(&mut self) -> Result<Value, String> {

@@ -112,7 +112,7 @@ pub fn function(
     let handler = VirtioFunction { device, kind, vectors, registers, shared };
     let endpoint = handler.shared.endpoint.clone();
     PciFunction::new(space, interrupts, executor, worker)
-        .of_device(endpoint.name(), endpoint.identity().class_name)
+        .of_device(&endpoint)
         .with_bar(0, Box::new(handler))
         .with_window(usize::from(at::WINDOW))
 }
@@ -614,10 +614,8 @@ impl BarHandler for VirtioFunction {
         }
     }
 
-    fn reset(&mut self) {
-        if self.forget_driver() {
-            tracing::debug!(device = self.shared.host().name(), "by a reset of the function");
-        }
+    fn reset(&mut self) -> bool {
+        self.forget_driver()
     }
 
     fn disconnected(&mut self) {
@@ -627,12 +625,14 @@ impl BarHandler for VirtioFunction {
 
     /// A kernel clears Bus Master when a driver has died or is unbound. The session ends. The next
     /// driver resets the device in any case.
-    fn bus_master_cleared(&mut self) {
+    fn bus_master_cleared(&mut self) -> bool {
         let mut running = lock(&self.shared.running);
-        if self.shared.end(&mut running) {
+        let was_open = self.shared.end(&mut running);
+        if was_open {
             self.shared.needs_reset.store(true, Ordering::Relaxed);
             self.shared.host().set_state(ConnectionState::Closed);
         }
+        was_open
     }
 
     fn interrupts_changed(&mut self) {
