@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Plugs a device of the bus into a running QEMU, and unplugs it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -155,14 +155,8 @@ pub fn unplug(qmp: &Path, timeout: Duration, name: &str, socket: &Path) -> Resul
         Err(error) => return Err(error),
     }
     while let Some(event) = qmp.event()? {
-        let device = event.pointer("/data/device").and_then(Value::as_str);
-        match event.get("event").and_then(Value::as_str) {
-            Some("DEVICE_DELETED") if device == Some(&id) => return Ok(()),
-            Some("DEVICE_UNPLUG_GUEST_ERROR" | "MEM_UNPLUG_ERROR") if device == Some(&id) => {
-                bail!("the guest refuses to release it")
-            }
-            Some("SHUTDOWN") => bail!("the machine shut down before it released the device"),
-            _ => {}
+        if let Some(outcome) = released(&event, &id) {
+            return outcome;
         }
     }
     Err(anyhow!("the guest did not release it within {} s", timeout.as_secs())).context(
@@ -171,10 +165,110 @@ pub fn unplug(qmp: &Path, timeout: Duration, name: &str, socket: &Path) -> Resul
     )
 }
 
-fn under_way(error: &anyhow::Error) -> bool {
+/// Whether QEMU waits for the guest already.
+pub fn under_way(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<QemuError>()
         .is_some_and(|e| e.description.contains("already in the process of unplug"))
+}
+
+/// Whether this event of QEMU tells what became of `device_del` for the device `id`.
+pub fn released(event: &Value, id: &str) -> Option<Result<()>> {
+    let device = event.pointer("/data/device").and_then(Value::as_str);
+    match event.get("event").and_then(Value::as_str) {
+        Some("DEVICE_DELETED") if device == Some(id) => Some(Ok(())),
+        Some("DEVICE_UNPLUG_GUEST_ERROR" | "MEM_UNPLUG_ERROR") if device == Some(id) => {
+            Some(Err(anyhow!("the guest refuses to release it")))
+        }
+        Some("SHUTDOWN") => Some(Err(anyhow!("the machine shut down before it released it"))),
+        _ => None,
+    }
+}
+
+/// A device that a running QEMU has over vfio-user, with all that it takes to plug it in again.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plugged {
+    /// QEMU's id.
+    pub id: String,
+    /// The arguments of `device_add`.
+    pub arguments: Value,
+    /// It has MSI-X: QEMU 11.1 aborts when it is unplugged.
+    pub has_msix: bool,
+}
+
+/// The options of a device that stay the same when it is plugged in again, if they are set.
+const KEPT: [&str; 4] = ["x-msg-timeout", "x-no-posted-writes", "x-send-queued", "acpi-index"];
+
+/// The devices that QEMU has over vfio-user.
+///
+/// # Errors
+/// QEMU has one without an id, which nobody can unplug, or does not tell its socket.
+pub fn plugged(qmp: &mut Qmp) -> Result<Vec<Plugged>> {
+    let anonymous = qmp.run("qom-list", json!({ "path": "/machine/peripheral-anon" }))?;
+    if names(&anonymous).any(|(_, kind)| kind == VFIO_USER) {
+        bail!(
+            "this QEMU has a device of the bus without an id, and cannot unplug it; start QEMU \
+             with what `vbus qemu-args` prints"
+        );
+    }
+    let ids = peripherals(qmp, VFIO_USER)?;
+    ids.into_iter().map(|id| describe(qmp, id)).collect()
+}
+
+fn describe(qmp: &mut Qmp, id: String) -> Result<Plugged> {
+    let path = format!("{PERIPHERAL}/{id}");
+    let children = qmp.run("qom-list", json!({ "path": path }))?;
+    let socket = socket_of(&children)
+        .with_context(|| format!("this QEMU does not tell the socket of its device {id:?}"))?;
+    let mut property = |name: &str| {
+        qmp.run("qom-get", json!({ "path": path, "property": name })).with_context(|| id.clone())
+    };
+    // The path of the bus ends with its name. The place has the device in its upper five bits, and
+    // the function in the rest; the property is a string for some versions of QEMU.
+    let bus = property("parent_bus")?;
+    let bus = bus.as_str().and_then(|path| path.rsplit('/').next()).unwrap_or_default().to_owned();
+    let place = property("addr")?;
+    let place = place.as_u64().or_else(|| place.as_str()?.parse().ok());
+    let mut arguments = json!({
+        "driver": "vfio-user-pci",
+        "id": id,
+        "bus": bus,
+        "socket": { "type": "unix", "path": socket },
+    });
+    if let Some(place) = place {
+        arguments["addr"] = format!("{:x}.{:x}", place >> 3, place & 7).into();
+    }
+    for name in KEPT {
+        // Another version of QEMU may not have it.
+        if let Ok(value) = property(name) {
+            if value != json!(0) {
+                arguments[name] = value;
+            }
+        }
+    }
+    if let Some(index) = property("bootindex").ok().filter(|index| index.as_i64() >= Some(0)) {
+        arguments["bootindex"] = index;
+    }
+    let has_msix = names(&children).any(|(name, _)| name.starts_with("msix-table"));
+    Ok(Plugged { id, arguments, has_msix })
+}
+
+/// The socket of a vfio-user device, from the list of its children. QEMU lets nobody read the
+/// property, but the name of each BAR's memory begins with it: a few characters are escaped in it,
+/// such as a slash by `\x2f`.
+fn socket_of(children: &Value) -> Option<PathBuf> {
+    let name = names(children).find_map(|(name, _)| {
+        Some(name.strip_prefix("vfio-user:")?.split_once(" BAR ")?.0.to_owned())
+    })?;
+    let name = name.strip_suffix(" base").unwrap_or(&name);
+    let mut parts = name.split("\\x");
+    let mut path = parts.next()?.to_owned();
+    for part in parts {
+        let code = u8::from_str_radix(part.get(..2)?, 16).ok()?;
+        path.push(char::from(code));
+        path.push_str(&part[2..]);
+    }
+    Some(path.into())
 }
 
 /// QEMU's id of the device.
@@ -186,10 +280,8 @@ fn find(qmp: &mut Qmp, name: &str, socket: &Path) -> Result<String> {
     }
     // Somebody else may have plugged the device, with another id. The socket identifies it.
     for id in devices {
-        let path = format!("{PERIPHERAL}/{id}");
-        let value =
-            qmp.run("qom-get", json!({ "path": path, "property": "socket" })).unwrap_or_default();
-        if value.get("path").and_then(Value::as_str).is_some_and(|p| Path::new(p) == socket) {
+        let children = qmp.run("qom-list", json!({ "path": format!("{PERIPHERAL}/{id}") }))?;
+        if socket_of(&children).is_some_and(|path| path == socket) {
             return Ok(id);
         }
     }
@@ -222,6 +314,35 @@ fn names(list: &Value) -> impl Iterator<Item = (&str, &str)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_names_of_a_devices_memory_tell_its_socket() {
+        let list = |names: &[&str]| -> Value {
+            names
+                .iter()
+                .map(|name| json!({ "name": name, "type": "child<memory-region>" }))
+                .collect()
+        };
+        let escaped = r"vfio-user:\x2frun\x2fa \x5b1\x5d.sock BAR 0[0]";
+        let children = list(&["bus master[0]", "vfio-user BAR", escaped]);
+        assert_eq!(socket_of(&children), Some("/run/a [1].sock".into()));
+        let base = list(&[r"vfio-user:\x2fs base BAR 0[0]"]);
+        assert_eq!(socket_of(&base), Some("/s".into()));
+        for strange in [r"vfio-user:\x2 BAR 0[0]", r"vfio-user:\xé BAR 0[0]", "vfio-user:/s"] {
+            assert_eq!(socket_of(&list(&[strange])), None, "{strange}");
+        }
+    }
+
+    #[test]
+    fn events_tell_what_became_of_a_device() {
+        let event = |name: &str| json!({ "event": name, "data": { "device": "n" } });
+        let is_released = |name: &str, id: &str| released(&event(name), id).map(|it| it.is_ok());
+        assert_eq!(is_released("DEVICE_DELETED", "n"), Some(true));
+        assert_eq!(is_released("DEVICE_DELETED", "m"), None);
+        assert_eq!(is_released("DEVICE_UNPLUG_GUEST_ERROR", "n"), Some(false));
+        assert_eq!(is_released("SHUTDOWN", "m"), Some(false));
+        assert_eq!(is_released("RESUME", "n"), None);
+    }
 
     #[test]
     fn a_front_end_of_vhost_user_has_three_options() {

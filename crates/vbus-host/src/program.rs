@@ -36,6 +36,8 @@ enum Command {
     Top(command::top::Args),
     /// Let a running bus read its configuration file again
     Reload(command::reload::Args),
+    /// Save a running QEMU in a snapshot, or restore it, with its devices unplugged meanwhile
+    Snapshot(command::snapshot::Args),
     /// Print the options that QEMU needs to use the devices of this bus
     QemuArgs(command::qemu_args::Args),
     /// Check configuration files
@@ -135,6 +137,7 @@ impl Program {
             Command::Stats(args) => command::stats::run(args, self.classes),
             Command::Top(args) => command::top::run(args, self.classes),
             Command::Reload(args) => command::reload::run(args),
+            Command::Snapshot(args) => command::snapshot::run(args),
             Command::QemuArgs(args) => command::qemu_args::run(args),
             Command::Config(command) => command::config::run(command, self.classes),
             Command::Supervisor => Ok(()),

@@ -5,6 +5,7 @@ pub mod config;
 pub mod device;
 pub mod qemu_args;
 pub mod reload;
+pub mod snapshot;
 pub mod state;
 pub mod stats;
 pub mod top;

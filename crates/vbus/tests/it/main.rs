@@ -15,6 +15,7 @@ mod reload;
 mod rights;
 mod sched;
 mod serve;
+mod snapshot;
 mod state;
 mod support;
 mod take_over;

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 const CONFIG: &str = "[[device]]\nname = \"net0\"\nclass = \"venet\"\nbackend = \"switch\"\n";
 
 /// A simulated QEMU with two root ports. The first is occupied.
-struct Qemu {
+pub struct Qemu {
     socket: PathBuf,
     seen: Receiver<Value>,
     _dir: tempfile::TempDir,
@@ -20,23 +20,23 @@ struct Qemu {
 }
 
 /// The answers of that QEMU to a command, as lines. `None` means that it hangs up.
-type Answer = fn(&str, &Value) -> Option<Vec<Value>>;
+pub type Answer = fn(&str, &Value) -> Option<Vec<Value>>;
 
-fn fine() -> Option<Vec<Value>> {
+pub fn fine() -> Option<Vec<Value>> {
     Some(vec![json!({ "return": {} })])
 }
 
-fn failed(text: &str) -> Option<Vec<Value>> {
+pub fn failed(text: &str) -> Option<Vec<Value>> {
     Some(vec![json!({ "error": { "class": "GenericError", "desc": text } })])
 }
 
-fn event(name: &str, device: &str) -> Value {
+pub fn event(name: &str, device: &str) -> Value {
     let timestamp = json!({ "seconds": 1, "microseconds": 2 });
     json!({ "event": name, "data": { "device": device }, "timestamp": timestamp })
 }
 
 impl Qemu {
-    fn start(answer: Answer) -> Qemu {
+    pub fn start(answer: Answer) -> Qemu {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("qmp");
         let listener = UnixListener::bind(&socket).unwrap();
@@ -49,12 +49,12 @@ impl Qemu {
         Qemu { socket, seen, _dir: dir, _thread: thread }
     }
 
-    fn path(&self) -> &str {
+    pub fn path(&self) -> &str {
         self.socket.to_str().unwrap()
     }
 
     /// The commands so far, without queries.
-    fn commands(&self) -> Vec<Value> {
+    pub fn commands(&self) -> Vec<Value> {
         let question = |c: &Value| {
             ["qom-list", "qom-get", "qmp_capabilities"].contains(&c["execute"].as_str().unwrap())
         };
@@ -83,6 +83,11 @@ fn serve(
             ("qom-list", Some("/machine/peripheral/p1/p1")) => {
                 let child = node("child[0]", "link<vfio-user-pci>");
                 Some(vec![json!({ "return": [node("type", "string"), child] })])
+            }
+            ("qom-list", Some("/machine/peripheral/vbus-net0")) => {
+                let memory =
+                    node(r"vfio-user:\x2frun\x2fnet0.sock BAR 0[0]", "child<memory-region>");
+                Some(vec![json!({ "return": [node("type", "string"), memory] })])
             }
             ("qom-list", Some(_)) => Some(vec![json!({ "return": [node("type", "string")] })]),
             _ => answer(name, arguments),
