@@ -213,6 +213,13 @@ impl Bus {
         self.client.command(args)
     }
 
+    /// `vbus ARGS` of a command that knows no bus, not run yet.
+    pub fn program(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.client.program);
+        command.args(args).stdin(Stdio::null());
+        command
+    }
+
     /// Runs `vbus ARGS --dir DIR`, which has to succeed; returns what it printed.
     pub fn run(&self, args: &[&str]) -> Result<String> {
         self.client.run(args)

@@ -79,6 +79,11 @@ impl Guest {
         Ok(guest)
     }
 
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The same guest, but every wait for something in it may take this many times as long as its
     /// caller says.
     #[must_use]

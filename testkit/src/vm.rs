@@ -310,6 +310,15 @@ impl Vm {
         self.control.execute("device_add", vfio_user(id, &format!("slot{slot}"), socket)).map(drop)
     }
 
+    /// Whether QEMU has the device `id`.
+    ///
+    /// # Errors
+    /// QEMU does not answer.
+    pub fn plugged(&mut self, id: &str) -> Result<bool> {
+        let list = self.control.execute("qom-list", json!({"path": "/machine/peripheral"}))?;
+        Ok(list.as_array().into_iter().flatten().any(|device| device["name"] == id))
+    }
+
     /// Unplugs a device and waits until the guest has released it.
     pub fn unplug(&mut self, id: &str) -> Result<Duration> {
         let began = Instant::now();

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 use testkit::lab::Options;
 use testkit::report::Skip;
-use testkit::{netbench, trial, workspace};
+use testkit::{netbench, pauses, trial, workspace};
 
 /// The text at the end of `--help`.
 const HELP: &str = "\
@@ -19,7 +19,12 @@ go to target/bench. The last line is one JSON object. Its keys that end in `_vs_
 to virtio-net: above 1 means that vbus is ahead; for what a packet costs (irqs, insn, exits) below 1
 does.
 
+`bench take-over` upgrades the bus (`vbus serve --take-over`) again and again under a guest with 16
+NICs by the Linux driver, without traffic and with TCP both ways, and prints a histogram of how long
+the devices paused. The last line is one JSON object.
+
 Examples:
+  cargo xtask bench take-over --upgrades 50
   cargo xtask bench net                       some 20 minutes
   cargo xtask bench net --quick               a first look
   cargo xtask bench net --queues 1 --rounds 9 --seconds 5";
@@ -69,7 +74,11 @@ pub struct Args {
     /// Do not measure behind an IOMMU
     #[arg(long, help_heading = NET)]
     no_iommu: bool,
-    #[command(flatten, next_help_heading = NET)]
+    /// The upgrades for each load [default: 50, with --quick 5]
+    #[arg(long, help_heading = "Options of `bench take-over`", value_name = "NUMBER",
+        value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    upgrades: Option<u32>,
+    #[command(flatten, next_help_heading = "Options of `bench net` and `bench take-over`")]
     guests: Options,
 }
 
@@ -84,6 +93,8 @@ enum What {
     Bystanders,
     /// NICs of a guest: vbus's, and QEMU's virtio-net
     Net,
+    /// How long the devices of a guest pause when the bus is upgraded
+    TakeOver,
     /// What a small frame costs on a TAP interface each way: in the back end, and in bare loops of
     /// system calls and of io_uring
     Tap,
@@ -102,8 +113,12 @@ pub fn run(args: &Args) -> Result<bool> {
         "--rounds, --seconds, --queues and --no-... go with `bench net`"
     );
     ensure!(
-        !args.quick || matches!(args.what, None | Some(What::Net)),
-        "--quick goes with `bench` and with `bench net`"
+        !args.quick || matches!(args.what, None | Some(What::Net | What::TakeOver)),
+        "--quick goes with `bench`, `bench net` and `bench take-over`"
+    );
+    ensure!(
+        args.upgrades.is_none() || matches!(args.what, Some(What::TakeOver)),
+        "--upgrades goes with `bench take-over`"
     );
     ensure!(
         !args.realtime || matches!(args.what, None | Some(What::Tap)),
@@ -112,6 +127,7 @@ pub fn run(args: &Args) -> Result<bool> {
     if let Some(what) = args.what {
         let (package, example) = match what {
             What::Net => return net(args),
+            What::TakeOver => return take_over(args),
             What::Fairness => ("vbus-vfio-user", "fairness"),
             What::Bystanders => ("vbus-devices", "bystanders"),
             What::Tap => ("vbus-devices", "tap"),
@@ -136,6 +152,26 @@ pub fn run(args: &Args) -> Result<bool> {
         command.args(["--only", group]);
     }
     Ok(command.status().context("cannot run cargo")?.success())
+}
+
+/// Measures the pauses of upgrades.
+fn take_over(args: &Args) -> Result<bool> {
+    let lab = trial::open(&args.guests)?;
+    let upgrades = args.upgrades.unwrap_or(if args.quick { 5 } else { 50 });
+    let all = match pauses::measure(&lab, upgrades) {
+        Ok(all) => all,
+        Err(error) if error.is::<Skip>() => {
+            eprintln!("skipped: {error:#}");
+            return Ok(true);
+        }
+        Err(error) => return Err(error),
+    };
+    if !args.json {
+        all.iter().for_each(|pauses| print!("{}", pauses.text()));
+    }
+    let all: Vec<_> = all.iter().map(pauses::Pauses::json).collect();
+    println!("{}", serde_json::json!({ "take_over": all }));
+    Ok(true)
 }
 
 /// Compares NICs.

@@ -95,6 +95,11 @@ pub const SCENARIOS: &[Scenario] = &[
     in_guests("vm::kill_driver", "kill -9 of the driver in mid-traffic", vm::deaths::driver),
     in_guests("vm::kill_bus", "kill -9 of the bus in mid-traffic", vm::deaths::bus),
     in_guests(
+        "vm::snapshot_qmp",
+        "savevm and loadvm: drivers open their devices anew, the bus warns; vbus snapshot is safe",
+        vm::snapshot_qmp::snapshots,
+    ),
+    in_guests(
         "vm::take_over",
         "the bus is upgraded again and again under load, and upgrades fail: no frame is lost",
         vm::take_over::upgrades,

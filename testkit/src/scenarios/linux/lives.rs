@@ -7,10 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use super::wire::{NICS, Wire};
 use crate::guest::Guest;
 use crate::lab::Scene;
 use crate::linux;
+use crate::wire::{NICS, Wire};
 
 /// How often each of them happens if nobody says how often: so often that a leak shows.
 const TIMES: u32 = 6;

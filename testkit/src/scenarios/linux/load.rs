@@ -8,7 +8,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::copybreak;
-use super::wire::FAR;
 use crate::bus::{Bus, device};
 use crate::guest::Guest;
 use crate::kit::kernels::{DebianKernel, Series};
@@ -18,6 +17,7 @@ use crate::nic;
 use crate::pair::ADDRESS;
 use crate::report::Skip;
 use crate::vm::VmSpec;
+use crate::wire::FAR;
 use crate::workspace;
 
 /// The class that the driver does not know: that of `examples/block`.

@@ -4,12 +4,12 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::wire::{NICS, Wire};
 use crate::initramfs::Archive;
 use crate::lab::Scene;
 use crate::linux;
 use crate::pair::TRANSFER;
 use crate::vm::{Iommu, VmSpec};
+use crate::wire::{NICS, Wire};
 
 /// Bytes of each exchange.
 const EXCHANGE: u64 = 8 << 20;

@@ -12,4 +12,3 @@ pub(super) mod restart;
 pub(super) mod sched;
 pub(super) mod state;
 pub(super) mod tap;
-mod wire;

@@ -9,7 +9,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::copybreak;
-use super::wire::{FAR, NICS, Wire};
 use crate::guest::Guest;
 use crate::initramfs::Archive;
 use crate::iperf::{Load, Received};
@@ -20,6 +19,7 @@ use crate::nic;
 use crate::pair::ADDRESS;
 use crate::report::Skip;
 use crate::vm::VmSpec;
+use crate::wire::{FAR, NICS, Wire};
 
 /// A group.
 const GROUP: &str = "33:33:00:00:00:42";

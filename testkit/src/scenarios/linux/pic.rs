@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::wire::{NICS, Wire};
 use crate::bus::{Bus, device};
 use crate::guest::Guest;
 use crate::lab::Scene;
 use crate::linux::{self, IP};
 use crate::vm::VmSpec;
+use crate::wire::{NICS, Wire};
 
 /// A controller with a vector for each CPU, which carries the three interrupts of the first NIC. It
 /// is behind root port 2.

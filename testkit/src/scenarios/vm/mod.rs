@@ -11,6 +11,7 @@ pub(super) mod hostile;
 pub(super) mod idle;
 pub(super) mod plug;
 pub(super) mod sched;
+pub(super) mod snapshot_qmp;
 pub(super) mod state;
 pub(super) mod take_over;
 pub(super) mod template;

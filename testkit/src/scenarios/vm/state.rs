@@ -5,13 +5,13 @@ use std::fs::{self, File};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
 
 use crate::bus::Bus;
 use crate::bus::device;
 use crate::lab::Scene;
 use crate::nic;
-use crate::vm::{Vm, VmSpec};
+use crate::snapshot;
+use crate::vm::VmSpec;
 
 /// The size of the largest page.
 const LARGE: usize = 1 << 20;
@@ -26,39 +26,6 @@ fn opened(bus: &Bus, times: u64) -> Result<()> {
             return Ok(());
         }
         ensure!(began.elapsed() < LIMIT, "the device was opened {opens:?} times, not {times}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// Saves a machine in a snapshot, and restores it.
-fn save_and_restore(scene: &Scene, vm: &mut Vm) -> Result<()> {
-    let image = scene.dir().join("snapshot.qcow2").display().to_string();
-    let file = json!({ "driver": "file", "filename": image, "size": 0 });
-    job(vm, "blockdev-create", json!({ "options": file }))?;
-    let file = json!({ "driver": "file", "node-name": "image", "filename": image });
-    vm.control.execute("blockdev-add", file)?;
-    let disk = json!({ "driver": "qcow2", "file": "image", "size": 1 << 20 });
-    job(vm, "blockdev-create", json!({ "options": disk }))?;
-    let disk = json!({ "driver": "qcow2", "node-name": "disk", "file": "image" });
-    vm.control.execute("blockdev-add", disk)?;
-    let snapshot = json!({ "tag": "one", "vmstate": "disk", "devices": ["disk"] });
-    job(vm, "snapshot-save", snapshot.clone())?;
-    job(vm, "snapshot-load", snapshot)
-}
-
-/// Runs a job of QEMU to its end.
-fn job(vm: &mut Vm, command: &str, mut arguments: Value) -> Result<()> {
-    arguments["job-id"] = "job".into();
-    vm.control.execute(command, arguments)?;
-    let began = Instant::now();
-    loop {
-        let jobs = vm.control.execute("query-jobs", json!({}))?;
-        let job = jobs.as_array().and_then(|jobs| jobs.first()).context("QEMU has lost the job")?;
-        if job["status"] == "concluded" {
-            ensure!(job["error"].is_null(), "{command}: {}", job["error"]);
-            return vm.control.execute("job-dismiss", json!({ "id": "job" })).map(drop);
-        }
-        ensure!(began.elapsed() < LIMIT, "{command} does not end: {job}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -90,7 +57,9 @@ pub fn pages(scene: &Scene) -> Result<()> {
     watch.wait_for("anew", LIMIT)?;
     // Then by a snapshot. QEMU resets the device, which loses its BAR and its connection, and
     // nobody tells the driver.
-    save_and_restore(scene, &mut vm)?;
+    snapshot::add_disk(scene, &mut vm)?;
+    snapshot::save(&mut vm, "one")?;
+    snapshot::load(&mut vm, "one")?;
     opened(&bus, 3)?;
     bus.run(&["state", "set", "values", "setpoint", "restored"])?;
     watch.wait_for("restored", LIMIT)?;
