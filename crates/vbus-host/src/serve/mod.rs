@@ -363,6 +363,8 @@ fn take_over(
         host.check(&spec.device())?;
     }
     let (stopped, parcels) = joining.ready()?;
+    let past = || Duration::from_nanos(take_over::now().saturating_sub(stopped));
+    let arrived = past();
     let taken = restore(host, &specs, (stopped, parcels)).and_then(|made| {
         joining.taken()?;
         Ok(made)
@@ -374,12 +376,14 @@ fn take_over(
         // Nothing is dropped: the memory, the sockets and the interfaces are the other bus's.
         std::process::exit(1)
     });
+    let all_made = past();
     host.go_on();
-    let pause = Duration::from_nanos(take_over::now().saturating_sub(stopped));
+    let pause = past();
     tracing::info!(
         "took {} devices over from process {pid}; they paused for {pause:?}",
         made.len()
     );
+    tracing::debug!("the state was here after {arrived:?}, and the devices after {all_made:?}");
     host.own_sockets();
     for (spec, endpoint) in &made {
         if spec.configured {
