@@ -10,6 +10,7 @@
 use super::sync::{AtomicBool, AtomicU64, Order, Ordering, heavy_fence, light_fence};
 
 /// The marks of 64 pages.
+#[repr(transparent)]
 pub struct PageBits(AtomicU64);
 
 impl PageBits {

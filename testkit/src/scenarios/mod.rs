@@ -76,6 +76,11 @@ pub const SCENARIOS: &[Scenario] = &[
         vm::vhost_user::net,
     ),
     in_guests(
+        "vm::vhost_migrate",
+        "QEMU moves a guest with that card to another QEMU, under streams both ways",
+        vm::vhost_migrate::moves,
+    ),
+    in_guests(
         "vm::idle_64",
         "64 idle devices: memory, threads, processor time",
         vm::idle::many_devices,

@@ -130,6 +130,16 @@ impl Found {
         self.size
     }
 
+    /// The size of a page of the file, in bytes.
+    pub(super) fn page(&self) -> u64 {
+        self.page
+    }
+
+    /// Whether the file may be mapped for writing.
+    pub(super) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
     /// The keys under which a file for this descriptor may be known. `write`: the file must be
     /// writable.
     pub(super) fn keys(&self, write: bool) -> impl Iterator<Item = FileKey> + use<> {

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::PAGE;
 use super::budget::{Account, Charge, Exceeded};
+use super::peer_bitmap::PeerBitmap;
 use crate::lock::lock;
 use crate::page_bits::{MarkSwitch, PageBits};
 
@@ -27,8 +28,8 @@ pub enum LogError {
     /// The log is on already.
     #[error("the log is on already")]
     On,
-    /// The log is off.
-    #[error("the log is off")]
+    /// The log is off, or the peer reads it by itself.
+    #[error("the log is off, or the peer has it")]
     Off,
     /// The kernel has no membarrier(2).
     #[error("the log needs membarrier(2), which this kernel or its filter refuses")]
@@ -59,6 +60,8 @@ struct Chunk {
 pub(super) struct Log {
     /// The pages that are logged, in order and without overlaps. None: all.
     ranges: Vec<Range<u64>>,
+    /// Where the marks go in place of `chunks`, if the peer reads them by itself.
+    peer: Option<Arc<PeerBitmap>>,
     chunks: RwLock<BTreeMap<u64, Chunk>>,
     account: Arc<Account>,
     /// Set before `is_lost` is.
@@ -88,11 +91,17 @@ impl Log {
         }
         Log {
             ranges: joined,
+            peer: None,
             chunks: RwLock::default(),
             account,
             exceeded: Mutex::default(),
             is_lost: AtomicBool::new(false),
         }
+    }
+
+    /// A log of all pages that `bitmap` covers, in the bitmap.
+    pub(super) fn of_peer(account: Arc<Account>, bitmap: Arc<PeerBitmap>) -> Log {
+        Log { peer: Some(bitmap), ..Log::new(account, &[]) }
     }
 
     /// The device has written some of the `len` bytes at `addr`.
@@ -110,6 +119,9 @@ impl Log {
     }
 
     fn mark_pages(&self, pages: Range<u64>) {
+        if let Some(bitmap) = &self.peer {
+            return bitmap.mark(pages);
+        }
         let mut at = pages.start;
         while at < pages.end {
             let number = at / CHUNK;
@@ -161,6 +173,9 @@ impl Log {
         page_size: u64,
         bitmap: &mut [u64],
     ) -> Result<(), LogError> {
+        if self.peer.is_some() {
+            return Err(LogError::Off);
+        }
         let end = start.checked_add(len).filter(|_| (start | len) % PAGE == 0);
         let end = end.ok_or(LogError::Range(len, start))?;
         let wrong = LogError::Bitmap { page_size, words: bitmap.len() };

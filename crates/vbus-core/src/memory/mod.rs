@@ -33,6 +33,7 @@ mod budget;
 mod file;
 mod integer;
 mod log;
+mod peer_bitmap;
 mod process;
 mod regions;
 mod saved;
@@ -61,6 +62,7 @@ use self::file::{FileKey, Found, SharedFile};
 pub use self::integer::SharedInteger;
 pub use self::log::LogError;
 use self::log::{Log, LogSlot};
+pub use self::peer_bitmap::PeerBitmap;
 pub use self::process::PeerProcess;
 pub use self::regions::{Follower, NoRegions, Region, Regions};
 pub use self::saved::{SavedMap, SavedMaps};
@@ -360,8 +362,37 @@ impl MemoryContext {
     /// # Errors
     /// A log is on already, or the kernel lacks what it needs.
     pub fn start_log(&self, ranges: &[Range<u64>]) -> Result<(), LogError> {
+        self.start_log_of(|account| Log::new(account, ranges))
+    }
+
+    /// As [`start_log`](Self::start_log), of all pages that `bitmap` covers. Each mark is in the
+    /// bitmap at once, after the write; the peer takes them by itself, and there is no
+    /// [`report_log`](Self::report_log).
+    ///
+    /// # Errors
+    /// Those of [`start_log`](Self::start_log).
+    pub fn start_log_in(&self, bitmap: &Arc<PeerBitmap>) -> Result<(), LogError> {
+        self.start_log_of(|account| Log::of_peer(account, bitmap.clone()))
+    }
+
+    /// The bitmap of `bytes` bytes in `file`, a file of the peer, from byte `offset` on: a multiple
+    /// of 8.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map): the file is no such, has not so many bytes, or is beyond the budget.
+    pub fn bitmap(
+        &self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<PeerBitmap, MapError> {
+        let account = lock(&self.account).clone();
+        PeerBitmap::new(&account, file, offset, bytes)
+    }
+
+    fn start_log_of(&self, log: impl FnOnce(Arc<Account>) -> Log) -> Result<(), LogError> {
         let changes = lock(&self.changes);
-        let log = Arc::new(Log::new(changes.account.clone(), ranges));
+        let log = Arc::new(log(changes.account.clone()));
         self.log.set(log.clone())?;
         let before = lock(&self.current).snapshot.clone();
         self.publish(before.table.with_log(Some(log)));

@@ -2,7 +2,8 @@
 //! The log of written pages: it has each page that the device writes, whichever way it writes, and
 //! no other one.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 
@@ -241,6 +242,40 @@ fn each_way_of_writing_is_in_the_log_and_nothing_else() {
     assert!(driver.report().len() > 20);
 }
 
+/// A peer that reads the marks by itself finds the same ones, and takes them as it likes.
+#[test]
+fn each_way_of_writing_is_in_the_bitmap_of_a_peer() {
+    let driver = Driver::new();
+    let mut ways = ways(&driver);
+    let (offset, bytes) = (8, (REVERSED / PAGE + PAGES) / 8);
+    let file = memfd_create("bitmap", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, offset + bytes).unwrap();
+    let bitmap = Arc::new(driver.context.bitmap(file.as_fd(), offset, bytes).unwrap());
+    assert_eq!(bitmap.covers(), REVERSED + PAGES * PAGE);
+    let take = || -> Vec<u64> {
+        let mut marks = vec![0; usize::try_from(bytes).unwrap()];
+        assert_eq!(rustix::io::pread(&file, &mut marks, offset).unwrap(), marks.len());
+        assert_eq!(rustix::io::pwrite(&file, &vec![0; marks.len()], offset).unwrap(), marks.len());
+        let set = |page: &usize| marks[page / 8] & 1 << (page % 8) != 0;
+        (0..marks.len() * 8).filter(set).map(|page| page as u64 * PAGE).collect()
+    };
+    driver.context.start_log_in(&bitmap).unwrap();
+    for n in [1, 2] {
+        for way in &mut ways {
+            let before = driver.bytes();
+            (way.write)(n);
+            let changed = Driver::changed(&before, &driver.bytes());
+            assert!(!changed.is_empty(), "{} writes nothing", way.name);
+            assert_eq!(take(), changed, "{}, time {n}", way.name);
+        }
+    }
+    let report = driver.context.report_log(0, PAGE, PAGE, &mut [0]);
+    assert_eq!(report, Err(LogError::Off), "the peer has the marks");
+    assert!(driver.context.stop_log());
+    ways.iter_mut().for_each(|way| (way.write)(3));
+    assert_eq!(take(), NONE);
+}
+
 #[test]
 fn ranges_and_page_sizes_are_those_that_were_asked_for() {
     let driver = Driver::new();
@@ -329,7 +364,7 @@ fn the_log_keeps_what_was_written_where_nothing_is_mapped_any_more() {
 }
 
 /// The endpoint of a device that nobody uses.
-fn bus_endpoint() -> std::sync::Arc<vbus_core::Endpoint> {
+fn bus_endpoint() -> Arc<vbus_core::Endpoint> {
     use vbus_core::{Bus, Connection, Device, ErrorCode, Executor, Identity, Open, Tuning};
     struct Unused;
     impl Device for Unused {
@@ -341,7 +376,7 @@ fn bus_endpoint() -> std::sync::Arc<vbus_core::Endpoint> {
         }
     }
     let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new());
-    bus.add("unused", std::sync::Arc::new(Unused)).unwrap()
+    bus.add("unused", Arc::new(Unused)).unwrap()
 }
 
 /// Several threads write by views and by windows, while the peer copies by the log, from its

@@ -15,7 +15,7 @@ use super::counters::PairCounters;
 use super::ring::{RxRing, TxRing};
 use super::rx::{Lent, Receiver, RxQueue, RxSlot};
 use super::tx::{Next, TxQueue};
-use crate::backend::{Queue, Sent};
+use crate::backend::{Queue, Sent, TxDrop};
 use crate::frame::{CHAIN_MAX, Packet};
 
 /// The receive ring of a pair, while there is one.
@@ -75,6 +75,12 @@ pub struct Pair<T, R: RxRing> {
     waiting: bool,
     moved: bool,
     until: Option<Instant>,
+    /// The back end has a frame of the ring in part, or lets it wait.
+    begun: bool,
+    /// The frames of the transmit ring are dropped.
+    drops: bool,
+    /// A frame of the device itself, which is sent before the next one of the ring.
+    own: Option<Vec<u8>>,
 }
 
 impl<T: TxRing, R: RxRing> Pair<T, R> {
@@ -98,6 +104,9 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
             waiting: false,
             moved: false,
             until: None,
+            begun: false,
+            drops: false,
+            own: None,
         }
     }
 
@@ -106,7 +115,32 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
     pub fn set_tx(&mut self, tx: Option<TxQueue<T>>) {
         self.tx = tx;
         self.queue.forget();
-        (self.waiting, self.moved, self.until) = (false, false, None);
+        (self.waiting, self.moved, self.until, self.begun) = (false, false, None, false);
+    }
+
+    /// Whether the frames of the transmit ring are dropped from now on, in place of being sent.
+    pub fn set_drops(&mut self, drops: bool) {
+        if drops && std::mem::take(&mut self.begun) {
+            self.queue.forget();
+        }
+        self.drops = drops;
+    }
+
+    /// Sends a frame of the device itself with the next poll.
+    pub fn send_own(&mut self, frame: Vec<u8>) {
+        self.own = Some(frame);
+    }
+
+    /// Sends the frame of the device itself. If the back end has no room, a later poll does.
+    fn transmit_own(&mut self) {
+        let Some(packet) = self.own.as_deref().filter(|_| !self.begun).and_then(Packet::plain)
+        else {
+            return;
+        };
+        match self.queue.send(&packet) {
+            Sent::Done { .. } | Sent::Dropped(_) => self.own = None,
+            Sent::Part | Sent::Wait { .. } => self.queue.forget(),
+        }
     }
 
     /// Sets the receive ring; `None`: the pair has none from now on.
@@ -160,6 +194,7 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
 
     /// Sends frames with at most `budget` units of work. Returns the units that it used.
     fn transmit(&mut self, view: &View<'_>, budget: u32) -> Result<u32, ErrorCode> {
+        self.transmit_own();
         (self.waiting, self.moved, self.until) = (false, false, None);
         let Some(tx) = &mut self.tx else { return Ok(0) };
         let counters = &self.counters.tx;
@@ -182,9 +217,15 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
                     counters.drops.too_long.one();
                     spent += 1;
                 }
+                Next::Frame(..) if self.drops => {
+                    counters.drops.count(TxDrop::NoLink);
+                    spent += 1;
+                }
                 Next::Frame(header, eth) => {
                     let packet = Packet::new(header, eth, tx.body(&parts));
-                    match self.queue.send(&packet) {
+                    let sent = self.queue.send(&packet);
+                    self.begun = matches!(sent, Sent::Part | Sent::Wait { .. });
+                    match sent {
                         Sent::Done { units } => {
                             frames += 1;
                             if header.leaves_checksum() {

@@ -171,6 +171,22 @@ impl<T: TxRing + 'static, R: RxRing + 'static> Pairs<T, R> {
         lock(&running.pair).set_rx(rx);
     }
 
+    /// Whether the frames of pair `number`'s transmit ring are dropped from now on.
+    pub fn set_drops(&self, number: usize, drops: bool) {
+        if let Some(running) = self.pairs.get(number) {
+            lock(&running.pair).set_drops(drops);
+        }
+    }
+
+    /// Sends a whole Ethernet frame of the device itself, by the first pair. Of two that follow one
+    /// another at once, the second one may take the place of the first.
+    pub fn send_own(&self, frame: Vec<u8>) {
+        if let Some(running) = self.pairs.first() {
+            lock(&running.pair).send_own(frame);
+            running.task.wake();
+        }
+    }
+
     /// Takes the transmit ring of pair `number` away. Nothing touches it any more but `last`, which
     /// sees it as it is then. The driver may wait for an interrupt that was held back. `None`: the
     /// pair has no such ring.

@@ -75,6 +75,14 @@ impl VirtioNic {
         *lock(&self.queues) = Arc::downgrade(queues);
     }
 
+    /// Sends a whole Ethernet frame of the device itself, while a driver has started.
+    pub fn send_own(&self, frame: Vec<u8>) {
+        let queues = lock(&self.queues).upgrade();
+        if let Some(queues) = queues {
+            queues.work().pairs.send_own(frame);
+        }
+    }
+
     /// Takes the setting `vhost`. The queues of a driver that is there move at once.
     ///
     /// # Errors

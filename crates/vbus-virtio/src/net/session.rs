@@ -61,6 +61,20 @@ impl NetworkCard for VirtioNic {
     fn mtu(&self) -> u16 {
         self.nic().config.mtu
     }
+
+    fn send_rarp(&self, mac: Mac) {
+        self.send_own(rarp(mac));
+    }
+}
+
+/// A request of RARP (RFC 903) for the address `mac`, from there to all.
+fn rarp(mac: Mac) -> Vec<u8> {
+    const TYPE: [u8; 2] = 0x8035_u16.to_be_bytes();
+    // Ethernet, IPv4, the lengths of their addresses, and "request reverse".
+    const HEAD: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 3];
+    let mut frame = [&[0xff; 6], &mac[..], &TYPE, &HEAD, &mac, &[0; 4], &mac, &[0; 4]].concat();
+    frame.resize(60, 0); // The shortest frame.
+    frame
 }
 
 /// A session. It has the rings of the queues that the driver has enabled.
@@ -212,6 +226,9 @@ impl Session for NicSession {
     /// As many pairs are in use as have their receive queue enabled, from the first on. There is
     /// always one.
     fn set_in_use(&mut self, enabled: &[bool]) -> Result<(), ErrorCode> {
+        for (number, pair) in enabled.chunks_exact(2).enumerate() {
+            self.work.pairs.set_drops(number, !pair[1]);
+        }
         let pairs = enabled.chunks(2).take_while(|pair| pair[0]).count().max(1);
         let pairs = u16::try_from(pairs).unwrap_or(u16::MAX);
         let work = &self.work;
@@ -236,7 +253,8 @@ impl Session for NicSession {
     fn save(&mut self) -> Result<SavedSession, Unsaved> {
         let work = &self.work;
         if self.queues.are_in_kernel() {
-            let why = "the kernel serves its queues (vhost = true), and does not tell where it is";
+            // It would tell (GET_VRING_BASE), but it works on until its queues are taken away.
+            let why = "the kernel serves its queues (vhost = true), and works on meanwhile";
             return Err(Unsaved::Not(why.into()));
         }
         let mut queues = BTreeMap::new();

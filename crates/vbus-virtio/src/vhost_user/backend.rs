@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the front end has set up, and the device at work for it.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use vbus_core::memory::PeerProcess;
+use rustix::net::sockopt::{socket_domain, socket_type};
+use rustix::net::{AddressFamily, SocketType};
+use vbus_core::memory::{PeerBitmap, PeerProcess};
 use vbus_core::{Access, ConnectionState, Endpoint, Host, lock};
 use vfio_user_protocol::{PeerFds, is_eventfd};
 
@@ -18,6 +20,9 @@ use crate::queue::{Format, Layout, Position, Queue, RingFeatures, SIZE_MAX, Stat
 
 /// The protocol features that this end offers.
 const PROTOCOL: u64 = protocol::MQ
+    | protocol::LOG_SHMFD
+    | protocol::RARP
+    | protocol::BACKEND_REQ
     | protocol::REPLY_ACK
     | protocol::NET_MTU
     | protocol::CONFIG
@@ -51,12 +56,43 @@ struct Ring {
     /// Descriptors. 0: the front end has not said.
     size: u16,
     addresses: Option<Addresses>,
+    /// Where writes to the used ring are to be logged.
+    log: Option<u64>,
     /// Where the device goes on: the number of SET_VRING_BASE. `None`: at the beginning.
     base: Option<u32>,
     kick: Kick,
-    enabled: bool,
+    /// `None`: the front end has not said.
+    enabled: Option<bool>,
     /// The device has it.
     runs: bool,
+}
+
+impl Ring {
+    fn is_enabled(&self) -> bool {
+        self.enabled == Some(true)
+    }
+
+    /// Whether the device is to have ring `at`. One that transmits is served also when it was
+    /// disabled: its frames are dropped then. Before the front end has said either, they wait, so
+    /// that none is lost between the messages by which a ring begins.
+    fn is_due(&self, at: usize) -> bool {
+        let set_up = self.kick != Kick::Stopped && self.size > 0 && self.addresses.is_some();
+        !self.runs && set_up && (self.is_enabled() || self.enabled.is_some() && transmits(at))
+    }
+}
+
+/// Whether ring `at` of a network card transmits.
+fn transmits(at: usize) -> bool {
+    at % 2 == 1
+}
+
+/// The log of the pages that the device writes.
+#[derive(Default)]
+struct Log {
+    /// The front end's bitmap.
+    bitmap: Option<Arc<PeerBitmap>>,
+    /// The front end has accepted LOG_ALL.
+    wanted: bool,
 }
 
 /// The back end of one device, for one front end after another.
@@ -70,6 +106,7 @@ pub struct Backend {
     features: u64,
     protocol: u64,
     regions: Regions,
+    log: Log,
     rings: Vec<Ring>,
     status: u8,
     /// The log has it that the driver is too old.
@@ -95,6 +132,7 @@ impl Backend {
             features: 0,
             protocol: 0,
             regions: Regions::default(),
+            log: Log::default(),
             rings: vec![Ring::default(); usize::from(kind.queues)],
             status: 0,
             told_legacy: false,
@@ -129,7 +167,7 @@ impl Backend {
         let number = |number: u64| Ok(Answer::Body(number.to_le_bytes().to_vec()));
         match request {
             Request::GetFeatures => {
-                return number(self.kind.features | feature::PROTOCOL_FEATURES);
+                return number(self.kind.features | feature::ALL);
             }
             Request::SetFeatures(bits) => self.set_features(bits)?,
             Request::SetOwner => {}
@@ -137,8 +175,17 @@ impl Backend {
             Request::SetMemTable(regions) => self.set_memory(&regions, fds)?,
             Request::AddMemReg(region) => self.add_region(region, fds)?,
             Request::RemMemReg(region) => self.remove_region(&region)?,
+            Request::SetLogBase { size, offset } => {
+                self.set_log(size, offset, &fds)?;
+                drop(fds.into_harmless());
+                // This request always has a reply.
+                return number(0);
+            }
+            Request::SetLogFd => drop(eventfd(0, fds)?),
             Request::SetVringNum { ring, size } => self.set_size(ring, size)?,
-            Request::SetVringAddr { ring, addresses } => self.set_addresses(ring, addresses)?,
+            Request::SetVringAddr { ring, addresses, log } => {
+                self.set_addresses(ring, addresses, log)?;
+            }
             Request::SetVringBase { ring, base } => {
                 let at = self.ring(ring)?;
                 self.must_not_run("SET_VRING_BASE", at)?;
@@ -168,6 +215,17 @@ impl Backend {
             // For a network card the number is that of the pairs.
             Request::GetQueueNum => return number(u64::from(self.kind.queues / 2)),
             Request::SetVringEnable { ring, enabled } => self.enable(ring, enabled)?,
+            Request::SendRarp(mac) => self.card.send_rarp(mac),
+            Request::SetBackendReqFd => {
+                let is_socket = |fd: &OwnedFd| {
+                    let (domain, kind) = (socket_domain(fd), socket_type(fd));
+                    (domain, kind) == (Ok(AddressFamily::UNIX), Ok(SocketType::STREAM))
+                };
+                if !fds.as_slice().iter().all(is_socket) {
+                    return Err(Failure::NoSocket);
+                }
+                self.shared.set_channel(fds.into_harmless().pop());
+            }
             Request::SetMtu(wants) => self.set_mtu(wants)?,
             Request::GetConfig { offset, size, flags } => {
                 return Ok(Answer::Body(self.config(offset, size, flags)));
@@ -195,7 +253,9 @@ impl Backend {
     pub fn disconnected(&mut self) {
         self.reset();
         self.shared.forget_signals();
+        self.shared.set_channel(None);
         self.endpoint.unmap_all();
+        self.log = Log::default();
         self.endpoint.memory().set_client(None);
         self.regions = Regions::default();
         self.protocol = 0;
@@ -211,10 +271,13 @@ impl Backend {
     }
 
     fn set_features(&mut self, bits: u64) -> Result<(), Failure> {
-        let more = bits & !(self.kind.features | feature::PROTOCOL_FEATURES);
+        let more = bits & !(self.kind.features | feature::ALL);
         if more != 0 {
             return Err(Failure::Features(more));
         }
+        // The log begins and ends while rings run.
+        let logs = bits & feature::LOG_ALL != 0;
+        let bits = bits & !feature::LOG_ALL;
         if bits != self.features {
             if let Some(at) = self.rings.iter().position(|ring| ring.runs) {
                 return Err(Failure::Runs("SET_FEATURES", at));
@@ -223,9 +286,51 @@ impl Backend {
             self.features = bits;
         }
         if bits & feature::PROTOCOL_FEATURES == 0 {
-            self.rings.iter_mut().for_each(|ring| ring.enabled = true);
+            self.rings.iter_mut().for_each(|ring| ring.enabled = Some(true));
+        }
+        if self.log.wanted != logs {
+            self.log.wanted = logs;
+            self.log_anew().inspect_err(|_| self.log.wanted = false)?;
         }
         self.start_rings()
+    }
+
+    /// Takes the bitmap that came with SET_LOG_BASE. When this returns, nothing marks pages in the
+    /// former one.
+    fn set_log(&mut self, size: u64, offset: u64, fds: &PeerFds) -> Result<(), Failure> {
+        let [file] = fds.as_slice() else { return Err(Failure::Log("no descriptor".into())) };
+        let memory = self.endpoint.memory();
+        let bitmap = memory.bitmap(file.as_fd(), offset, size);
+        let bitmap = bitmap.map_err(|error| Failure::Log(error.to_string()))?;
+        self.must_cover(bitmap.covers(), self.regions.end())?;
+        // No ring writes between the one bitmap and the other.
+        self.pause();
+        self.log.bitmap = Some(Arc::new(bitmap));
+        let logs = self.log_anew();
+        self.start_rings()?;
+        logs
+    }
+
+    fn must_cover(&self, covers: u64, end: u64) -> Result<(), Failure> {
+        if covers < end { Err(Failure::LogShort { covers, end }) } else { Ok(()) }
+    }
+
+    /// Memory that reaches up to `end` must have its bits in the log, if there is one.
+    fn must_be_logged(&self, end: u64) -> Result<(), Failure> {
+        let bitmap = self.log.bitmap.as_ref().filter(|_| self.log.wanted);
+        bitmap.map_or(Ok(()), |bitmap| self.must_cover(bitmap.covers(), end))
+    }
+
+    /// Begins the log in the front end's bitmap, or ends it. When this returns, what was written
+    /// without a mark is visible to the front end.
+    fn log_anew(&self) -> Result<(), Failure> {
+        let memory = self.endpoint.memory();
+        memory.stop_log();
+        let Some(bitmap) = self.log.bitmap.as_ref().filter(|_| self.log.wanted) else {
+            return Ok(());
+        };
+        self.must_cover(bitmap.covers(), self.regions.end())?;
+        memory.start_log_in(bitmap).map_err(|error| Failure::Log(error.to_string()))
     }
 
     fn set_memory(&mut self, regions: &[Region], fds: PeerFds) -> Result<(), Failure> {
@@ -234,6 +339,7 @@ impl Backend {
             table.check(region)?;
             table.add(*region);
         }
+        self.must_be_logged(table.end())?;
         self.pause();
         self.endpoint.unmap_all();
         self.regions = Regions::default();
@@ -246,6 +352,8 @@ impl Backend {
         // Files that are mapped are no descriptors whose close could wait.
         drop(fds.into_harmless());
         self.regions = table;
+        // The log has ended with the former memory.
+        self.log_anew()?;
         self.start_rings()
     }
 
@@ -257,6 +365,7 @@ impl Backend {
 
     fn add_region(&mut self, region: Region, fds: PeerFds) -> Result<(), Failure> {
         self.regions.check(&region)?;
+        self.must_be_logged(region.guest + region.size)?;
         for fd in fds.as_slice() {
             self.map(&region, fd)?;
         }
@@ -282,8 +391,17 @@ impl Backend {
         Ok(())
     }
 
-    fn set_addresses(&mut self, ring: u32, addresses: Addresses) -> Result<(), Failure> {
+    fn set_addresses(
+        &mut self,
+        ring: u32,
+        addresses: Addresses,
+        log: Option<u64>,
+    ) -> Result<(), Failure> {
         let at = self.ring(ring)?;
+        self.rings[at].log = log;
+        if let Some(layout) = self.layout(at).ok().flatten().filter(|_| self.rings[at].runs) {
+            self.check_log(at, &layout)?;
+        }
         if self.rings[at].addresses == Some(addresses) {
             return Ok(());
         }
@@ -319,17 +437,17 @@ impl Backend {
 
     fn enable(&mut self, ring: u32, enabled: bool) -> Result<(), Failure> {
         let at = self.ring(ring)?;
-        self.rings[at].enabled = enabled;
-        if !enabled {
+        self.rings[at].enabled = Some(enabled);
+        if !enabled && !transmits(at) {
             self.stop(at);
         }
-        self.start_rings()?;
-        self.tell_in_use()
+        self.tell_in_use()?;
+        self.start_rings()
     }
 
-    /// Tells the device which rings are enabled.
+    /// Tells the device which rings are enabled. It drops the frames of the other ones.
     fn tell_in_use(&self) -> Result<(), Failure> {
-        let enabled: Vec<_> = self.rings.iter().map(|ring| ring.enabled).collect();
+        let enabled: Vec<_> = self.rings.iter().map(Ring::is_enabled).collect();
         let mut running = lock(&self.shared.running);
         let Some(session) = &mut running.session else { return Ok(()) };
         session.set_in_use(&enabled).map_err(|code| self.shared.broken(running, code))
@@ -370,6 +488,8 @@ impl Backend {
         }
         self.end_session();
         self.host().doorbells().forget_eventfds();
+        self.endpoint.memory().stop_log();
+        self.log.wanted = false;
         self.rings.fill(Ring::default());
         self.features = 0;
         self.status = 0;
@@ -414,11 +534,8 @@ impl Backend {
 
     /// Gives the device the rings for which everything is set up and that it does not have.
     fn start_rings(&mut self) -> Result<(), Failure> {
-        let is_due = |ring: &Ring| {
-            let set_up = ring.kick != Kick::Stopped && ring.size > 0 && ring.addresses.is_some();
-            !ring.runs && ring.enabled && set_up
-        };
-        if !self.rings.iter().any(is_due) || lock(&self.shared.running).broken.is_some() {
+        let any = self.rings.iter().enumerate().any(|(at, ring)| ring.is_due(at));
+        if !any || lock(&self.shared.running).broken.is_some() {
             return Ok(());
         }
         if self.features & common::VERSION_1 == 0 {
@@ -433,7 +550,7 @@ impl Backend {
         }
         self.start_session()?;
         for at in 0..self.rings.len() {
-            if is_due(&self.rings[at]) {
+            if self.rings[at].is_due(at) {
                 self.start_ring(at)?;
             }
         }
@@ -477,6 +594,7 @@ impl Backend {
     /// Gives the device ring `at`.
     fn start_ring(&mut self, at: usize) -> Result<(), Failure> {
         let Some(layout) = self.layout(at)? else { return Ok(()) };
+        self.check_log(at, &layout)?;
         let index = u16::try_from(at).unwrap_or(u16::MAX);
         let host = self.shared.host();
         let position = self.position(at, &layout)?;
@@ -515,6 +633,14 @@ impl Backend {
         layout.driver_area = available?;
         layout.device_area = used?;
         Ok(Some(layout))
+    }
+
+    /// The log has the pages of a ring at the driver's addresses. The front end must want the same.
+    fn check_log(&self, at: usize, layout: &Layout) -> Result<(), Failure> {
+        match self.rings[at].log {
+            Some(place) if place != layout.device_area => Err(Failure::LogPlace(at, place)),
+            _ => Ok(()),
+        }
     }
 
     /// Where the device goes on in ring `at`.

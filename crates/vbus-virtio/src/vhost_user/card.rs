@@ -5,4 +5,8 @@
 pub trait NetworkCard: Send + Sync {
     /// The MTU.
     fn mtu(&self) -> u16;
+
+    /// Sends a request of RARP with the address `mac`, as a broadcast: the network learns where the
+    /// driver is now, whose machine was moved. It does nothing while no driver has started.
+    fn send_rarp(&self, mac: [u8; 6]);
 }

@@ -37,6 +37,18 @@ pub enum Failure {
     /// A region cannot be mapped.
     #[error("memory at {0:#x} cannot be used: {1}")]
     Map(u64, MapError),
+    /// The bitmap of written pages cannot be used.
+    #[error("the log cannot be used: {0}")]
+    Log(String),
+    /// The bitmap of written pages has no bits for some memory.
+    #[error("the log covers {covers:#x} bytes, and memory reaches up to {end:#x}")]
+    LogShort { covers: u64, end: u64 },
+    /// Writes to a used ring are to be logged at another address than they are at.
+    #[error("ring {0}: its used ring is to be logged at {1:#x}, where it is not")]
+    LogPlace(usize, u64),
+    /// The descriptor for the device's own messages is no UNIX stream socket.
+    #[error("the descriptor for the device's own messages is no UNIX socket")]
+    NoSocket,
     /// There is no such region.
     #[error("there is no region {0:#x}+{1:#x}")]
     NoRegion(u64, u64),

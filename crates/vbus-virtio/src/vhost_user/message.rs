@@ -33,16 +33,27 @@ const NO_FD: u64 = 1 << 8;
 pub mod feature {
     /// Both ends negotiate the [`protocol`](super::protocol) features.
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+    /// The device logs the pages that it writes, in the bitmap of SET_LOG_BASE.
+    pub const LOG_ALL: u64 = 1 << 26;
+
+    /// All of them.
+    pub const ALL: u64 = PROTOCOL_FEATURES | LOG_ALL;
 }
 
 /// Bits of the protocol features.
 pub mod protocol {
     /// GET_QUEUE_NUM, and more than one queue pair.
     pub const MQ: u64 = 1 << 0;
+    /// SET_LOG_BASE has the descriptor of a bitmap.
+    pub const LOG_SHMFD: u64 = 1 << 1;
+    /// SEND_RARP.
+    pub const RARP: u64 = 1 << 2;
     /// The front end may ask for a reply to any message.
     pub const REPLY_ACK: u64 = 1 << 3;
     /// NET_SET_MTU.
     pub const NET_MTU: u64 = 1 << 4;
+    /// SET_BACKEND_REQ_FD: a socket for what the device has to say.
+    pub const BACKEND_REQ: u64 = 1 << 5;
     /// GET_CONFIG and SET_CONFIG.
     pub const CONFIG: u64 = 1 << 9;
     /// RESET_DEVICE.
@@ -139,6 +150,21 @@ pub struct Addresses {
     pub available: u64,
 }
 
+/// The bit of the flags of SET_VRING_ADDR which says that the writes to the used ring are logged, at
+/// the address that the message has.
+const LOG_USED: u32 = 1;
+
+/// The message that tells of a change of the device configuration, on the socket of
+/// SET_BACKEND_REQ_FD. It wants no reply.
+pub fn config_changed() -> [u8; HEADER_BYTES] {
+    const CONFIG_CHANGE: u32 = 2;
+    let mut message = [0; HEADER_BYTES];
+    for (bytes, word) in message.chunks_exact_mut(4).zip([CONFIG_CHANGE, flag::VERSION, 0]) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    message
+}
+
 /// A request of the front end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
@@ -152,10 +178,14 @@ pub enum Request {
     ResetOwner,
     /// All memory, with a descriptor for each region.
     SetMemTable(Vec<Region>),
+    /// Where the bitmap of the pages is that the device writes: its descriptor comes too.
+    SetLogBase { size: u64, offset: u64 },
+    /// An eventfd that may be signalled when the bitmap changes.
+    SetLogFd,
     /// The size of a ring.
     SetVringNum { ring: u32, size: u32 },
-    /// Where a ring is.
-    SetVringAddr { ring: u32, addresses: Addresses },
+    /// Where a ring is. `log`: the guest address at which writes to its used ring are logged.
+    SetVringAddr { ring: u32, addresses: Addresses, log: Option<u64> },
     /// Where the device goes on in a ring.
     SetVringBase { ring: u32, base: u32 },
     /// Stops a ring. Where would the device go on?
@@ -174,6 +204,10 @@ pub enum Request {
     GetQueueNum,
     /// The ring is in use from now on, or is not.
     SetVringEnable { ring: u32, enabled: bool },
+    /// Tells the network where the driver's address is now.
+    SendRarp([u8; 6]),
+    /// A socket for what the device has to say.
+    SetBackendReqFd,
     /// The MTU that the driver sees.
     SetMtu(u64),
     /// Reads the device configuration.
@@ -203,6 +237,8 @@ mod number {
     pub const SET_OWNER: u32 = 3;
     pub const RESET_OWNER: u32 = 4;
     pub const SET_MEM_TABLE: u32 = 5;
+    pub const SET_LOG_BASE: u32 = 6;
+    pub const SET_LOG_FD: u32 = 7;
     pub const SET_VRING_NUM: u32 = 8;
     pub const SET_VRING_ADDR: u32 = 9;
     pub const SET_VRING_BASE: u32 = 10;
@@ -214,7 +250,9 @@ mod number {
     pub const SET_PROTOCOL_FEATURES: u32 = 16;
     pub const GET_QUEUE_NUM: u32 = 17;
     pub const SET_VRING_ENABLE: u32 = 18;
+    pub const SEND_RARP: u32 = 19;
     pub const NET_SET_MTU: u32 = 20;
+    pub const SET_BACKEND_REQ_FD: u32 = 21;
     pub const GET_CONFIG: u32 = 24;
     pub const SET_CONFIG: u32 = 25;
     pub const RESET_DEVICE: u32 = 34;
@@ -309,6 +347,11 @@ impl Request {
                 let count = regions.len();
                 (Request::SetMemTable(regions), count)
             }
+            number::SET_LOG_BASE => {
+                let mut fields = exact(16)?;
+                (Request::SetLogBase { size: fields.u64(), offset: fields.u64() }, 1)
+            }
+            number::SET_LOG_FD => (none(Request::SetLogFd)?, 1),
             number::SET_VRING_NUM => {
                 let (ring, size) = ring()?;
                 (Request::SetVringNum { ring, size }, 0)
@@ -316,15 +359,15 @@ impl Request {
             number::SET_VRING_ADDR => {
                 let mut fields = exact(40)?;
                 let ring = fields.u32();
-                // A flag asks for a log of the writes to the used ring, whose address follows. This
-                // end offers no log.
-                let _flags = fields.u32();
+                let flags = fields.u32();
                 let addresses = Addresses {
                     descriptors: fields.u64(),
                     used: fields.u64(),
                     available: fields.u64(),
                 };
-                (Request::SetVringAddr { ring, addresses }, 0)
+                let log = fields.u64();
+                let log = (flags & LOG_USED != 0).then_some(log);
+                (Request::SetVringAddr { ring, addresses, log }, 0)
             }
             number::SET_VRING_BASE => {
                 let (ring, base) = ring()?;
@@ -341,6 +384,11 @@ impl Request {
                 let (ring, enabled) = ring()?;
                 (Request::SetVringEnable { ring, enabled: enabled != 0 }, 0)
             }
+            number::SEND_RARP => {
+                let [mac @ .., _, _] = word()?.to_le_bytes();
+                (Request::SendRarp(mac), 0)
+            }
+            number::SET_BACKEND_REQ_FD => (none(Request::SetBackendReqFd)?, 1),
             number::NET_SET_MTU => (Request::SetMtu(word()?), 0),
             number::GET_CONFIG | number::SET_CONFIG => (config(number, body)?, 0),
             number::RESET_DEVICE => (none(Request::ResetDevice)?, 0),
@@ -463,6 +511,8 @@ mod tests {
             (2, 8, 0),
             (3, 0, 0),
             (4, 0, 0),
+            (6, 16, 1),
+            (7, 0, 1),
             (8, 8, 0),
             (9, 40, 0),
             (10, 8, 0),
@@ -474,7 +524,9 @@ mod tests {
             (16, 8, 0),
             (17, 0, 0),
             (18, 8, 0),
+            (19, 8, 0),
             (20, 8, 0),
+            (21, 0, 1),
             (34, 0, 0),
             (36, 0, 0),
             (37, 40, 1),
@@ -494,7 +546,9 @@ mod tests {
         let no_fd = 0x103_u64.to_le_bytes();
         assert_eq!(Request::parse(12, &no_fd, 0), Ok(Request::SetVringKick(3)));
         assert!(Request::parse(12, &no_fd, 1).is_err());
-        assert_eq!(Request::parse(31, &[1], 2), Ok(Request::Unsupported(31)));
+        assert_eq!(Request::parse(28, &[1], 2), Ok(Request::Unsupported(28)));
+        let rarp = Request::parse(19, &[1, 2, 3, 4, 5, 6, 7, 8], 0);
+        assert_eq!(rarp, Ok(Request::SendRarp([1, 2, 3, 4, 5, 6])));
     }
 
     #[test]

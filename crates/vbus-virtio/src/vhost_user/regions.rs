@@ -63,6 +63,11 @@ impl Regions {
         at.map(|at| self.0.swap_remove(at)).is_some()
     }
 
+    /// The end of the highest region, in the driver's addresses.
+    pub fn end(&self) -> u64 {
+        self.0.iter().map(|region| region.guest + region.size).max().unwrap_or(0)
+    }
+
     /// The driver's address of the `len` bytes that the front end has at `user`. `None`: no region
     /// has all of them.
     pub fn guest(&self, user: u64, len: u64) -> Option<u64> {

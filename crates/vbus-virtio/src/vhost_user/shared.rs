@@ -4,11 +4,13 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::{SendFlags, send};
 use vbus_core::{ConnectionState, Endpoint, ErrorCode, Host, lock};
 use vbus_eventfd::PeerEventfd;
 
 use super::failure::Failure;
+use super::message;
 use crate::device::{Session, Transport, VirtioDevice};
 use crate::queue::Position;
 
@@ -47,6 +49,8 @@ pub struct Shared {
     errors: Box<[Signal]>,
     /// The device configuration.
     pub config: Mutex<Vec<u8>>,
+    /// The front end's socket for what the device has to say.
+    channel: Mutex<Option<OwnedFd>>,
     pub running: Mutex<Running>,
 }
 
@@ -59,6 +63,7 @@ impl Shared {
             calls: signals(),
             errors: signals(),
             config: Mutex::new(vec![0; device.config_bytes()]),
+            channel: Mutex::default(),
             running: Mutex::default(),
         });
         let transport: Arc<dyn Transport> = shared.clone();
@@ -82,6 +87,11 @@ impl Shared {
     /// Sets how the front end learns of an error of ring `at`.
     pub fn set_err(&self, at: usize, fd: Option<OwnedFd>) -> Result<(), Errno> {
         set(&self.errors[at], fd)
+    }
+
+    /// Sets the socket for what the device has to say.
+    pub fn set_channel(&self, socket: Option<OwnedFd>) {
+        *lock(&self.channel) = socket;
     }
 
     /// The front end has gone.
@@ -133,9 +143,17 @@ impl Transport for Shared {
         }
     }
 
-    /// A front end reads the configuration when it wants. Nothing tells it of a change.
-    fn config_changed(&self, config: Vec<u8>, _tell: bool) {
-        *lock(&self.config) = config;
+    /// A front end that has a socket for this learns that there is something to read. One that does
+    /// not read its messages loses them, and reads the newest configuration nevertheless.
+    fn config_changed(&self, config: Vec<u8>, tell: bool) {
+        let mut now = lock(&self.config);
+        let differs = *now != config;
+        *now = config;
+        drop(now);
+        if let Some(socket) = lock(&self.channel).as_ref().filter(|_| tell && differs) {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            let _ = retry_on_intr(|| send(socket, &message::config_changed(), flags));
+        }
     }
 }
 

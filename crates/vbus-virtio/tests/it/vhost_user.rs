@@ -20,6 +20,8 @@ use vbus_virtio::vhost_user::{Stats, VhostUserServer, has_front};
 
 use crate::driver::{Queue, Signal, VERSION_1, eventually};
 
+mod log;
+
 /// Requests.
 mod request {
     pub const GET_FEATURES: u32 = 1;
@@ -630,7 +632,7 @@ fn what_a_device_cannot_do_is_refused_and_the_connection_goes_on() {
     let far = one_region((1 << 30, page, 1 << 30, 0));
     assert!(!front_end.tell(add, &far, &[eventfd.as_fd()]), "no file");
     // What the device does not do at all.
-    assert!(!front_end.tell_number(21, 0) && !front_end.tell_number(1000, 0));
+    assert!(!front_end.tell_number(22, 0) && !front_end.tell_number(1000, 0));
     front_end.start(&rx, 0);
     served.counts("the failures", |stats| stats.failures >= 22);
     assert_eq!(served.server.stats().violations, 0);

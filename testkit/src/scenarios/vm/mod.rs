@@ -17,5 +17,6 @@ pub(super) mod take_over;
 pub(super) mod template;
 pub(super) mod traffic;
 pub(super) mod vfio_user;
+pub(super) mod vhost_migrate;
 pub(super) mod vhost_user;
 pub(super) mod virtio;

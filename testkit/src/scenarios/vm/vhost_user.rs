@@ -44,7 +44,8 @@ pub fn net(scene: &Scene) -> Result<()> {
     let machine = |name: &str, cards: &[usize]| -> Result<Vm> {
         let mut machine = VmSpec::new(name);
         for (slot, &card) in cards.iter().enumerate() {
-            machine.args.extend(options(&bus, CARDS[card].0, slot)?);
+            let packed = if slot == 1 { ",packed=on" } else { "" };
+            machine.args.extend(options(&bus, CARDS[card].0, slot, packed)?);
         }
         machine.cpus = 2;
         machine.start(scene)
@@ -100,17 +101,16 @@ pub fn net(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-/// QEMU's options for the device `name`, as the bus prints them, behind root port `slot`.
-fn options(bus: &Bus, name: &str, slot: usize) -> Result<Vec<String>> {
+/// QEMU's options for the device `name`, as the bus prints them, behind root port `slot`. `more`
+/// goes with those of the function.
+pub fn options(bus: &Bus, name: &str, slot: usize, more: &str) -> Result<Vec<String>> {
     let printed = bus.run(&["qemu-args", name, "--spare-ports", "0", "--json"])?;
     let words: Vec<String> = serde_json::from_str(&printed)?;
     let from = words.iter().position(|word| word == "-chardev").context("no -chardev")?;
     let mut words = words[from..].to_vec();
     let function = words.last_mut().context("no option")?;
     *function = function.replace("bus=vbus-port0", &format!("bus=slot{slot}"));
-    if slot == 1 {
-        *function += ",packed=on";
-    }
+    *function += more;
     Ok(words)
 }
 
