@@ -225,8 +225,19 @@ impl MemoryContext {
         MemoryContext::with_budget(device, Budget::of_process())
     }
 
+    /// Other memory of the same peer, of which nothing is mapped yet.
+    #[must_use]
+    pub fn beside(&self) -> MemoryContext {
+        let account = lock(&self.account).clone();
+        MemoryContext::with_account(&self.device, self.budget.clone(), account)
+    }
+
     fn with_budget(device: &str, budget: Arc<Budget>) -> MemoryContext {
         let account = budget.client(None).account(device);
+        MemoryContext::with_account(device, budget, account)
+    }
+
+    fn with_account(device: &str, budget: Arc<Budget>, account: Arc<Account>) -> MemoryContext {
         MemoryContext {
             device: device.to_owned(),
             current: Mutex::default(),

@@ -29,6 +29,8 @@ pub(super) struct Head {
     pub(super) slots: u16,
     /// How many chains the queue gave out before, modulo 2^16.
     pub(super) sequence: u16,
+    /// Its entry in the region of the buffers in flight, if the queue has one.
+    pub(super) entry: u16,
 }
 
 /// A chain that a queue gave out, or room for one. The parts are a private copy, which the driver

@@ -8,9 +8,10 @@ use vbus_core::memory::DriverSlice;
 use vbus_core::shm::signal::Armed;
 
 use super::chain::{Chain, Head};
+use super::inflight::{Found, InFlightRegion, Tracker, assign};
 use super::layout::{BadLayout, Format, Layout, RingFeatures};
 use super::memory::{Area, Areas, areas};
-use super::order::{Complete, Order, Run};
+use super::order::{Complete, Gone, Order, Run};
 use super::packed::Packed;
 use super::split::Split;
 use super::state::{BadState, InFlight, Position, State, Unsettled};
@@ -84,6 +85,8 @@ pub struct Queue {
     /// Chains that were given out and not returned.
     held: u16,
     retired: Option<Violation>,
+    /// Keeps the region of the buffers in flight.
+    tracker: Option<Tracker>,
 }
 
 impl Queue {
@@ -108,6 +111,7 @@ impl Queue {
             given: 0,
             held: 0,
             retired: None,
+            tracker: None,
         }
     }
 
@@ -132,14 +136,16 @@ impl Queue {
                     return Err(Violation::InFlight(id).into());
                 }
             }
-            let head = Head { queue: queue.number, id, slots, sequence };
+            let head = Head { queue: queue.number, id, slots, sequence, entry: 0 };
             let chain = Chain::of(head, parts, *readable)?;
             if let Some(order) = &mut queue.order {
                 order.take();
                 if let Some(written) = *written {
                     // Nobody knows any more how many bytes it could have been.
                     // It is not the oldest, as was checked.
-                    _ = order.complete(sequence, Complete { id, slots, written, whole: false });
+                    let entry = 0;
+                    let complete = Complete { id, slots, entry, written, whole: false };
+                    _ = order.complete(sequence, complete);
                 }
             }
             queue.sequence = sequence.wrapping_add(1);
@@ -148,6 +154,33 @@ impl Queue {
                 queue.held += 1;
             }
         }
+        Ok((queue, chains))
+    }
+
+    /// Takes up a queue whose last user kept `region`, and may have died at any moment. Returns what
+    /// [`resume`](Self::resume) does, and keeps the region from now on. If the region was not in use
+    /// yet, the queue goes on at `base`, with nothing in flight. `view` is the driver's memory.
+    ///
+    /// Region and queue may be forged: they are checked.
+    pub fn recover(
+        layout: Layout,
+        features: RingFeatures,
+        region: InFlightRegion,
+        base: Position,
+        view: &View<'_>,
+    ) -> Result<(Queue, Vec<Chain>), BadState> {
+        layout.check()?;
+        let areas = areas(&layout, view)?;
+        State::at(base).check(&layout, features)?;
+        let found = Tracker::open(region, &layout, features, base, &areas, view)?;
+        let Found { position, in_flight, entries, tracker } = found;
+        let state = State { position, in_flight };
+        let (mut queue, mut chains) = Queue::resume(layout, features, &state)?;
+        assign(&mut chains, &entries);
+        if let Ring::Packed(ring) = &mut queue.ring {
+            ring.keep_taken();
+        }
+        queue.tracker = Some(tracker);
         Ok((queue, chains))
     }
 
@@ -261,7 +294,11 @@ impl Turn<'_> {
             Ok(None) => Ok(false),
             Ok(Some((id, slots))) => {
                 let sequence = queue.sequence;
-                chain.head = Some(Head { queue: queue.number, id, slots, sequence });
+                let entry = queue.tracker.as_mut().map_or(0, |tracker| match &queue.ring {
+                    Ring::Split(_) => tracker.take(id, &[]),
+                    Ring::Packed(ring) => tracker.take(id, ring.taken()),
+                });
+                chain.head = Some(Head { queue: queue.number, id, slots, sequence, entry });
                 if let Some(order) = &mut queue.order {
                     order.take();
                 }
@@ -294,6 +331,9 @@ impl Turn<'_> {
             return false;
         };
         either!(&mut queue.ring, ring => ring.put_back(head));
+        if let Some(tracker) = &mut queue.tracker {
+            tracker.put_back(head.entry);
+        }
         if let Some(order) = &mut queue.order {
             order.put_back();
         }
@@ -316,17 +356,23 @@ impl Turn<'_> {
         let queue = &mut *self.queue;
         queue.held -= 1;
         let Some(areas) = &self.areas else { return };
-        let ring = &mut queue.ring;
-        let Head { id, slots, sequence, .. } = head;
+        let Queue { ring, tracker, .. } = queue;
+        let Head { id, slots, sequence, entry, .. } = head;
+        let mut release = |ring: &mut Ring, gone: Gone| {
+            ring.release(gone.id);
+            if let Some(tracker) = tracker {
+                tracker.complete(gone.entry);
+            }
+        };
         let Some(order) = &mut queue.order else {
-            ring.release(id);
+            release(ring, Gone { id, entry });
             ring.put_used(areas, Run { id, written, buffers: 1, slots, open: true });
             return;
         };
         let whole = written == chain.writable_bytes();
-        let mut oldest = order.complete(sequence, Complete { id, slots, written, whole });
-        while let Some((id, run)) = oldest {
-            ring.release(id);
+        let mut oldest = order.complete(sequence, Complete { id, slots, entry, written, whole });
+        while let Some((gone, run)) = oldest {
+            release(ring, gone);
             if let Some(run) = run {
                 ring.put_used(areas, run);
             }
@@ -342,7 +388,16 @@ impl Turn<'_> {
         if let Some(run) = queue.order.as_mut().and_then(Order::end_run) {
             queue.ring.put_used(areas, run);
         }
+        let Some(tracker) = &mut queue.tracker else {
+            return either!(&mut queue.ring, ring => ring.publish(areas));
+        };
+        if either!(&queue.ring, ring => ring.is_published()) {
+            return;
+        }
+        let place = either!(&queue.ring, ring => ring.position());
+        tracker.publishing(place);
         either!(&mut queue.ring, ring => ring.publish(areas));
+        tracker.published(place);
     }
 
     /// Whether the driver wants an interrupt for what was published since the last call. A device

@@ -71,15 +71,19 @@
 //!
 //! # State
 //! [`Queue::state`] gives all of a queue as plain values ([`State`]), and [`Queue::resume`] takes
-//! them up, in this process or in another. [`Position::vring_base`] is what vhost-user calls the
+//! them up, in this process or in another. [`Queue::recover`] goes on for a process that died, if
+//! that kept a region of memory with the buffers in flight ([`InFlightRegion`]). [`Position::vring_base`] is what vhost-user calls the
 //! base of a queue.
 
 mod chain;
+#[cfg(test)]
+mod death;
 #[cfg(test)]
 mod driver;
 mod engine;
 mod event;
 mod indirect;
+mod inflight;
 mod layout;
 mod memory;
 #[cfg(test)]
@@ -94,6 +98,7 @@ mod violation;
 
 pub use self::chain::{Chain, Part};
 pub use self::engine::{Notification, Queue, Turn};
+pub use self::inflight::InFlightRegion;
 pub use self::layout::{BadLayout, Format, Layout, PARTS_MAX, RingFeatures, SIZE_MAX, feature};
 pub use self::state::{BadState, InFlight, Position, State, Unsettled};
 pub use self::violation::Violation;

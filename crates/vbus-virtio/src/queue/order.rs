@@ -8,10 +8,20 @@
 pub(super) struct Complete {
     pub(super) id: u16,
     pub(super) slots: u16,
+    /// The entry in the region of the buffers in flight.
+    pub(super) entry: u16,
     /// The bytes that the device wrote.
     pub(super) written: u32,
     /// These are all bytes that it might write.
     pub(super) whole: bool,
+}
+
+/// A buffer that goes back to the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Gone {
+    pub(super) id: u16,
+    /// The entry in the region of the buffers in flight.
+    pub(super) entry: u16,
 }
 
 /// Complete buffers that go back by one used element: that of the last one.
@@ -72,7 +82,7 @@ impl Order {
         &mut self,
         sequence: u16,
         complete: Complete,
-    ) -> Option<(u16, Option<Run>)> {
+    ) -> Option<(Gone, Option<Run>)> {
         let age = sequence.wrapping_sub(self.first);
         if age >= self.next.wrapping_sub(self.first) {
             return None;
@@ -84,17 +94,17 @@ impl Order {
         None
     }
 
-    /// Moves the oldest buffer to the run, if it is complete. Returns its id, and the run before it
+    /// Moves the oldest buffer to the run, if it is complete. Returns which it was, and the run before it
     /// if the buffer begins another one.
     #[inline]
-    pub(super) fn advance(&mut self) -> Option<(u16, Option<Run>)> {
+    pub(super) fn advance(&mut self) -> Option<(Gone, Option<Run>)> {
         let oldest = self.place(self.first)?.take()?;
         Some(self.append(oldest))
     }
 
     #[inline]
-    fn append(&mut self, oldest: Complete) -> (u16, Option<Run>) {
-        let Complete { id, slots, written, whole } = oldest;
+    fn append(&mut self, oldest: Complete) -> (Gone, Option<Run>) {
+        let Complete { id, slots, entry, written, whole } = oldest;
         self.first = self.first.wrapping_add(1);
         let (before, former) = match self.run {
             Some(run) if run.open => ((run.buffers, run.slots), None),
@@ -103,7 +113,7 @@ impl Order {
         // All of them were in flight at once, so the sums are at most the queue's size.
         let (buffers, slots) = (before.0 + 1, before.1 + slots);
         self.run = Some(Run { id, written, buffers, slots, open: whole });
-        (id, former)
+        (Gone { id, entry }, former)
     }
 
     /// The run, which ends.
@@ -134,19 +144,21 @@ mod tests {
     fn a_run_goes_on_while_its_buffers_are_wholly_written() {
         let mut order = Order::new(3);
         (0..4).for_each(|_| order.take());
-        let complete = |id, written, whole| Complete { id, slots: 2, written, whole };
+        let complete =
+            |id, written, whole| Complete { id, slots: 2, entry: id + 1, written, whole };
+        let gone = |id| Gone { id, entry: id + 1 };
         assert_eq!(order.complete(1, complete(5, 100, true)), None, "the first is not complete");
         assert_eq!(order.advance(), None);
         assert_eq!(order.waiting().collect::<Vec<_>>(), [(1, &complete(5, 100, true))]);
         assert_eq!(order.complete(2, complete(3, 60, false)), None);
         assert_eq!(order.complete(4, complete(9, 0, true)), None);
-        assert_eq!(order.complete(0, complete(7, 0, true)), Some((7, None)));
-        assert_eq!(order.advance(), Some((5, None)));
-        assert_eq!(order.advance(), Some((3, None)));
+        assert_eq!(order.complete(0, complete(7, 0, true)), Some((gone(7), None)));
+        assert_eq!(order.advance(), Some((gone(5), None)));
+        assert_eq!(order.advance(), Some((gone(3), None)));
         assert_eq!(order.advance(), None);
         let run = Run { id: 3, written: 60, buffers: 3, slots: 6, open: false };
         let last = order.complete(3, complete(1, 0, true));
-        assert_eq!(last, Some((1, Some(run))), "60 bytes must be told");
+        assert_eq!(last, Some((gone(1), Some(run))), "60 bytes must be told");
         let run = Run { id: 1, written: 0, buffers: 1, slots: 2, open: true };
         assert_eq!(order.end_run(), Some(run));
         assert!(!order.has_run() && order.waiting().next().is_none());

@@ -9,6 +9,7 @@ use vbus_core::shm::signal::Armed;
 
 use super::chain::{Chain, Head};
 use super::indirect;
+use super::inflight::Taken;
 use super::layout::{DESCRIPTOR_BYTES, Format, RingFeatures};
 use super::memory::{Area, Areas, Descriptor, Edge, Fence, Tables};
 use super::state::Position;
@@ -38,7 +39,40 @@ pub(super) struct Cursor {
 }
 
 impl Cursor {
-    fn forward(self, slots: u16, size: u16) -> Cursor {
+    pub(super) fn new(slot: u16, wrap: bool) -> Cursor {
+        Cursor { slot, wrap }
+    }
+
+    /// The place and the wrap counter.
+    pub(super) fn parts(self) -> (u16, bool) {
+        (self.slot, self.wrap)
+    }
+
+    /// Whether a buffer is available here.
+    #[inline]
+    pub(super) fn is_available<A: Area>(self, areas: &Areas<A>) -> bool {
+        self.look(areas).is_some()
+    }
+
+    /// Makes the descriptor here look as one that is available, if it looks used.
+    pub(super) fn undo_used<A: Area>(self, areas: &Areas<A>) {
+        let flags = areas.descriptors.load16(self.at() + FLAGS);
+        if (flags & AVAIL != 0) == self.wrap && (flags & USED != 0) == self.wrap {
+            areas.descriptors.store16(self.at() + FLAGS, if self.wrap { AVAIL } else { USED });
+        }
+    }
+
+    /// The flags of the descriptor here, if it is available.
+    #[inline]
+    fn look<A: Area>(self, areas: &Areas<A>) -> Option<u16> {
+        // Pairs with the driver's store of the flags: the buffer and all its descriptors are
+        // visible.
+        let flags = areas.descriptors.observe16(self.at() + FLAGS, Edge::Available);
+        let available = (flags & AVAIL != 0) == self.wrap && (flags & USED != 0) != self.wrap;
+        available.then_some(flags)
+    }
+
+    pub(super) fn forward(self, slots: u16, size: u16) -> Cursor {
         // Both are at most 2^15.
         let slot = self.slot + slots;
         let (slot, wrap) = if slot >= size { (slot - size, !self.wrap) } else { (slot, self.wrap) };
@@ -88,6 +122,8 @@ pub(super) struct Packed {
     /// Used descriptors that were published since the last decision about an interrupt, up to
     /// 2^16 - 1. `None`: nobody knows.
     since: Option<u16>,
+    /// The descriptors of the buffer that was taken last, if somebody wants to know them.
+    taken: Option<Vec<Taken>>,
 }
 
 impl Packed {
@@ -102,7 +138,18 @@ impl Packed {
             unpublished: 0,
             first: None,
             since: is_new.then_some(0),
+            taken: None,
         }
+    }
+
+    /// Keeps the descriptors of each buffer that is taken, for [`taken`](Self::taken).
+    pub(super) fn keep_taken(&mut self) {
+        self.taken = Some(Vec::new());
+    }
+
+    /// The descriptors of the buffer that was taken last, as they were read.
+    pub(super) fn taken(&self) -> &[Taken] {
+        self.taken.as_deref().unwrap_or_default()
     }
 
     pub(super) fn position(&self) -> Position {
@@ -117,12 +164,7 @@ impl Packed {
     /// The flags of the next descriptor, if it is available.
     #[inline]
     fn look<A: Area>(&self, areas: &Areas<A>) -> Option<u16> {
-        // Pairs with the driver's store of the flags: the buffer and all its descriptors are
-        // visible.
-        let flags = areas.descriptors.observe16(self.next.at() + FLAGS, Edge::Available);
-        let available =
-            (flags & AVAIL != 0) == self.next.wrap && (flags & USED != 0) != self.next.wrap;
-        available.then_some(flags)
+        self.next.look(areas)
     }
 
     /// Takes the next buffer: copies its descriptors to `chain`, once each, and checks them.
@@ -136,6 +178,7 @@ impl Packed {
         let Some(mut flags) = self.look(areas) else { return Ok(None) };
         let mut at = self.next;
         let mut slots = 0;
+        self.taken.as_mut().map(Vec::clear);
         let id = loop {
             if self.in_flight + slots >= self.size {
                 return Err(Violation::Overfull);
@@ -149,6 +192,10 @@ impl Packed {
                 next: 0,
             };
             let id = areas.descriptors.load16(place + ID);
+            if let Some(taken) = &mut self.taken {
+                let Descriptor { addr, len, flags, .. } = descriptor;
+                taken.push(Taken { addr, len, id, flags });
+            }
             if descriptor.has(Descriptor::INDIRECT) {
                 let negotiated = self.features.indirect;
                 indirect::append(chain, descriptor, Format::Packed, negotiated, tables)?;

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
@@ -14,7 +15,9 @@ use vbus_core::{Access, MemoryContext, View};
 
 use super::driver::{Driver, INDIRECT, Raw, WRITE};
 use super::memory::Areas;
-use super::{Chain, Format, Layout, Part, Position, Queue, RingFeatures, State, Violation};
+use super::{
+    Chain, Format, InFlightRegion, Layout, Part, Position, Queue, RingFeatures, State, Violation,
+};
 
 const PAGES: u64 = 64;
 /// Where the areas and the tables are. Each area has some pages.
@@ -46,6 +49,16 @@ pub fn driver_areas<'v>(layout: &Layout, view: &'v View<'_>) -> Areas<DriverSlic
     let [descriptors, driver, device] =
         layout.ranges().map(|(addr, len)| view.slice(addr, len, true).unwrap());
     Areas { descriptors, driver, device }
+}
+
+/// A fresh region for a queue.
+fn region(layout: &Layout) -> InFlightRegion {
+    let bytes = InFlightRegion::bytes(layout.format, layout.size).next_multiple_of(PAGE);
+    let file: OwnedFd = memfd_create("region", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, bytes).unwrap();
+    let memory = MemoryContext::new();
+    memory.map(0, bytes, Some((file, 0)), Access::BOTH).unwrap();
+    InFlightRegion::new(Arc::new(memory), 0, layout.format, layout.size)
 }
 
 /// A queue's shape.
@@ -148,6 +161,27 @@ enum Op {
     DeviceDisarm,
     /// Another process takes up the queue.
     HandOver,
+    /// The process dies after so many stores of this work, and another one takes up the queue.
+    Die(u32, Dying),
+}
+
+/// What a process does when it dies.
+#[derive(Clone, Debug)]
+enum Dying {
+    Take(u8),
+    PutBack,
+    /// Completes some, the newest first if so, and publishes them.
+    Return(u8, bool),
+}
+
+fn death() -> impl Strategy<Value = Op> {
+    let work = prop_oneof![
+        2 => (1..20_u8).prop_map(Dying::Take),
+        1 => Just(Dying::PutBack),
+        3 => (1..12_u8, any::<bool>()).prop_map(|(many, newest)| Dying::Return(many, newest)),
+    ];
+    (prop_oneof![3 => 0..40_u32, 1 => 0..400_u32], work)
+        .prop_map(|(step, work)| Op::Die(step, work))
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -184,6 +218,8 @@ struct Model {
     taken: VecDeque<(u16, Buffer, Option<u32>)>,
     /// Given back and not published.
     complete: VecDeque<(u16, u32)>,
+    /// What the region has to say: taken and not used, in the order of taking.
+    in_flight: Vec<(u16, Buffer)>,
     /// Used and not reaped.
     used: VecDeque<(u16, u32)>,
     device_sleeps: bool,
@@ -205,6 +241,7 @@ struct World<'v> {
     held: Vec<Chain>,
     model: Model,
     tables: u64,
+    region: Option<InFlightRegion>,
 }
 
 impl World<'_> {
@@ -279,6 +316,7 @@ impl World<'_> {
             assert_eq!(chain.readable(), parts(false).collect::<Vec<_>>());
             assert_eq!(chain.writable(), parts(true).collect::<Vec<_>>());
             self.held.push(chain);
+            self.model.in_flight.push((id, buffer.clone()));
             self.model.taken.push_back((id, buffer, None));
         }
     }
@@ -293,6 +331,7 @@ impl World<'_> {
         if turn.put_back(&mut chain) {
             assert!(is_newest && !chain.is_taken());
             let (id, buffer, _) = self.model.taken.pop_back().unwrap();
+            self.model.in_flight.pop();
             self.model.available.push_front((id, buffer));
         } else {
             assert!(chain.is_taken());
@@ -322,6 +361,8 @@ impl World<'_> {
     fn device_publish(&mut self) {
         self.queue.turn(self.view).unwrap().publish();
         self.model.owed |= self.model.driver_sleeps && !self.model.complete.is_empty();
+        let complete = &self.model.complete;
+        self.model.in_flight.retain(|(id, _)| complete.iter().all(|(other, _)| other != id));
         self.model.used.append(&mut self.model.complete);
     }
 
@@ -382,9 +423,84 @@ impl World<'_> {
                 self.queue.turn(self.view).unwrap().disarm();
                 self.model.device_sleeps = false;
             }
+            // It would take a region that nobody keeps from then on.
+            Op::HandOver if self.region.is_some() => {}
             Op::HandOver => self.hand_over(),
+            Op::Die(step, work) => self.die(*step, work),
         }
         assert_eq!(usize::from(self.queue.held()), self.held.len());
+    }
+
+    /// The process dies, and another one goes on. It has all that was taken and is not used: what
+    /// was published, all of it or nothing, and nothing twice.
+    fn die(&mut self, step: u32, work: &Dying) {
+        let Some(region) = self.region.clone() else { return };
+        let (queue, held) = (&mut self.queue, &mut self.held);
+        let mut turn = queue.turn(self.view).unwrap();
+        super::death::after(step, || match work {
+            Dying::Take(most) => {
+                for _ in 0..*most {
+                    let mut chain = Chain::new();
+                    if !turn.next(&mut chain).unwrap() {
+                        break;
+                    }
+                }
+            }
+            Dying::PutBack => {
+                if let Some(chain) = held.last_mut() {
+                    turn.put_back(chain);
+                }
+            }
+            Dying::Return(most, newest) => {
+                for _ in 0..usize::from(*most).min(held.len()) {
+                    let mut chain = if *newest { held.pop().unwrap() } else { held.remove(0) };
+                    let all = chain.writable_bytes();
+                    turn.complete(&mut chain, all);
+                }
+                turn.publish();
+            }
+        });
+        drop(turn);
+        let Shape { layout, features, start, .. } = self.shape;
+        let recovered = Queue::recover(layout, features, region, start, self.view).unwrap();
+        (self.queue, self.held) = recovered;
+
+        // What the driver sees as used tells whether the death was after the publication.
+        let mut used = Vec::new();
+        while let Some(one) = self.driver.reap(&self.areas) {
+            used.push(one);
+        }
+        let mut expected: Vec<_> = self.model.used.drain(..).collect();
+        assert_eq!(used[..expected.len()], expected, "what was used before");
+        let fresh = used.split_off(expected.len());
+        expected.clear();
+        let of = |id: u16| fresh.iter().any(|(other, _)| *other == id);
+        if !fresh.is_empty() {
+            assert!(self.model.complete.iter().all(|(id, _)| of(*id)), "a part was published");
+        }
+        self.model.in_flight.retain(|(id, _)| !of(*id));
+        // What was put back, or taken, came as far as the region says.
+        let have = self.held.len();
+        while self.model.in_flight.len() > have {
+            assert!(matches!(work, Dying::PutBack), "a buffer is lost");
+            self.model.available.push_front(self.model.in_flight.pop().unwrap());
+        }
+        while self.model.in_flight.len() < have {
+            assert!(matches!(work, Dying::Take(_)), "a buffer comes twice");
+            self.model.in_flight.push(self.model.available.pop_front().unwrap());
+        }
+        for (chain, (id, buffer)) in self.held.iter().zip(&self.model.in_flight) {
+            assert_eq!(chain.id(), Some(*id));
+            let parts = |write| buffer.parts.iter().filter(move |p| p.1 == write).map(|p| p.0);
+            assert_eq!(chain.readable(), parts(false).collect::<Vec<_>>());
+            assert_eq!(chain.writable(), parts(true).collect::<Vec<_>>());
+        }
+        let model = &mut self.model;
+        model.complete.clear();
+        model.taken = model.in_flight.iter().map(|(id, buf)| (*id, buf.clone(), None)).collect();
+        // Nobody knows what was asked for, or told.
+        (model.device_sleeps, model.driver_sleeps, model.owed) = (false, false, false);
+        model.allowed += 1;
     }
 
     fn hand_over(&mut self) {
@@ -407,6 +523,11 @@ impl World<'_> {
 }
 
 fn run(shape: &Shape, ops: &[Op]) {
+    run_with(shape, ops, false);
+}
+
+/// `kept`: a region of the buffers in flight is kept.
+fn run_with(shape: &Shape, ops: &[Op], kept: bool) {
     let memory = memory(shape.scattered);
     let view = memory.view();
     let areas = driver_areas(&shape.layout, &view);
@@ -419,12 +540,28 @@ fn run(shape: &Shape, ops: &[Op]) {
         view.write(shape.layout.device_area + 2, &shape.start.used.to_le_bytes()).unwrap();
     }
     let state = State::at(shape.start);
-    let (queue, chains) = Queue::resume(shape.layout, shape.features, &state).unwrap();
+    let region = kept.then(|| region(&shape.layout));
+    let (queue, chains) = match region.clone() {
+        None => Queue::resume(shape.layout, shape.features, &state).unwrap(),
+        Some(region) => {
+            let Shape { layout, features, start, .. } = *shape;
+            Queue::recover(layout, features, region, start, &view).unwrap()
+        }
+    };
     assert!(chains.is_empty());
     let model = Model { allowed: 2, ..Model::default() };
     let shape = shape.clone();
-    let mut world =
-        World { shape, view: &view, areas, driver, queue, held: Vec::new(), model, tables: 0 };
+    let mut world = World {
+        shape,
+        view: &view,
+        areas,
+        driver,
+        queue,
+        held: Vec::new(),
+        model,
+        tables: 0,
+        region,
+    };
     for op in ops {
         world.run(op);
     }
@@ -457,6 +594,55 @@ proptest! {
         ops in proptest::collection::vec(op(), 1..120),
     ) {
         run(&shape, &ops);
+    }
+
+    /// A process may die at each of its stores.
+    #[test]
+    fn a_queue_outlives_its_process(
+        shape in shape(),
+        ops in proptest::collection::vec(prop_oneof![4 => op(), 1 => death()], 1..120),
+    ) {
+        run_with(&shape, &ops, true);
+    }
+
+    /// Whatever a region has, a queue goes on or is refused, and holds no more than it is long.
+    #[test]
+    fn any_region_is_borne(
+        shape in shape(),
+        writes in proptest::collection::vec((any::<u16>(), any::<u64>(), 0..4_u32), 1..40),
+    ) {
+        let memory = memory(shape.scattered);
+        let view = memory.view();
+        let Shape { layout, features, start, .. } = shape.clone();
+        let place = region(&layout);
+        let (mut queue, _) =
+            Queue::recover(layout, features, place.clone(), start, &view).unwrap();
+        for (round, (at, value, log)) in (0..).zip(writes) {
+            // Small values are likely to mean something.
+            let value = if value % 3 == 0 { value } else { value & 0x0101_0003_0007_0007 };
+            let len = 1 << log;
+            let end = InFlightRegion::bytes(layout.format, layout.size) - 8;
+            // Mostly in the fields before the entries, and in the first entries.
+            let reach = if round % 2 == 0 { end.min(200) } else { end };
+            let at = u64::from(at) % reach & !(len - 1);
+            let bytes = value.to_le_bytes();
+            place.write(if at < 8 { 8 } else { at }, &bytes[..usize::try_from(len).unwrap()]);
+            match Queue::recover(layout, features, place.clone(), start, &view) {
+                Ok((recovered, chains)) => {
+                    prop_assert!(chains.len() <= usize::from(layout.size));
+                    prop_assert_eq!(usize::from(recovered.held()), chains.len());
+                    queue = recovered;
+                    let mut turn = queue.turn(&view).unwrap();
+                    for mut chain in chains {
+                        prop_assert!(chain.is_taken());
+                        turn.complete(&mut chain, 0);
+                    }
+                    _ = turn.flush();
+                }
+                Err(error) => prop_assert!(!error.to_string().is_empty()),
+            }
+            prop_assert!(queue.retired().is_none());
+        }
     }
 
     /// Whatever the driver's memory has, and however it changes, the queue gives out only chains

@@ -132,7 +132,8 @@ impl Split {
         if number < self.size { Ok(()) } else { Err(Violation::Descriptor { number, size }) }
     }
 
-    fn walk<A: Area>(
+    /// Copies the descriptors from `head` on to `chain`, once each, and checks them.
+    pub(super) fn walk<A: Area>(
         &self,
         areas: &Areas<A>,
         tables: &impl Tables,
@@ -140,6 +141,7 @@ impl Split {
         head: u16,
     ) -> Result<(), Violation> {
         let mut number = head;
+        self.check(head)?;
         for _ in 0..self.size {
             let at = usize::from(number) * DESCRIPTOR_BYTES;
             let words = [at, at + 8].map(|at| areas.descriptors.load64(at));

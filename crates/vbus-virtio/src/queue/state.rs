@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::chain::Part;
+use super::chain::{Chain, Part};
 use super::layout::{BadLayout, Format, Layout, RingFeatures};
 use super::violation::Violation;
 
@@ -82,6 +82,14 @@ pub struct InFlight {
     /// IN_ORDER: the device has completed the buffer, with this many bytes written, and the buffer
     /// waits for an earlier one. It has no parts then.
     pub written: Option<u32>,
+}
+
+impl InFlight {
+    /// One whose descriptors `chain` has.
+    pub(super) fn of(id: u16, slots: u16, chain: &Chain) -> InFlight {
+        let parts = [chain.readable(), chain.writable()].concat();
+        InFlight { id, slots, parts, readable: chain.readable().len(), written: None }
+    }
 }
 
 /// All that another process needs to go on with a queue, beside its layout and features.
@@ -171,6 +179,9 @@ pub enum BadState {
     /// The buffers in flight are not as many as lie between the two positions.
     #[error("the buffers in flight do not match the positions")]
     InFlight,
+    /// The region of the buffers in flight makes no sense.
+    #[error("the region of the buffers in flight makes no sense")]
+    Region,
     /// A buffer in flight is wrong in itself.
     #[error("a buffer in flight is wrong: {0}")]
     Buffer(#[from] Violation),

@@ -12,11 +12,14 @@ use vfio_user_protocol::{PeerFds, is_eventfd};
 
 use super::card::NetworkCard;
 use super::failure::Failure;
-use super::message::{Addresses, Name, Region, Request, feature, protocol};
+use super::in_flight::{self, Kept};
+use super::message::{Addresses, InFlight, Name, Region, Request, feature, protocol};
 use super::regions::{Regions, SLOTS};
 use super::shared::{Running, Shared};
 use crate::device::{Call, Driver, Enabled, Kind, VirtioDevice, feature as common, status};
-use crate::queue::{Format, Layout, Position, Queue, RingFeatures, SIZE_MAX, State};
+use crate::queue::{
+    Format, InFlightRegion, Layout, Position, Queue, RingFeatures, SIZE_MAX, State,
+};
 
 /// The protocol features that this end offers.
 const PROTOCOL: u64 = protocol::MQ
@@ -26,6 +29,7 @@ const PROTOCOL: u64 = protocol::MQ
     | protocol::REPLY_ACK
     | protocol::NET_MTU
     | protocol::CONFIG
+    | protocol::INFLIGHT_SHMFD
     | protocol::RESET_DEVICE
     | protocol::CONFIGURE_MEM_SLOTS
     | protocol::STATUS;
@@ -36,6 +40,8 @@ pub enum Answer {
     Done,
     /// A body.
     Body(Vec<u8>),
+    /// A body and a descriptor.
+    File(Vec<u8>, OwnedFd),
 }
 
 /// How the driver wakes the device for a ring.
@@ -107,6 +113,8 @@ pub struct Backend {
     protocol: u64,
     regions: Regions,
     log: Log,
+    /// Where the buffers in flight are kept for a process that comes after this one.
+    kept: Option<Kept>,
     rings: Vec<Ring>,
     status: u8,
     /// The log has it that the driver is too old.
@@ -133,6 +141,7 @@ impl Backend {
             protocol: 0,
             regions: Regions::default(),
             log: Log::default(),
+            kept: None,
             rings: vec![Ring::default(); usize::from(kind.queues)],
             status: 0,
             told_legacy: false,
@@ -231,6 +240,12 @@ impl Backend {
                 return Ok(Answer::Body(self.config(offset, size, flags)));
             }
             Request::SetConfig => return Err(Failure::Config),
+            Request::GetInFlight(asked) => {
+                let format = Format::of(self.features);
+                let (told, file) = in_flight::make(&asked, format, self.rings.len())?;
+                return Ok(Answer::File(told.bytes(), file));
+            }
+            Request::SetInFlight(told) => self.keep(&told, fds)?,
             Request::GetMaxMemSlots => return number(SLOTS as u64),
             Request::SetStatus(status) => self.set_status(status)?,
             Request::GetStatus => {
@@ -249,8 +264,11 @@ impl Backend {
         self.endpoint.memory().set_client(PeerProcess::of(socket));
     }
 
-    /// The front end has gone. Nothing touches its memory any more, and nothing of it is left.
+    /// The front end has gone. Nothing touches its memory any more, and nothing of it is left. What
+    /// is in flight stays so in its memory: it may come back.
     pub fn disconnected(&mut self) {
+        self.pause();
+        self.kept = None;
         self.reset();
         self.shared.forget_signals();
         self.shared.set_channel(None);
@@ -309,6 +327,25 @@ impl Backend {
         let logs = self.log_anew();
         self.start_rings()?;
         logs
+    }
+
+    /// Keeps the buffers in flight in this memory, from the next start of each ring on.
+    fn keep(&mut self, told: &InFlight, fds: PeerFds) -> Result<(), Failure> {
+        if let Some(at) = self.rings.iter().position(|ring| ring.runs) {
+            return Err(Failure::Runs("SET_INFLIGHT_FD", at));
+        }
+        let [file] = fds.as_slice() else { return Ok(()) };
+        let context = self.endpoint.memory().beside();
+        let (format, rings) = (Format::of(self.features), self.rings.len());
+        self.kept = Some(Kept::new(told, file, format, rings, context)?);
+        drop(fds.into_harmless());
+        Ok(())
+    }
+
+    /// Where the buffers of ring `at` are kept.
+    fn region(&self, at: usize) -> Option<InFlightRegion> {
+        let format = Format::of(self.features);
+        self.kept.as_ref()?.region(at, format, self.rings[at].size)
     }
 
     fn must_cover(&self, covers: u64, end: u64) -> Result<(), Failure> {
@@ -425,6 +462,10 @@ impl Backend {
         self.stop(at);
         self.rings[at].kick = Kick::Stopped;
         let _ = self.host().doorbells().set_eventfd(ring, None);
+        // From now on the front end has to know where the ring is.
+        if let Some(region) = self.region(at) {
+            region.settle();
+        }
         let base = self.rings[at].base;
         let format = Format::of(self.features);
         let base = base.unwrap_or_else(|| Position::start(format).vring_base(format));
@@ -485,6 +526,9 @@ impl Backend {
     fn reset(&mut self) {
         for at in 0..self.rings.len() {
             self.stop(at);
+            if let Some(region) = self.region(at) {
+                region.settle();
+            }
         }
         self.end_session();
         self.host().doorbells().forget_eventfds();
@@ -599,13 +643,19 @@ impl Backend {
         let host = self.shared.host();
         let position = self.position(at, &layout)?;
         let features = RingFeatures::of(self.features);
-        let queue = Queue::resume(layout, features, &State::at(position));
-        let (queue, _) = queue.map_err(|error| Failure::Queue(at, error.to_string()))?;
+        let (queue, taken) = match self.region(at) {
+            Some(region) => {
+                let view = host.memory().view();
+                Queue::recover(layout, features, region, position, &view)
+            }
+            None => Queue::resume(layout, features, &State::at(position)),
+        }
+        .map_err(|error| Failure::Queue(at, error.to_string()))?;
         let doorbell = host.doorbells().doorbell(index.into());
         let call = Call::new(self.shared.clone(), index, host.counters().clone());
         let mut running = lock(&self.shared.running);
         let Running { session: Some(session), .. } = &mut *running else { return Ok(()) };
-        match session.enable(index, Enabled { queue, doorbell, call }) {
+        match session.enable_again(index, Enabled { queue, doorbell, call }, taken) {
             Ok(()) => self.rings[at].runs = true,
             Err(code) => return Err(self.shared.broken(running, code)),
         }

@@ -49,6 +49,12 @@ pub enum Failure {
     /// The descriptor for the device's own messages is no UNIX stream socket.
     #[error("the descriptor for the device's own messages is no UNIX socket")]
     NoSocket,
+    /// Regions of the buffers in flight that cannot be.
+    #[error("regions of buffers in flight for {rings} rings of {size} descriptors cannot be")]
+    InFlight { rings: u16, size: u16 },
+    /// They cannot be made or mapped.
+    #[error("the regions of buffers in flight cannot be used: {0}")]
+    InFlightMemory(String),
     /// There is no such region.
     #[error("there is no region {0:#x}+{1:#x}")]
     NoRegion(u64, u64),

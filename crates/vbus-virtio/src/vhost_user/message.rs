@@ -56,6 +56,8 @@ pub mod protocol {
     pub const BACKEND_REQ: u64 = 1 << 5;
     /// GET_CONFIG and SET_CONFIG.
     pub const CONFIG: u64 = 1 << 9;
+    /// GET_INFLIGHT_FD and SET_INFLIGHT_FD.
+    pub const INFLIGHT_SHMFD: u64 = 1 << 12;
     /// RESET_DEVICE.
     pub const RESET_DEVICE: u64 = 1 << 13;
     /// GET_MAX_MEM_SLOTS, ADD_MEM_REG and REM_MEM_REG.
@@ -165,6 +167,51 @@ pub fn config_changed() -> [u8; HEADER_BYTES] {
     message
 }
 
+/// The regions of the buffers in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InFlight {
+    /// Bytes of all of them.
+    pub size: u64,
+    /// Where they begin in their file.
+    pub offset: u64,
+    /// For so many rings.
+    pub rings: u16,
+    /// Descriptors of each ring.
+    pub ring_size: u16,
+    /// Bytes of the body that says so: some front ends fill it up to a multiple of 8.
+    pub body: usize,
+}
+
+/// Bytes of a body about the buffers in flight, without and with what fills it up.
+const IN_FLIGHT_BYTES: [usize; 2] = [20, 24];
+
+impl InFlight {
+    fn parse(request: u32, body: &[u8]) -> Result<InFlight, Malformed> {
+        if !IN_FLIGHT_BYTES.contains(&body.len()) {
+            let [expected, _] = IN_FLIGHT_BYTES;
+            return Err(Malformed::Length { request, got: body.len(), expected });
+        }
+        let mut fields = Fields(body);
+        Ok(InFlight {
+            size: fields.u64(),
+            offset: fields.u64(),
+            rings: fields.u16(),
+            ring_size: fields.u16(),
+            body: body.len(),
+        })
+    }
+
+    /// The body of the reply.
+    pub fn bytes(&self) -> Vec<u8> {
+        let InFlight { size, offset, rings, ring_size, body } = *self;
+        let numbers = [size, offset].map(u64::to_le_bytes);
+        let counts = [rings, ring_size].map(u16::to_le_bytes);
+        let mut bytes = [numbers.as_flattened(), counts.as_flattened()].concat();
+        bytes.resize(body, 0);
+        bytes
+    }
+}
+
 /// A request of the front end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
@@ -214,6 +261,10 @@ pub enum Request {
     GetConfig { offset: u32, size: u32, flags: u32 },
     /// Writes the device configuration.
     SetConfig,
+    /// Memory for the buffers in flight, which the front end keeps.
+    GetInFlight(InFlight),
+    /// That memory, whose descriptor comes too. A back end that has died may have left it.
+    SetInFlight(InFlight),
     /// All rings stop, and the device forgets its driver.
     ResetDevice,
     /// How many regions of memory can there be?
@@ -255,6 +306,8 @@ mod number {
     pub const SET_BACKEND_REQ_FD: u32 = 21;
     pub const GET_CONFIG: u32 = 24;
     pub const SET_CONFIG: u32 = 25;
+    pub const GET_INFLIGHT_FD: u32 = 31;
+    pub const SET_INFLIGHT_FD: u32 = 32;
     pub const RESET_DEVICE: u32 = 34;
     pub const GET_MAX_MEM_SLOTS: u32 = 36;
     pub const ADD_MEM_REG: u32 = 37;
@@ -391,6 +444,8 @@ impl Request {
             number::SET_BACKEND_REQ_FD => (none(Request::SetBackendReqFd)?, 1),
             number::NET_SET_MTU => (Request::SetMtu(word()?), 0),
             number::GET_CONFIG | number::SET_CONFIG => (config(number, body)?, 0),
+            number::GET_INFLIGHT_FD => (Request::GetInFlight(InFlight::parse(number, body)?), 0),
+            number::SET_INFLIGHT_FD => (Request::SetInFlight(InFlight::parse(number, body)?), 1),
             number::RESET_DEVICE => (none(Request::ResetDevice)?, 0),
             number::GET_MAX_MEM_SLOTS => (none(Request::GetMaxMemSlots)?, 0),
             number::ADD_MEM_REG | number::REM_MEM_REG => {
@@ -462,6 +517,10 @@ impl Fields<'_> {
         let Some((first, rest)) = self.0.split_first_chunk::<N>() else { return [0; N] };
         self.0 = rest;
         *first
+    }
+
+    fn u16(&mut self) -> u16 {
+        u16::from_le_bytes(self.take())
     }
 
     fn u32(&mut self) -> u32 {
@@ -549,6 +608,20 @@ mod tests {
         assert_eq!(Request::parse(28, &[1], 2), Ok(Request::Unsupported(28)));
         let rarp = Request::parse(19, &[1, 2, 3, 4, 5, 6, 7, 8], 0);
         assert_eq!(rarp, Ok(Request::SendRarp([1, 2, 3, 4, 5, 6])));
+    }
+
+    #[test]
+    fn a_body_about_buffers_in_flight_may_be_filled_up() {
+        for len in IN_FLIGHT_BYTES {
+            let body: Vec<u8> = (1..=20).chain([0; 4]).take(len).collect();
+            let Ok(Request::SetInFlight(in_flight)) = Request::parse(32, &body, 1) else {
+                panic!()
+            };
+            assert_eq!((in_flight.rings, in_flight.ring_size), (0x1211, 0x1413));
+            assert_eq!(in_flight.bytes(), body);
+            assert_eq!(Request::parse(31, &body, 0), Ok(Request::GetInFlight(in_flight)));
+        }
+        assert!(Request::parse(31, &[0; 21], 0).is_err() && Request::parse(31, &[], 0).is_err());
     }
 
     #[test]

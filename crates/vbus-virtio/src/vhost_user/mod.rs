@@ -11,7 +11,8 @@
 //! - `connection` finds messages in the bytes of a socket; `server` has the listener and chooses
 //!   the front end; `task` runs it.
 //! - `backend` carries out requests. `regions` is the table of memory, `shared` what the device's
-//!   tasks use, and `failure` why a request fails.
+//!   tasks use, `in_flight` the memory that outlives this process, and `failure` why a request
+//!   fails.
 //! - `front` is how the bus finds out that a device is one for vhost-user.
 //!
 //! The messages are our own code. The crate `vhost` of rust-vmm reads them by blocking calls until
@@ -24,6 +25,7 @@ mod card;
 mod connection;
 mod failure;
 mod front;
+mod in_flight;
 mod message;
 mod regions;
 mod server;

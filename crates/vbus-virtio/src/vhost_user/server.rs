@@ -340,8 +340,13 @@ impl Server {
         tracing::trace!(device = self.name, ?request, "a message");
         let acknowledge = header.need_reply && self.backend.acknowledges();
         let answer = self.backend.handle(request, fds);
+        let mut sent = Vec::new();
         let (body, failed) = match answer {
             Ok(Answer::Body(body)) => (Some(body), None),
+            Ok(Answer::File(body, file)) => {
+                sent.push(file);
+                (Some(body), None)
+            }
             Ok(Answer::Done) => (acknowledge.then(|| vec![0; 8]), None),
             Err(failure) => {
                 self.stats.failures += 1;
@@ -360,7 +365,7 @@ impl Server {
             }
         }
         let Some((body, front_end)) = body.zip(self.front_end.as_mut()) else { return Ok(()) };
-        front_end.reply(reply(number, &body), Vec::new(), now).map_err(|broken| broken.to_string())
+        front_end.reply(reply(number, &body), sent, now).map_err(|broken| broken.to_string())
     }
 
     /// The front end broke the protocol, or its memory has gone: its connection ends.

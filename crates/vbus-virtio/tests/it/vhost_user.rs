@@ -20,6 +20,7 @@ use vbus_virtio::vhost_user::{Stats, VhostUserServer, has_front};
 
 use crate::driver::{Queue, Signal, VERSION_1, eventually};
 
+mod in_flight;
 mod log;
 
 /// Requests.
