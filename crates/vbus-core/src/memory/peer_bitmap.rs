@@ -20,9 +20,9 @@ use crate::page_bits::PageBits;
 const WORD: u64 = 8;
 const PAGES: u64 = 64;
 
-/// A bitmap in a file of the peer. Bit `n % 8` of byte `n / 8` stands for the page of [`PAGE`] bytes
-/// at `n * PAGE`. The peer takes bits whenever it likes. A file that is truncated takes the bitmap
-/// away and does no other harm.
+/// A bitmap in a file of the peer. Bit `n % 8` of byte `n / 8` stands for the page of [`PAGE`]
+/// bytes at `n * PAGE`. The peer takes bits whenever it likes. A file that is truncated takes the
+/// bitmap away and does no other harm.
 pub struct PeerBitmap {
     mapping: Mapping,
     /// Where the bitmap begins in the mapping, in bytes.

@@ -157,9 +157,10 @@ impl Queue {
         Ok((queue, chains))
     }
 
-    /// Takes up a queue whose last user kept `region`, and may have died at any moment. Returns what
-    /// [`resume`](Self::resume) does, and keeps the region from now on. If the region was not in use
-    /// yet, the queue goes on at `base`, with nothing in flight. `view` is the driver's memory.
+    /// Takes up a queue whose last user kept `region`, and may have died at any moment. Returns
+    /// what [`resume`](Self::resume) does, and keeps the region from now on. If the region was not
+    /// in use yet, the queue goes on at `base`, with nothing in flight. `view` is the driver's
+    /// memory.
     ///
     /// Region and queue may be forged: they are checked.
     pub fn recover(

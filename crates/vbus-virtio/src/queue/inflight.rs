@@ -15,9 +15,9 @@
 //!   not when they are returned. So no buffer that is taken meanwhile gets the entry of one that
 //!   may still have to be served again.
 //!
-//! One thing comes to what the document says of a packed queue that is taken up: of a batch that was
-//! not published, all but the first descriptor may be in the ring as used. They are made available
-//! again. Otherwise the driver would find them behind the next buffer that is used.
+//! One thing comes to what the document says of a packed queue that is taken up: of a batch that
+//! was not published, all but the first descriptor may be in the ring as used. They are made
+//! available again. Otherwise the driver would find them behind the next buffer that is used.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -72,8 +72,8 @@
 //! # State
 //! [`Queue::state`] gives all of a queue as plain values ([`State`]), and [`Queue::resume`] takes
 //! them up, in this process or in another. [`Queue::recover`] goes on for a process that died, if
-//! that kept a region of memory with the buffers in flight ([`InFlightRegion`]). [`Position::vring_base`] is what vhost-user calls the
-//! base of a queue.
+//! that kept a region of memory with the buffers in flight ([`InFlightRegion`]).
+//! [`Position::vring_base`] is what vhost-user calls the base of a queue.
 
 mod chain;
 #[cfg(test)]

@@ -94,8 +94,8 @@ impl Order {
         None
     }
 
-    /// Moves the oldest buffer to the run, if it is complete. Returns which it was, and the run before it
-    /// if the buffer begins another one.
+    /// Moves the oldest buffer to the run, if it is complete. Returns which it was, and the run
+    /// before it if the buffer begins another one.
     #[inline]
     pub(super) fn advance(&mut self) -> Option<(Gone, Option<Run>)> {
         let oldest = self.place(self.first)?.take()?;

@@ -152,8 +152,8 @@ pub struct Addresses {
     pub available: u64,
 }
 
-/// The bit of the flags of SET_VRING_ADDR which says that the writes to the used ring are logged, at
-/// the address that the message has.
+/// The bit of the flags of SET_VRING_ADDR which says that the writes to the used ring are logged,
+/// at the address that the message has.
 const LOG_USED: u32 = 1;
 
 /// The message that tells of a change of the device configuration, on the socket of
