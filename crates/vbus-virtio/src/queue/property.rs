@@ -460,7 +460,6 @@ impl World<'_> {
                 turn.publish();
             }
         });
-        drop(turn);
         let Shape { layout, features, start, .. } = self.shape;
         let recovered = Queue::recover(layout, features, region, start, self.view).unwrap();
         (self.queue, self.held) = recovered;
