@@ -396,6 +396,11 @@ mod tests {
 
         let next = test_vm(&code).unwrap();
         next.ram.map().write_obj(u32::try_from(counted).unwrap(), at).unwrap();
+        // A forged state with an MSR that no state has is refused.
+        states[0].msrs.push((0x8b, 0));
+        let fault = next.cpus.restore(&mut states, khz, Duration::ZERO).unwrap_err();
+        assert!(format!("{fault:#}").contains("MSR 0x8b"), "{fault:#}");
+        states[0].msrs.pop();
         next.cpus.restore(&mut states, khz, Duration::ZERO).unwrap();
         next.cpus.run();
         while next.counter.0.load(Ordering::Relaxed) < 100 {

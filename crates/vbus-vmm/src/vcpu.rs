@@ -119,10 +119,10 @@ impl Vcpu {
     /// Gives the CPU a saved state, see [`VcpuState::restore`].
     ///
     /// # Errors
-    /// KVM refuses a part of the state.
+    /// The state has an MSR that no state here has, or KVM refuses a part of it.
     pub(crate) fn restore(&self, state: &mut VcpuState, ticks: u64) -> Result<()> {
         state
-            .restore(&self.fd, ticks, self.number == 0)
+            .restore(&self.fd, &self.msrs, ticks, self.number == 0)
             .with_context(|| format!("cannot restore virtual CPU {}", self.number))
     }
 

@@ -126,12 +126,19 @@ impl VcpuState {
     }
 
     /// Writes a saved state to a new virtual CPU, as [`put`](Self::put) does. Its time stamp
-    /// counter goes on by `ticks` from its saved value. `first`: no other CPU of the virtual
-    /// machine has its counter yet.
+    /// counter goes on by `ticks` from its saved value. `indices` are the MSRs that a state here
+    /// has. `first`: no other CPU of the virtual machine has its counter yet.
     ///
     /// # Errors
-    /// KVM refuses a part, or an MSR does not take its value.
-    pub(crate) fn restore(&mut self, fd: &VcpuFd, ticks: u64, first: bool) -> Result<()> {
+    /// The state has another MSR, KVM refuses a part, or an MSR does not take its value.
+    pub(crate) fn restore(
+        &mut self,
+        fd: &VcpuFd,
+        indices: &[u32],
+        ticks: u64,
+        first: bool,
+    ) -> Result<()> {
+        self.check_msrs(indices)?;
         for (_, data) in self.msrs.iter_mut().filter(|(index, _)| *index == MSR_TSC) {
             *data = data.wrapping_add(ticks);
             // KVM takes a write that is less than a second off for an attempt to synchronize, and
@@ -150,6 +157,17 @@ impl VcpuState {
         // The guest is told that it has been stopped, so that its watchdogs stay quiet. This fails
         // if the guest does not use KVM's clock.
         let _ = fd.kvmclock_ctrl();
+        Ok(())
+    }
+
+    /// Checks that the state has no MSR but those of `indices`, and each once. A state comes from
+    /// outside, and KVM lets this process write MSRs that make up no state.
+    fn check_msrs(&self, indices: &[u32]) -> Result<()> {
+        let mut seen = std::collections::BTreeSet::new();
+        for (index, _) in &self.msrs {
+            ensure!(indices.contains(index), "MSR {index:#x} is no part of a CPU's state here");
+            ensure!(seen.insert(index), "MSR {index:#x} is there twice");
+        }
         Ok(())
     }
 
@@ -318,6 +336,18 @@ mod tests {
         fn encode_len(&self) -> usize {
             self.encode().len() + MSRS_MAX * size_of::<kvm_msr_entry>()
         }
+    }
+
+    #[test]
+    fn a_forged_state_writes_no_other_msr() {
+        let mut forged = state();
+        forged.check_msrs(&[0xc000_0080, 0x10, 0x11]).unwrap();
+        let fault = |state: &VcpuState| state.check_msrs(&[0x10, 0xc000_0080]).unwrap_err();
+        forged.msrs.push((0x8b, 1));
+        assert!(fault(&forged).to_string().contains("MSR 0x8b is no part"));
+        forged.msrs.pop();
+        forged.msrs.push((0x10, 2));
+        assert!(fault(&forged).to_string().contains("MSR 0x10 is there twice"));
     }
 
     #[test]

@@ -100,7 +100,7 @@ pub struct PciRoot {
     resources: Resources,
     hierarchy: Arc<Hierarchy>,
     config_ports: Arc<access::ConfigPorts>,
-    /// Held while a slot is reserved. True while the machine is being saved.
+    /// Held while a slot is reserved, and until a device is known to leave. True while the machine is being saved.
     plugging: Mutex<bool>,
     watcher: watch::Watcher,
 }
@@ -384,13 +384,16 @@ impl PciRoot {
     /// # Errors
     /// See [`UnplugError`].
     pub fn unplug(&self, name: &str) -> Result<(), UnplugError> {
-        if *lock(&self.plugging) {
+        // Held until the slot tells that the device is leaving. Otherwise a save could begin
+        // between the two, and the device would leave it.
+        let frozen = lock(&self.plugging);
+        if *frozen {
             return Err(UnplugError::Frozen);
         }
         let mut slots = self.hierarchy.slots.iter();
         let slot = slots.find(|slot| slot.name().as_deref() == Some(name));
         let slot = slot.ok_or_else(|| UnplugError::Unknown(name.to_owned()))?;
-        slot.unplug(name)?;
+        slot.unplug(name, || drop(frozen))?;
         self.watcher.wake();
         tracing::info!("{name} unplugged from slot {}", slot.number);
         Ok(())

@@ -289,11 +289,12 @@ impl Slot {
             .map(|function| (function.clone(), inner.port.secondary(), inner.port.link_up()))
     }
 
-    /// Asks the guest to release the function `name`, and waits until it has.
+    /// Asks the guest to release the function `name`, and waits until it has. `begun` is called once
+    /// [`changing`](Self::changing) tells of it.
     ///
     /// # Errors
     /// See [`UnplugError`].
-    pub(super) fn unplug(&self, name: &str) -> Result<(), UnplugError> {
+    pub(super) fn unplug(&self, name: &str, begun: impl FnOnce()) -> Result<(), UnplugError> {
         let missing = || UnplugError::Unknown(name.to_owned());
         let mut inner = lock(&self.inner);
         let function =
@@ -301,10 +302,12 @@ impl Slot {
         if inner.port.released() || !inner.port.managed() && !function.in_use() {
             let taken = inner.take();
             drop(inner);
+            begun();
             self.close(taken);
             return Ok(());
         }
         inner.leaving = true;
+        begun();
         let deadline = Instant::now() + UNPLUG_TIMEOUT;
         loop {
             if inner.port.link_up() && !inner.port.busy() {

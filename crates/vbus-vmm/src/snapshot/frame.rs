@@ -228,6 +228,15 @@ impl<R: Read> Reader<R> {
         Ok(Section { kind, number, content: &self.content })
     }
 
+    /// Checks that nothing follows the last section.
+    pub(crate) fn end(&mut self) -> Result<(), FrameError> {
+        match self.from.read_exact(&mut [0]) {
+            Ok(()) => Err(FrameError::Damaged("there is more after its end".into())),
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     fn fill(&mut self, bytes: &mut [u8], what: &'static str) -> Result<(), FrameError> {
         self.from.read_exact(bytes).map_err(|error| match error.kind() {
             ErrorKind::UnexpectedEof => FrameError::Cut(what),
@@ -283,6 +292,18 @@ mod tests {
         assert_eq!((cpu.kind, cpu.number, cpu.content), (Kind::Cpu, 3, &b"state"[..]));
         assert!(cpu.word().is_err() && cpu.json::<u32>().is_err());
         assert_eq!(reader.next().unwrap().kind, Kind::End);
+        reader.end().unwrap();
+    }
+
+    /// Not even fewer bytes than a section has may follow.
+    #[test]
+    fn nothing_follows_the_end() {
+        for more in [1, HEADER - 1, HEADER, 100] {
+            let bytes = [saved(), vec![0; more]].concat();
+            let mut reader = Reader::new(&bytes[..]).unwrap();
+            while reader.next().unwrap().kind != Kind::End {}
+            assert!(reader.end().unwrap_err().to_string().contains("more after its end"), "{more}");
+        }
     }
 
     #[test]

@@ -176,11 +176,12 @@ impl SavedMachine {
         }
         let pci = state.apply(components, self.description.tsc_khz, clock)?;
         self.answer(&Answer::Loaded)?;
-        match (self.is_moved(), self.reader.next()) {
-            (true, Ok(section)) if section.kind == Kind::Go => {}
-            (false, Err(FrameError::Cut(_))) => {}
-            (true, Err(error)) => return Err(error).context("the sender has kept the machine"),
-            _ => bail!(FrameError::Damaged("there is more after its end".into())),
+        if self.is_moved() {
+            let next = self.reader.next().context("the sender has kept the machine")?;
+            let go = next.kind == Kind::Go;
+            ensure!(go, FrameError::Damaged(format!("{:?} after its end", next.kind)));
+        } else {
+            self.reader.end()?;
         }
         // Until here the sender can go on, so the devices have stood still, too.
         components.pci.wake(&pci).map_err(|text| anyhow!(text))?;
