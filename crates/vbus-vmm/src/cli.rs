@@ -100,8 +100,8 @@ pub enum Command {
 
 /// Save a running machine to a file
 ///
-/// The machine stands still while it is saved, and then goes on. Pages of memory that are zero take
-/// no room in the file. Whoever can read the file can read all of the guest's memory: its mode is
+/// The machine stands still while it is saved (but see --live), and then goes on. Pages of memory
+/// that are zero take no room in the file. Whoever can read the file can read all of the guest's memory: its mode is
 /// 0600.
 #[derive(Args)]
 #[command(after_help = SNAPSHOT)]
@@ -112,6 +112,17 @@ pub struct Snapshot {
     /// The file to make. If the machine cannot be saved, a file that is there stays as it is
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
+    /// Let the machine run while its memory is saved, and stop it for the last part only. The file
+    /// is larger by what the machine changes meanwhile
+    #[arg(long)]
+    pub live: bool,
+    /// With --live, the most rounds in which memory is saved while the machine runs
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), default_value_t = snapshot::ROUNDS, requires = "live")]
+    pub rounds: u32,
+    /// With --live, stop the machine as soon as the last part takes no longer than this, in
+    /// milliseconds
+    #[arg(long, value_name = "MS", default_value_t = snapshot::DOWN_TIME_MS, requires = "live")]
+    pub down_time: u64,
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
@@ -192,6 +203,7 @@ const SNAPSHOT: &str = "\
 Examples:
   vbus-vmm --kernel vmlinuz --initramfs initramfs.cpio --control vm.sock
   vbus-vmm snapshot --control vm.sock vm.saved
+  vbus-vmm snapshot --control vm.sock vm.saved --live
   vbus-vmm snapshot --control vm.sock vm.saved --json | jq .down_time_ms";
 
 const RESTORE: &str = "\

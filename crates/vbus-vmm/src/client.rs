@@ -80,7 +80,11 @@ pub fn snapshot(options: &Snapshot) -> Result<()> {
     let target = Target::new(&options.file)?;
     let meeting = Meeting::new(&options.control)?;
     let receiver = meeting.receive(target.file.try_clone()?)?;
-    let asked = ask(&options.control, &json!({ "op": "snapshot", "to": meeting.path }));
+    let request = json!({
+        "op": "snapshot", "to": meeting.path, "live": options.live, "rounds": options.rounds,
+        "down_time_ms": options.down_time,
+    });
+    let asked = ask(&options.control, &request);
     // If the machine has not come to the meeting, this ends the waiting.
     meeting.call_off();
     let received = receiver.join().unwrap_or_else(|_| Err(io::Error::other("panicked")));
@@ -97,10 +101,9 @@ pub fn snapshot(options: &Snapshot) -> Result<()> {
 fn show(options: &Snapshot, report: &Value) {
     let of = |name: &str| report[name].as_u64().unwrap_or(0);
     if options.json {
-        let (bytes, pages, down_time) = (of("bytes"), of("pages"), of("down_time_ms"));
-        emit_json(&json!({
-            "file": options.file, "bytes": bytes, "pages": pages, "down_time_ms": down_time,
-        }));
+        let mut told = report.clone();
+        told["file"] = json!(options.file);
+        emit_json(&told);
     } else {
         let (mib, millis) = (of("bytes") >> 20, of("down_time_ms"));
         let file = options.file.display();

@@ -17,7 +17,7 @@ use crate::components::Components;
 use crate::counters::VcpuCounters;
 use crate::events::VmEvent;
 use crate::seccomp::{self, Thread};
-use crate::snapshot::save::{self, Plan};
+use crate::snapshot::save::{self, Plan, Rounds};
 
 /// Limits on the cost of clients.
 const LIMITS: Limits = Limits { clients: 16, line: 64 << 10 };
@@ -46,7 +46,15 @@ enum Request {
     /// devices do.
     Dump,
     /// Copies the machine to whoever listens at the socket `to`.
-    Snapshot { to: PathBuf },
+    ///
+    /// With `live` it runs meanwhile, as in a move, and stops for the last part only.
+    Snapshot {
+        to: PathBuf,
+        #[serde(default)]
+        live: bool,
+        rounds: Option<u32>,
+        down_time_ms: Option<u64>,
+    },
     /// Moves the machine to the `vbus-vmm restore --listen` at the socket `to`.
     Migrate { to: PathBuf, rounds: Option<u32>, down_time_ms: Option<u64> },
     /// Presses the power button.
@@ -143,11 +151,12 @@ impl Handler for Control {
                 items.into_iter().try_for_each(|item| client.item(item))?;
                 Ok(Value::Null)
             }
-            Request::Snapshot { to } => self.save(&to, Plan::Copy, client),
+            Request::Snapshot { to, live, rounds, down_time_ms } => {
+                let rounds = live.then(|| Rounds::new(rounds, down_time_ms));
+                self.save(&to, Plan::Copy(rounds), client)
+            }
             Request::Migrate { to, rounds, down_time_ms } => {
-                let down_time = Duration::from_millis(down_time_ms.unwrap_or(save::DOWN_TIME_MS));
-                let rounds = rounds.unwrap_or(save::ROUNDS);
-                self.save(&to, Plan::Move { rounds, down_time }, client)
+                self.save(&to, Plan::Move(Rounds::new(rounds, down_time_ms)), client)
             }
             Request::PowerButton => Ok(json!({ "heard": components.power.press() })),
             Request::Reset => send(components, VmEvent::Reset("by a control client".into())),

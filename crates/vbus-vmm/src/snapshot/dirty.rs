@@ -55,6 +55,13 @@ impl Pages {
         }
     }
 
+    /// Adds the pages of another set for the same memory.
+    pub(crate) fn add_all(&mut self, other: &Pages) {
+        for (part, other) in self.parts.iter_mut().zip(&other.parts) {
+            part.bits.iter_mut().zip(&other.bits).for_each(|(have, more)| *have |= more);
+        }
+    }
+
     /// The number of pages.
     pub(crate) fn count(&self) -> u64 {
         let words = self.parts.iter().flat_map(|part| &part.bits);
@@ -113,6 +120,12 @@ mod tests {
         pages.add(3 * PAGE, 0);
         let expected = vec![(5 * PAGE, 3), (999 * PAGE, 1), (1 << 32, 1)];
         assert_eq!((pages.count(), runs(&pages)), (5, expected));
+        let mut more = Pages::new(&[(0, 1000 * PAGE), (1 << 32, 70 * PAGE)]);
+        more.add(6 * PAGE, 2 * PAGE);
+        more.add(9 * PAGE, 1);
+        more.add_all(&pages);
+        let both = vec![(5 * PAGE, 3), (9 * PAGE, 1), (999 * PAGE, 1), (1 << 32, 1)];
+        assert_eq!(runs(&more), both);
         pages.add(0, u64::MAX);
         assert_eq!(pages.count(), 1070);
         let lens: Vec<_> = runs(&pages).into_iter().map(|(_, count)| count).collect();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The sender's end: a running machine is copied into a file, or moved to another process.
 
+use std::fmt;
 use std::io::{self, BufWriter, ErrorKind, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -30,16 +31,28 @@ pub const ROUNDS: u32 = 10;
 /// What to do with the machine.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Plan {
-    /// It stops, is copied, and goes on.
-    Copy,
-    /// It runs while its memory is sent, again and again what it has changed meanwhile. Then it
-    /// stops, the rest is sent, and it runs at the receiver.
-    Move {
-        /// The most rounds before it stops.
-        rounds: u32,
-        /// It stops as soon as the rest takes no longer than this.
-        down_time: Duration,
-    },
+    /// It is copied, and goes on. Without rounds it stands still for all of it.
+    Copy(Option<Rounds>),
+    /// It runs while its memory is sent, and then at the receiver.
+    Move(Rounds),
+}
+
+/// A machine runs while its memory is sent, and again and again what it has changed meanwhile. Then
+/// it stops, and the rest is sent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rounds {
+    /// The most rounds before it stops. There is at least one.
+    pub(crate) most: u32,
+    /// It stops as soon as the rest takes no longer than this.
+    pub(crate) down_time: Duration,
+}
+
+impl Rounds {
+    /// What is not given is as [`ROUNDS`] and [`DOWN_TIME_MS`] say.
+    pub(crate) fn new(most: Option<u32>, down_time_ms: Option<u64>) -> Rounds {
+        let down_time = Duration::from_millis(down_time_ms.unwrap_or(DOWN_TIME_MS));
+        Rounds { most: most.unwrap_or(ROUNDS), down_time }
+    }
 }
 
 /// What has been done.
@@ -53,6 +66,10 @@ pub(crate) struct Report {
     pub(crate) rounds: u32,
     /// How long the machine stood still, in milliseconds.
     pub(crate) down_time_ms: u64,
+    /// The pages that were sent while the machine stood still, those of zeros too.
+    pub(crate) last_pages: u64,
+    /// How long that took, in milliseconds.
+    pub(crate) last_ms: u64,
 }
 
 /// Tells somebody what happens, if there is something new, and fails if the work must end.
@@ -80,8 +97,9 @@ pub(crate) fn save(
     let mut sender = Save { components, writer, progress, report: Report::default() };
     sender.writer.json(Kind::Machine, &description)?;
     let sent = match plan {
-        Plan::Copy => sender.copy(),
-        Plan::Move { rounds, down_time } => sender.send_over(&answers, rounds, down_time),
+        Plan::Copy(None) => sender.copy(),
+        Plan::Copy(Some(rounds)) => sender.copy_alive(rounds),
+        Plan::Move(rounds) => sender.send_over(&answers, rounds),
     };
     sent.map(|moved| (Report { bytes: sender.writer.bytes(), ..sender.report }, moved))
 }
@@ -131,7 +149,7 @@ struct Save<'a, W: Write> {
     report: Report,
 }
 
-impl<W: Write> Save<'_, W> {
+impl<'a, W: Write> Save<'a, W> {
     fn copy(&mut self) -> Result<Option<Sender<bool>>> {
         let parked = Parked::new(self.components)?;
         let began = Instant::now();
@@ -141,7 +159,7 @@ impl<W: Write> Save<'_, W> {
         for (address, bytes) in self.components.ram.data()? {
             pages.add(address, bytes);
         }
-        self.pages(&pages, true)?;
+        self.last(&pages, true)?;
         self.state()?;
         self.writer.section(Kind::End, 0, &[])?;
         self.writer.flush()?;
@@ -150,17 +168,41 @@ impl<W: Write> Save<'_, W> {
         Ok(None)
     }
 
-    fn send_over(
-        &mut self,
-        answers: &UnixStream,
-        rounds: u32,
-        down_time: Duration,
-    ) -> Result<Option<Sender<bool>>> {
+    fn copy_alive(&mut self, rounds: Rounds) -> Result<Option<Sender<bool>>> {
+        let mut log = Log::new(self.components)?;
+        let pages = self.rounds(rounds, &mut log)?;
+        let (parked, laps) = self.stop(pages, &mut log)?;
+        drop(parked);
+        self.stood_still(&laps);
+        Ok(None)
+    }
+
+    fn send_over(&mut self, answers: &UnixStream, rounds: Rounds) -> Result<Option<Sender<bool>>> {
         self.writer.flush()?;
-        let (ram, progress) = (&self.components.ram, self.progress);
+        let progress = self.progress;
         expect(answers, &Answer::Ready, PATIENCE, &|| progress(None))?;
-        let log = Log::new(self.components)?;
-        let mut known = Known { loads: ram.loads(), zeros: true };
+        let mut log = Log::new(self.components)?;
+        let pages = self.rounds(rounds, &mut log)?;
+        let (parked, mut laps) = self.stop(pages, &mut log)?;
+        // The last moment at which whoever has asked for this can call it off.
+        expect(answers, &Answer::Loaded, PATIENCE, &|| progress(None))?;
+        laps.end("the receiver loads it");
+        progress(None)?;
+        let go = self.writer.section(Kind::Go, 0, &[]).and_then(|()| self.writer.flush());
+        if let Err(error) = go {
+            // The buffer still has it, and must not send it once the machine goes on here.
+            let _ = answers.shutdown(Shutdown::Both);
+            return Err(error.into());
+        }
+        expect_running(answers, PATIENCE).context("the machine was not moved")?;
+        laps.end("it goes on");
+        self.stood_still(&laps);
+        Ok(parked.give_up())
+    }
+
+    /// Sends the memory while the machine runs. Returns the pages that it has changed meanwhile.
+    fn rounds(&mut self, rounds: Rounds, log: &mut Log<'_>) -> Result<Pages> {
+        let ram = &self.components.ram;
         let mut pages = Pages::new(&ram.parts());
         for (address, bytes) in ram.data()? {
             pages.add(address, bytes);
@@ -170,45 +212,48 @@ impl<W: Write> Save<'_, W> {
             self.report.rounds += 1;
             let (round, mib) = (self.report.rounds, count * PAGE >> 20);
             (self.progress)(Some(&format!("round {round}: {mib} MiB")))?;
-            self.pages(&pages, known.zeros)?;
+            self.pages(&pages, log.zeros)?;
             self.writer.flush()?;
             let took = began.elapsed();
-            pages = self.changed(&log, &mut known)?;
+            pages = self.changed(log)?;
             // As long as the last round took for each page.
             let rest = took.mul_f64(pages.count() as f64 / count.max(1) as f64);
-            if rest <= down_time || round >= rounds.max(1) {
-                break;
+            if rest <= rounds.down_time || round >= rounds.most {
+                return Ok(pages);
             }
         }
+    }
+
+    /// Stops the machine, and sends `pages` and all that is left. Returns how long that took.
+    fn stop(&mut self, mut pages: Pages, log: &mut Log<'_>) -> Result<(Parked<'a>, Laps)> {
         let rest = pages.count() * PAGE >> 10;
         (self.progress)(Some(&format!("stopping the machine: {rest} KiB are left")))?;
-        let parked = Parked::new(self.components)?;
-        let stopped = Instant::now();
+        let components = self.components;
+        let parked = Parked::new(components)?;
+        let mut laps = Laps::new();
         self.pause()?;
+        laps.end("the devices stop");
         // What it and its devices have changed until they stopped.
-        let last = self.changed(&log, &mut known)?;
-        self.pages(&pages, known.zeros)?;
-        self.pages(&last, known.zeros)?;
+        pages.add_all(&self.changed(log)?);
+        laps.end("the log");
+        self.last(&pages, log.zeros)?;
+        laps.end("the last pages");
         self.state()?;
         self.writer.section(Kind::End, 0, &[])?;
         self.writer.flush()?;
-        // The last moment at which whoever has asked for this can call it off.
-        expect(answers, &Answer::Loaded, PATIENCE, &|| (self.progress)(None))?;
-        (self.progress)(None)?;
-        let go = self.writer.section(Kind::Go, 0, &[]).and_then(|()| self.writer.flush());
-        if let Err(error) = go {
-            // The buffer still has it, and must not send it once the machine goes on here.
-            let _ = answers.shutdown(Shutdown::Both);
-            return Err(error.into());
-        }
-        expect_running(answers, PATIENCE).context("the machine was not moved")?;
-        self.report.down_time_ms = millis(stopped.elapsed());
-        Ok(parked.give_up())
+        laps.end("the state");
+        Ok((parked, laps))
+    }
+
+    /// Reports for how long the machine stood still.
+    fn stood_still(&mut self, laps: &Laps) {
+        self.report.down_time_ms = millis(laps.all());
+        tracing::info!("the machine stood still for {} ms: {laps}", self.report.down_time_ms);
     }
 
     /// The pages that have changed since the last call. After a reset of the machine, these are all
     /// that it has, and the receiver's are made zero first.
-    fn changed(&mut self, log: &Log<'_>, known: &mut Known) -> Result<Pages> {
+    fn changed(&mut self, log: &mut Log<'_>) -> Result<Pages> {
         let ram = &self.components.ram;
         let loads = ram.loads();
         let mut pages = Pages::new(&ram.parts());
@@ -216,9 +261,9 @@ impl<W: Write> Save<'_, W> {
         let parts = ram.ranges();
         let devices = self.components.pci.take_log(&parts, &mut |at, len| pages.add(at, len));
         devices.map_err(|text| anyhow!(text))?;
-        known.zeros = false;
-        if loads != known.loads {
-            known.loads = loads;
+        log.zeros = false;
+        if loads != log.loads {
+            log.loads = loads;
             for (address, bytes) in ram.parts() {
                 self.zeros(address, bytes)?;
             }
@@ -250,6 +295,16 @@ impl<W: Write> Save<'_, W> {
                 at += len;
             }
         }
+        Ok(())
+    }
+
+    /// Sends the pages of a machine that stands still, and counts them.
+    fn last(&mut self, pages: &Pages, zeros: bool) -> Result<()> {
+        let began = Instant::now();
+        self.pages(pages, zeros)?;
+        self.writer.flush()?;
+        self.report.last_pages = pages.count();
+        self.report.last_ms = millis(began.elapsed());
         Ok(())
     }
 
@@ -299,34 +354,65 @@ impl<W: Write> Save<'_, W> {
     }
 }
 
-/// What the receiver has.
-struct Known {
-    /// It knows of so many loads of the memory.
+/// How long the parts of some work took.
+struct Laps {
+    began: Instant,
+    parts: Vec<(&'static str, Duration)>,
+}
+
+impl Laps {
+    fn new() -> Laps {
+        Laps { began: Instant::now(), parts: Vec::new() }
+    }
+
+    /// All the time so far.
+    fn all(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Notes the part that ends now.
+    fn end(&mut self, name: &'static str) {
+        let before = self.parts.iter().map(|(_, took)| *took).sum();
+        self.parts.push((name, self.all().saturating_sub(before)));
+    }
+}
+
+impl fmt::Display for Laps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, (name, took)) in self.parts.iter().enumerate() {
+            let comma = if number == 0 { "" } else { ", " };
+            write!(f, "{comma}{name} {} ms", millis(*took))?;
+        }
+        Ok(())
+    }
+}
+
+/// The log of the pages that are written, while this value lives, and what the receiver knows.
+struct Log<'a> {
+    components: &'a Components,
+    /// The receiver knows of so many loads of the memory.
     loads: u64,
-    /// Nothing was sent yet, so that its memory is zero.
+    /// Nothing was sent yet, so that the receiver's memory is zero.
     zeros: bool,
 }
 
-/// The log of the pages that are written, while this value lives.
-struct Log<'a>(&'a Components);
-
 impl Log<'_> {
     fn new(components: &Components) -> Result<Log<'_>> {
-        let log = Log(components);
+        let log = Log { components, loads: components.ram.loads(), zeros: true };
         components.ram.set_log(components.vm(), true)?;
         components.pci.begin_log().map_err(|text| anyhow!(text))?;
         Ok(log)
     }
 
     fn take(&self) -> Result<Vec<Vec<u64>>> {
-        self.0.ram.take_log(self.0.vm())
+        self.components.ram.take_log(self.components.vm())
     }
 }
 
 impl Drop for Log<'_> {
     fn drop(&mut self) {
-        self.0.pci.end_log();
-        if let Err(error) = self.0.ram.set_log(self.0.vm(), false) {
+        self.components.pci.end_log();
+        if let Err(error) = self.components.ram.set_log(self.components.vm(), false) {
             tracing::warn!("{error:#}");
         }
     }
