@@ -67,7 +67,7 @@ fn expect_after(
         Ok(())
     })? {
         said if said == *answer => Ok(()),
-        Answer::Error(text) => Err(anyhow!("the receiver says: {}", printable(&text))),
+        Answer::Error(text) => Err(says(&text)),
         said => Err(anyhow!("the receiver says {said:?} where {answer:?} is due")),
     }
 }
@@ -89,6 +89,28 @@ pub(crate) fn expect_running(from: &UnixStream, patience: Duration) -> Result<()
         Ok(Answer::Running) => Ok(()),
         _ => Err(error),
     }
+}
+
+/// Why writing to the receiver has failed with `error`: what it has said before it went.
+pub(crate) fn explain(from: &UnixStream, error: anyhow::Error) -> anyhow::Error {
+    let gone = |error: &io::Error| {
+        matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset)
+    };
+    if !error.downcast_ref().is_some_and(gone) {
+        return error;
+    }
+    // What it has said is there already.
+    let until = Instant::now() + LOOK;
+    let go_on = || if Instant::now() < until { Ok(()) } else { bail!("it says nothing") };
+    let _ = from.set_read_timeout(Some(LOOK));
+    match read(&mut Vec::new(), from, &go_on) {
+        Ok(Answer::Error(text)) => says(&text),
+        _ => error.context("the receiver has gone"),
+    }
+}
+
+fn says(text: &str) -> anyhow::Error {
+    anyhow!("the receiver says: {}", printable(text))
 }
 
 /// Reads the rest of a line. `go_on` is asked at each byte, and whenever the time-out of the socket
@@ -160,6 +182,26 @@ mod tests {
         assert_eq!(stopped.to_string(), "Ctrl-C");
         drop(theirs);
         assert!(fault().contains("has gone"));
+    }
+
+    /// A receiver that goes in the middle has said why, or not.
+    #[test]
+    fn a_write_that_fails_has_a_reason() {
+        let fault = |said: Option<&str>| {
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            // The receiver has not read all when it goes.
+            ours.write_all(b"pages").unwrap();
+            if let Some(text) = said {
+                send(&theirs, &Answer::Error(text.into())).unwrap();
+            }
+            drop(theirs);
+            let error = ours.write_all(b"more").unwrap_err();
+            format!("{:#}", explain(&ours, error.into()))
+        };
+        assert_eq!(fault(Some("no room")), "the receiver says: no room");
+        assert!(fault(None).starts_with("the receiver has gone: "), "{}", fault(None));
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        assert_eq!(explain(&ours, anyhow!("Ctrl-C")).to_string(), "Ctrl-C");
     }
 
     /// Whatever happens between the two, the machine runs at one end and only there.

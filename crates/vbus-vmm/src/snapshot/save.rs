@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 
-use super::answer::{Answer, LOOK, expect, expect_running};
+use super::answer::{Answer, LOOK, expect, expect_running, explain};
 use super::description::{Description, SavedDevice};
 use super::dirty::Pages;
 use super::frame::{DEVICE_BYTES_MAX, Kind, PAGE, PAGE_BYTES, PAGES_MAX, Writer};
@@ -99,7 +99,9 @@ pub(crate) fn save(
     let sent = match plan {
         Plan::Copy(None) => sender.copy(),
         Plan::Copy(Some(rounds)) => sender.copy_alive(rounds),
-        Plan::Move(rounds) => sender.send_over(&answers, rounds),
+        Plan::Move(rounds) => {
+            sender.send_over(&answers, rounds).map_err(|error| explain(&answers, error))
+        }
     };
     sent.map(|moved| (Report { bytes: sender.writer.bytes(), ..sender.report }, moved))
 }
