@@ -101,8 +101,8 @@ pub enum Command {
 /// Save a running machine to a file
 ///
 /// The machine stands still while it is saved (but see --live), and then goes on. Pages of memory
-/// that are zero take no room in the file. Whoever can read the file can read all of the guest's memory: its mode is
-/// 0600.
+/// that are zero take no room in the file. Whoever can read the file can read all of the guest's
+/// memory: its mode is 0600.
 #[derive(Args)]
 #[command(after_help = SNAPSHOT)]
 pub struct Snapshot {

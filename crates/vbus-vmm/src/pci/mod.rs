@@ -100,7 +100,8 @@ pub struct PciRoot {
     resources: Resources,
     hierarchy: Arc<Hierarchy>,
     config_ports: Arc<access::ConfigPorts>,
-    /// Held while a slot is reserved, and until a device is known to leave. True while the machine is being saved.
+    /// Held while a slot is reserved, and until a device is known to leave. True while the machine
+    /// is being saved.
     plugging: Mutex<bool>,
     watcher: watch::Watcher,
 }

@@ -289,8 +289,8 @@ impl Slot {
             .map(|function| (function.clone(), inner.port.secondary(), inner.port.link_up()))
     }
 
-    /// Asks the guest to release the function `name`, and waits until it has. `begun` is called once
-    /// [`changing`](Self::changing) tells of it.
+    /// Asks the guest to release the function `name`, and waits until it has. `begun` is called
+    /// once [`changing`](Self::changing) tells of it.
     ///
     /// # Errors
     /// See [`UnplugError`].
