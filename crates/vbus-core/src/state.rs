@@ -56,6 +56,9 @@ pub enum BadDocument {
     /// It has more than [`DOCUMENT_MAX`] bytes.
     #[error("the state has {0} bytes; at most {DOCUMENT_MAX}")]
     TooLong(usize),
+    /// It would take much more memory than its length; see [`check_weight`].
+    #[error("the state has more objects, arrays and values than its {0} bytes may have")]
+    TooHeavy(usize),
     /// It has another format.
     #[error("the state has format {0}; this version reads format {FORMAT}")]
     Format(u64),
@@ -70,6 +73,41 @@ pub enum BadDocument {
     /// It is no JSON, or a field is missing, unknown or wrong.
     #[error("the state cannot be read: {0}")]
     Content(#[from] serde_json::Error),
+}
+
+/// What an object, an array and a further value of either weigh: about the bytes of memory that a
+/// reader takes for one. A hostile text has many of them that say nothing: `{"":0},` takes 66 times
+/// its length.
+const OBJECT: usize = 512;
+const ARRAY: usize = 160;
+const FURTHER: usize = 32;
+/// The weight that any text may have.
+const WEIGHT_FREE: usize = 16 << 20;
+/// The weight that it may have beside, for each of its bytes. A long list of maps, the heaviest
+/// part of an honest state, has 12.
+const WEIGHT_EACH: usize = 16;
+
+/// Checks a text before it is read as JSON: whether it would take much more memory than its length
+/// (spec/state-format.md, "Documents"). It need not be JSON.
+///
+/// # Errors
+/// [`BadDocument::TooHeavy`].
+pub fn check_weight(text: &[u8]) -> Result<(), BadDocument> {
+    let most = WEIGHT_FREE.saturating_add(text.len().saturating_mul(WEIGHT_EACH));
+    let (mut weight, mut in_string, mut escaped) = (0_usize, false, false);
+    for &byte in text {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'{' => weight = weight.saturating_add(OBJECT),
+            b'[' => weight = weight.saturating_add(ARRAY),
+            b',' => weight = weight.saturating_add(FURTHER),
+            _ => {}
+        }
+    }
+    if weight > most { Err(BadDocument::TooHeavy(text.len())) } else { Ok(()) }
 }
 
 /// A state that travels by itself: `{"format": 1, "kind": KIND, "state": {...}}`.
@@ -98,6 +136,7 @@ pub trait Document: Serialize + DeserializeOwned {
         if text.len() > DOCUMENT_MAX {
             return Err(BadDocument::TooLong(text.len()));
         }
+        check_weight(text.as_bytes())?;
         let value: Value = serde_json::from_str(text)?;
         // First: another format may have other fields.
         if let Some(format) = value["format"].as_u64().filter(|format| *format != u64::from(FORMAT))
@@ -265,5 +304,29 @@ pub fn is_nothing(value: &Value) -> Result<(), String> {
     match value.as_object() {
         Some(fields) if fields.is_empty() => Ok(()),
         _ => Err("this class keeps no state; expected an empty object".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_of_many_empty_things_is_refused_before_it_is_read() {
+        let of = |item: &str| format!("[{}0]", format!("{item},").repeat((2 << 20) / item.len()));
+        for item in ["{\"\":0}", "[0]", "{}", "[]"] {
+            let text = of(item);
+            assert!(
+                matches!(check_weight(text.as_bytes()), Err(BadDocument::TooHeavy(_))),
+                "{item}"
+            );
+            assert!(matches!(DeviceState::from_text(&text), Err(BadDocument::TooHeavy(_))));
+        }
+        let map = r#"{"start":4294967296,"len":2097152,"read":true,"write":true,"file":[0,4096]}"#;
+        for item in [map, "0", "4294967296", r#""a string, with [{,,,}] and \" [[[[[ in it""#] {
+            check_weight(of(item).as_bytes()).unwrap();
+        }
+        // Short texts may be anything.
+        check_weight("{},".repeat(10_000).as_bytes()).unwrap();
     }
 }

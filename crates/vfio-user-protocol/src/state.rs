@@ -97,6 +97,10 @@ pub enum BadState {
     Os(#[from] Errno),
 }
 
+/// The highest count in a state. A server adds to it for as long as it lives, and it does not
+/// overflow.
+const COUNT_MAX: u64 = 1 << 56;
+
 /// The most messages that can wait to be sent: a server with one such message receives no others.
 const UNSENT_MAX: usize = 2;
 
@@ -112,6 +116,19 @@ impl ServerState {
 }
 
 impl ServerData {
+    /// Whether no count is higher than one that a server can have reached.
+    fn counts_are_possible(&self) -> bool {
+        let Stats { clients, refused, messages, failures, violations } = self.stats;
+        let of_client = self
+            .client
+            .iter()
+            .flat_map(|client| [client.number, client.others_refused, client.session.failures]);
+        [clients, refused, messages, failures, violations, self.connections]
+            .into_iter()
+            .chain(of_client)
+            .all(|count| count <= COUNT_MAX)
+    }
+
     /// The number of descriptors that belong to this.
     fn descriptors(&self) -> u64 {
         let of_client = self.client.iter().map(|client| {
@@ -143,6 +160,9 @@ pub(crate) struct ClientPlaces {
 pub(crate) fn place(data: &ServerData, descriptors: Vec<OwnedFd>) -> Result<Places, BadState> {
     if data.descriptors() != descriptors.len() as u64 {
         return Err(BadState::Wrong("the number of descriptors"));
+    }
+    if !data.counts_are_possible() {
+        return Err(BadState::Wrong("a count"));
     }
     if data.candidates as usize > candidate::MAX {
         return Err(BadState::Wrong("the number of connections"));

@@ -158,6 +158,7 @@ pub fn pack(content: &impl Serialize, descriptors: Vec<OwnedFd>) -> Result<Parce
 }
 
 fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
+    vbus_core::state::check_weight(body)?;
     Ok(serde_json::from_slice(body)?)
 }
 
@@ -292,6 +293,17 @@ mod tests {
                 let text = format!("{:#}", read(places).unwrap_err());
                 assert!(text.contains(name) && text.contains("another kind"), "{wrong}: {text}");
             }
+        }
+    }
+
+    #[test]
+    fn a_body_that_would_take_much_memory_is_not_read() {
+        let body = format!("[{}0]", "{\"\":0},".repeat(1 << 20)).into_bytes();
+        let parcel = || Parcel { body: body.clone(), descriptors: Vec::new() };
+        let errors = [read_offer(parcel()).map(drop), read_state(parcel()).map(drop)];
+        for error in errors {
+            let text = format!("{:#}", error.unwrap_err());
+            assert!(text.contains("more objects"), "{text}");
         }
     }
 

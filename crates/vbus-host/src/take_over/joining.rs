@@ -5,7 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
@@ -58,7 +58,8 @@ impl Joining {
             "version": env!("CARGO_PKG_VERSION"),
         });
         socket.write_all(format!("{request}\n").as_bytes())?;
-        let answer = line(&socket).context("the bus does not answer")?;
+        let by = Instant::now() + TIMEOUT;
+        let answer = line(&socket, by).context("the bus does not answer")?;
         let answer: Value = serde_json::from_slice(&answer)
             .map_err(|error| anyhow!("the bus sent an answer that is no JSON: {error}"))?;
         if let Some(error) = answer["error"].as_str() {
@@ -114,11 +115,14 @@ impl Joining {
     }
 }
 
-/// Reads a line, and nothing behind it.
-fn line(mut socket: &UnixStream) -> Result<Vec<u8>> {
+/// Reads a line, and nothing behind it. `by`: the time at which all of it must be there.
+fn line(mut socket: &UnixStream, by: Instant) -> Result<Vec<u8>> {
     let mut line = Vec::new();
     loop {
         let mut byte = [0];
+        let rest = by.saturating_duration_since(Instant::now());
+        ensure!(!rest.is_zero(), "it was too slow");
+        socket.set_read_timeout(Some(rest))?;
         ensure!(socket.read(&mut byte)? == 1, "it has closed the connection");
         if byte == *b"\n" {
             return Ok(line);
@@ -131,6 +135,22 @@ fn line(mut socket: &UnixStream) -> Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A bus that sends a byte now and then does not keep this one waiting.
+    #[test]
+    fn the_time_for_an_answer_is_for_all_of_it() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let dribble = std::thread::spawn(move || {
+            while theirs.write_all(b"x").is_ok() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let error = line(&ours, Instant::now() + Duration::from_millis(50)).unwrap_err();
+        let text = error.to_string();
+        assert!(text == "it was too slow" || text.contains("temporarily"), "{text}");
+        drop(ours);
+        dribble.join().unwrap();
+    }
 
     #[test]
     fn a_bus_that_is_late_begins_no_device_before_the_other_one_goes_on() {

@@ -297,6 +297,9 @@ fn a_state_that_lies_is_refused() {
     let maps = "/client/session/maps";
     let negotiated = "/client/session/negotiated";
     for (what, data) in [
+        ("a count that would overflow", set("/stats/messages", u64::MAX.into())),
+        ("connections that would overflow", set("/connections", u64::MAX.into())),
+        ("failures that would overflow", set("/client/session/failures", (1_u64 << 57).into())),
         ("more descriptors than there are", set("/client/received/descriptors", 2.into())),
         ("fewer", set("/client/received/descriptors", 0.into())),
         ("many connections", set("/candidates", u32::MAX.into())),
