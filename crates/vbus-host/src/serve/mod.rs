@@ -362,6 +362,7 @@ fn take_over(
     for spec in &specs {
         host.check(&spec.device())?;
     }
+    joining.make_room(specs.len());
     let (stopped, parcels) = joining.ready()?;
     let past = || Duration::from_nanos(take_over::now().saturating_sub(stopped));
     let arrived = past();

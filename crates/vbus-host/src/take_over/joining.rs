@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
+use vbus_cli::limits::make_room_for_descriptors;
 use vbus_cli::rundir::{self, CONTROL};
 use vbus_control::Peer;
 
@@ -76,6 +77,11 @@ impl Joining {
 
     fn taking(&self) -> Taking<'_> {
         Taking::new(self.socket.as_fd(), LIMITS)
+    }
+
+    /// Makes room for the descriptors of so many devices before they come.
+    pub fn make_room(&self, devices: usize) {
+        make_room_for_descriptors(&self.socket, super::room(devices));
     }
 
     /// Says that everything is prepared. The other bus then stops. Returns when it did (in

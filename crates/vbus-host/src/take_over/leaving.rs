@@ -14,6 +14,7 @@ use super::steps::{LIMITS, Leaves, Parcel, leave};
 use crate::serve::host::Host;
 use crate::serve::reload::Reloader;
 use crate::serve::systemd::Notifier;
+use vbus_cli::limits::make_room_for_descriptors;
 use vbus_cli::log;
 
 /// How long the bus waits for the end of a change of its devices before it refuses to leave.
@@ -89,6 +90,8 @@ impl Leaves for Leaving<'_> {
         let configured = reloader.names();
         let spec = |spec| Spec::new(&spec, configured.contains(&spec.name));
         self.specs = host.specs().into_iter().map(spec).collect();
+        // Each descriptor will be duplicated while the devices stand still.
+        make_room_for_descriptors(host.lock_of_directory(), super::room(self.specs.len()));
         let mut descriptors = vec![host.lock_of_directory().try_clone_to_owned()?];
         let mut sockets = Vec::new();
         for (path, descriptor, inherited) in host.sockets()? {

@@ -15,3 +15,12 @@ mod wire;
 pub use content::{DeviceContent, DeviceParcel, FORMAT, Handed, Spec, StatePart, now};
 pub use joining::Joining;
 pub use leaving::Departure;
+
+/// The descriptors that a bus with so many devices may have during a hand-over: more than it ever
+/// needs with the usual numbers of queues.
+fn room(devices: usize) -> i32 {
+    const OF_DEVICE: usize = 128;
+    const OTHERS: usize = 1024;
+    const MOST: i32 = 1 << 17;
+    i32::try_from(devices.saturating_mul(OF_DEVICE) + OTHERS).unwrap_or(MOST).min(MOST)
+}
