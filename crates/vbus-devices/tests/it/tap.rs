@@ -19,12 +19,12 @@ use vbus_core::{Bus, Called, ErrorCode};
 use crate::driver::{Net, Shape, TIMEOUT, bus, frame};
 use crate::offloads::{large, payload};
 
-const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
-const UDP: u8 = 17;
+pub const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub const UDP: u8 = 17;
 
 /// Makes a driver on a TAP interface. Returns it with the interface's name; `None` if this process
 /// may not do that.
-fn tap(bus: &Bus, shape: Shape, extra: &Value) -> Option<(Net, String)> {
+pub fn tap(bus: &Bus, shape: Shape, extra: &Value) -> Option<(Net, String)> {
     let mut config =
         json!({ "mac": "02:00:00:00:00:01", "backend": "tap", "queue-pairs": shape.pairs });
     for (key, value) in extra.as_object().unwrap() {
@@ -54,7 +54,7 @@ fn ip(args: &str) {
 
 /// Gives the interface an address, and adds the driver as a neighbour, once the interface takes
 /// frames: the kernel drops them until it has seen the carrier. Each test has a network of its own.
-fn address(name: &str, net: u8) -> UdpSocket {
+pub fn address(name: &str, net: u8) -> UdpSocket {
     let state = || std::fs::read_to_string(format!("/sys/class/net/{name}/operstate")).unwrap();
     let end = Instant::now() + TIMEOUT;
     while state().trim() != "up" {
@@ -76,7 +76,7 @@ fn mac_of(name: &str) -> [u8; 6] {
 }
 
 /// A frame with a UDP datagram, without a checksum, from the driver to port 7777 of the interface.
-fn datagram(name: &str, net: u8, data: &[u8]) -> Vec<u8> {
+pub fn datagram(name: &str, net: u8, data: &[u8]) -> Vec<u8> {
     let udp = 8 + data.len() as u16;
     let mut ip = vec![0x45, 0];
     ip.extend((20 + udp).to_be_bytes());

@@ -296,8 +296,10 @@ struct Card {
     tx: Queue,
 }
 
-/// The driver's end of a split queue of `SIZE` descriptors, and their buffers.
+/// The driver's end of a queue of `SIZE` descriptors, and their buffers.
 struct Queue {
+    /// The queue is packed, and not split: `desc` is its ring.
+    packed: bool,
     /// Offsets in the machine's memory.
     desc: u64,
     avail: u64,
@@ -310,6 +312,15 @@ struct Queue {
 }
 
 const SIZE: u16 = 64;
+/// The flags of a descriptor of a packed queue that say whose it is.
+const AVAIL: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
+
+/// The wrap counter of a packed queue at its descriptor `number`, counted from its start.
+fn wraps(number: u16) -> bool {
+    number / SIZE % 2 == 0
+}
+
 const ROOM: u64 = 4096;
 /// The header of virtio-net.
 const HEAD: usize = 12;
@@ -334,10 +345,18 @@ impl Queue {
     /// Gives the device the buffer `id`, with `len` bytes, to write or to read.
     fn add(&mut self, guest: &Guest, id: u16, len: u32, write: bool) {
         let flags = if write { 2u16 } else { 0 };
-        let mut entry = (BASE + self.buffers + u64::from(id) * ROOM).to_le_bytes().to_vec();
-        entry.extend(len.to_le_bytes());
-        entry.extend(flags.to_le_bytes());
-        entry.extend([0; 2]);
+        let addr = (BASE + self.buffers + u64::from(id) * ROOM).to_le_bytes();
+        let entry = [&addr[..], &len.to_le_bytes()].concat();
+        if self.packed {
+            let at = self.desc + 16 * u64::from(self.next % SIZE);
+            guest.store(at, &[&entry[..], &id.to_le_bytes()].concat());
+            let marks = if wraps(self.next) { AVAIL } else { USED };
+            self.next = self.next.wrapping_add(1);
+            fence(Ordering::SeqCst);
+            guest.store(at + 14, &(flags | marks).to_le_bytes());
+            return guest.write(self.notify, &[0; 2]);
+        }
+        let entry = [&entry[..], &flags.to_le_bytes(), &[0; 2]].concat();
         guest.store(self.desc + 16 * u64::from(id), &entry);
         guest.store(self.avail + 4 + 2 * u64::from(self.next % SIZE), &id.to_le_bytes());
         self.next = self.next.wrapping_add(1);
@@ -348,6 +367,16 @@ impl Queue {
 
     /// The buffer that came back: its number, and how many bytes the device has written.
     fn take(&mut self, guest: &Guest) -> Option<(u16, usize)> {
+        if self.packed {
+            let at = self.desc + 16 * u64::from(self.seen % SIZE);
+            let marks = if wraps(self.seen) { AVAIL | USED } else { 0 };
+            if self.seen == self.next || guest.load16(at + 14) & (AVAIL | USED) != marks {
+                return None;
+            }
+            fence(Ordering::SeqCst);
+            self.seen = self.seen.wrapping_add(1);
+            return Some((guest.load16(at + 12), guest.load16(at + 8).into()));
+        }
         if guest.load16(self.used + 2) == self.seen {
             return None;
         }
@@ -359,7 +388,7 @@ impl Queue {
 }
 
 impl Card {
-    fn new(guest: Guest) -> Card {
+    fn new(guest: Guest, packed: bool) -> Card {
         let mut space = [0; 256];
         guest.read(pci::REGION_CONFIG, 0, &mut space);
         let word = |at: usize| u32::from_le_bytes(*space[at..].first_chunk().unwrap());
@@ -374,14 +403,17 @@ impl Card {
             at = space[at + 1].into();
         }
         let set = |field: u64, bytes: &[u8]| guest.write(common + field, bytes);
-        // Reset, found, VIRTIO_F_VERSION_1 alone, agreed.
+        // Reset, found, VIRTIO_F_VERSION_1 and perhaps VIRTIO_F_RING_PACKED, agreed.
         set(0x14, &[0]);
         set(0x14, &[3]);
-        for (half, features) in [(0u32, 0u32), (1, 1)] {
+        for (half, features) in [(0u32, 0u32), (1, 1 | u32::from(packed) << 2)] {
             set(0x08, &half.to_le_bytes());
             set(0x0c, &features.to_le_bytes());
         }
         set(0x14, &[11]);
+        let mut status = [0];
+        guest.read(pci::REGION_BAR0, common + 0x14, &mut status);
+        assert_eq!(status, [11], "the device does not agree");
         let queue = |index: u16| {
             let room = |bytes: u64| guest.alloc(usize::try_from(bytes).unwrap()).unwrap().at;
             let (desc, avail, used) = (room(16 * 64), room(6 + 2 * 64), room(6 + 8 * 64));
@@ -395,7 +427,7 @@ impl Card {
             let mut off = [0; 2];
             guest.read(pci::REGION_BAR0, common + 0x1e, &mut off);
             let notify = notify + u64::from(u16::from_le_bytes(off)) * stride;
-            Queue { desc, avail, used, buffers, notify, next: 0, seen: 0 }
+            Queue { packed, desc, avail, used, buffers, notify, next: 0, seen: 0 }
         };
         let (mut rx, tx) = (queue(0), queue(1));
         set(0x14, &[15]);
@@ -530,7 +562,12 @@ fn a_venet_connection_is_moved_while_frames_pass() {
 
 #[test]
 fn a_virtio_card_is_moved_while_frames_pass() {
-    moves("virtio-net", |guest| Box::new(Card::new(guest)));
+    moves("virtio-net", |guest| Box::new(Card::new(guest, false)));
+}
+
+#[test]
+fn a_virtio_card_with_packed_queues_is_moved_while_frames_pass() {
+    moves("virtio-net", |guest| Box::new(Card::new(guest, true)));
 }
 
 fn moves(class: &str, open: impl Fn(Guest) -> Box<dyn Frames>) {

@@ -4,6 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::{Read, Write};
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -20,6 +21,8 @@ use vbus_test_driver::saved::{World, content, document, forged_devices, same_whe
 use super::venet::{A, B};
 use super::without_times;
 use crate::driver::{Net, Shape, TIMEOUT, bus, frame};
+use crate::offloads::payload;
+use crate::tap;
 
 /// Hands the descriptors of former devices over, by the device's name.
 #[derive(Default)]
@@ -160,6 +163,84 @@ fn an_uplink_goes_on_with_its_peer() {
     let peer = UnixStream::connect(&path).unwrap();
     let up = ("up", "uplink", up);
     goes_on_with_its_peer(bus, &[up, ("n", "venet", config)], net, peer);
+}
+
+/// The queues of a TAP interface stay open, and the interface as it is: what it keeps for the driver
+/// arrives, in order, and its carrier does not go.
+#[test]
+fn a_tap_interface_goes_on() {
+    let mut bus = bus(2);
+    let shape = Shape { entries: 16, ..Shape::default() };
+    let Some((mut net, name)) = tap::tap(&bus, shape, &json!({})) else { return };
+    let config = json!({ "mac": "02:00:00:00:00:01", "backend": "tap", "queue-pairs": 1 });
+    let devices = [("a", "venet", config)];
+    let socket = tap::address(&name, 90);
+    let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{name}/{file}"));
+    let changes = read("carrier_changes").unwrap();
+    let (mut to_driver, mut expected) = (0_u64, 0_u64);
+    for round in 0..3_u64 {
+        // More than the driver has buffers for.
+        for _ in 0..60 {
+            let to = (Ipv4Addr::new(10, 78, 90, 2), 5555);
+            socket.send_to(&to_driver.to_le_bytes(), to).unwrap();
+            to_driver += 1;
+        }
+        for n in 0..20 {
+            let data = (100 * round + n).to_le_bytes();
+            net.send(0, &tap::datagram(&name, 90, &data));
+        }
+        bus = hand_over(&bus, &devices, &mut net);
+        for n in 0..20 {
+            let mut data = [0; 64];
+            assert_eq!(socket.recv(&mut data).unwrap(), 8);
+            assert_eq!(data[..8], (100 * round + n).to_le_bytes());
+        }
+        while expected < to_driver {
+            let got = net.recv(0);
+            // The machine may send multicast frames of its own.
+            if got[..6] == tap::A && got[23] == tap::UDP {
+                assert_eq!(payload(&got, tap::UDP)[..8], expected.to_le_bytes(), "in order");
+                expected += 1;
+            }
+        }
+    }
+    assert_eq!(read("carrier_changes").unwrap(), changes, "its carrier went");
+    assert_eq!(bus.devices().len(), 1);
+}
+
+/// A capture goes on in the same file, whatever has its path by now.
+#[test]
+fn a_capture_goes_on_in_its_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("all.pcap");
+    let mut bus = bus(2);
+    let config = json!({ "mac": "02:00:00:00:00:01", "switch": "s", "pcap": path });
+    let other = json!({ "mac": "02:00:00:00:00:02", "switch": "s" });
+    let mut net = Net::new(&bus, "n", config.clone(), Shape::default());
+    bus.create("o", "venet", &other).unwrap();
+    let devices = [("n", "venet", config), ("o", "venet", other)];
+    let elsewhere = folder.path().join("moved.pcap");
+    std::fs::rename(&path, &elsewhere).unwrap();
+    let frames: Vec<_> = (0..12).map(|n| frame(B, A, n, 100 + n as usize)).collect();
+    for frames in frames.chunks(4) {
+        for frame in frames {
+            net.send(0, frame);
+        }
+        let sent = net.sent(0);
+        let counted = || net.counter("/pcap/records") == sent;
+        net.interrupts.clone().wait("the records", || counted().then_some(()));
+        bus = hand_over(&bus, &devices, &mut net);
+    }
+    drop(bus.remove("n"));
+    drop((net, bus));
+    assert!(!path.exists(), "a file was opened anew");
+    let bytes = std::fs::read(&elsewhere).unwrap();
+    let mut at = 0;
+    for frame in &frames {
+        let place = bytes[at..].windows(frame.len()).position(|bytes| bytes == &frame[..]);
+        at += place.expect("a frame is missing, or out of order") + frame.len();
+    }
+    assert_eq!(bytes.windows(14).filter(|bytes| *bytes == &frames[0][..14]).count(), 12);
 }
 
 /// A switch with an uplink and a driver. The peer of the uplink is this test.
