@@ -5,6 +5,7 @@
 
 mod layers;
 mod new_device;
+mod rust_version;
 
 use std::process::Command;
 
