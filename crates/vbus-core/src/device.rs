@@ -274,6 +274,20 @@ pub trait Device: Send + Sync {
         Err(UNSAVABLE.into())
     }
 
+    /// Makes a state one that holds for longer than this moment: the process may be killed at any
+    /// time from now on, and another device goes on from the state, and from the driver's memory as
+    /// it is then. `device` is what [`save`](Self::save) returned, and `connection` what
+    /// [`Connection::save`] returned. The method takes out what is on its way, because it may have
+    /// come on since. The bus saves a state again with each command of the driver and each request
+    /// of a control client, not with work in rings and pages.
+    ///
+    /// # Errors
+    /// No device can go on like this. The text says why. The provided method refuses.
+    fn outlast(&self, device: &mut Value, connection: Option<&mut Value>) -> Result<(), String> {
+        let _ = (device, connection);
+        Err("devices of this class cannot go on after the bus was killed".into())
+    }
+
     /// Goes on from what [`save`](Self::save) returned for a device of the same class. Nobody has
     /// used this device so far, and it is quiesced. The state may be forged: the device checks it.
     ///

@@ -175,6 +175,8 @@ pub struct Endpoint {
     generations: AtomicU64,
     /// Whether the device is quiesced. Changed under the lock of `inner`.
     quiesced: AtomicBool,
+    /// What is saved now outlasts this process. Changed while the device is quiesced.
+    outlasts: AtomicBool,
     this: Weak<Endpoint>,
 }
 
@@ -199,6 +201,7 @@ impl Endpoint {
             features: AtomicU64::new(0),
             generations: AtomicU64::new(0),
             quiesced: AtomicBool::new(false),
+            outlasts: AtomicBool::new(false),
             this: this.clone(),
         })
     }

@@ -117,6 +117,10 @@ impl Device for UplinkDevice {
         self.0.save()
     }
 
+    fn outlast(&self, device: &mut Value, _: Option<&mut Value>) -> Result<(), String> {
+        Uplink::outlast(device)
+    }
+
     fn restore(&self, saved: &Value) -> Result<(), String> {
         self.0.restore(saved)
     }

@@ -25,6 +25,7 @@ use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
 use crate::config::BackendConfig;
 use crate::filter::{Addresses, Filter};
 use crate::frame::{ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Header, Packet};
+use crate::front::{check_outlasts, forget_frames};
 use crate::inbound::ReadFrame;
 use crate::link::Link;
 use crate::medium::Medium;
@@ -321,6 +322,21 @@ impl Uplink {
             outside: EndState { plug: pump.plugs[0].save()?, queue: pump.outside.save()? },
             inside: EndState { plug: pump.plugs[1].save()?, queue: pump.inside.save()? },
         })
+    }
+
+    /// Makes a state one that outlasts the process ([`vbus_core::Device::outlast`]): nothing is on
+    /// its way.
+    ///
+    /// # Errors
+    /// Its back end has something that a kill may break.
+    pub fn outlast(saved: &mut Value) -> Result<(), String> {
+        let mut state: UplinkState = state::read_part(saved)?;
+        check_outlasts(&state.backend)?;
+        (state.frames, state.held) = (Vec::new(), None);
+        forget_frames(&mut state.outside.queue);
+        forget_frames(&mut state.inside.queue);
+        *saved = state::part(&state)?;
+        Ok(())
     }
 
     /// Goes on from what [`save`](Self::save) returned. The uplink has carried no frames, and is

@@ -61,6 +61,13 @@ pub trait BarHandler: Send {
         false
     }
 
+    /// Whether [`write`](Self::write) with these arguments may change what [`save`](Self::save)
+    /// returns: it does, unless it only says that there is work in memory. The method is quick.
+    fn is_kept_write(&self, offset: u64, data: &[u8]) -> bool {
+        let _ = (offset, data);
+        true
+    }
+
     /// Sets the BAR to its state after power-on. When this returns, the device no longer touches
     /// the driver's memory. Returns whether a driver had the device open.
     fn reset(&mut self) -> bool;
@@ -290,6 +297,16 @@ impl PciFunction {
             }
             _ => false,
         }
+    }
+
+    /// Whether [`write`](Self::write) with these arguments may change what [`save`](Self::save)
+    /// returns ([`BarHandler::is_kept_write`]). The method itself is quick.
+    pub fn is_kept_write(&self, region: u32, offset: u64, data: &[u8]) -> bool {
+        let bar = bar_number(region).filter(|_| region != region::CONFIG);
+        let Some(number) = bar else { return region == region::CONFIG };
+        let is_of_msix = self.msix.as_ref().is_some_and(|msix| msix.part(number, offset).is_some());
+        let handler = self.bars.get(number).and_then(Option::as_ref);
+        is_of_msix || handler.is_some_and(|handler| handler.is_kept_write(offset, data))
     }
 
     /// What an access of `len` bytes at `offset` of the configuration space does through the

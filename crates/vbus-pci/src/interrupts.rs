@@ -135,6 +135,13 @@ pub(crate) struct InterruptsState {
     msix_pending: Vec<u16>,
 }
 
+impl InterruptsState {
+    /// INTx is not masked, and has not fired.
+    pub(crate) fn unmask(&mut self) {
+        (self.masked, self.raised) = (false, false);
+    }
+}
+
 fn signal(fd: &PeerEventfd) {
     #[cfg(test)]
     tests::BEFORE_SIGNAL.with_borrow(|before| before.iter().for_each(|before| before()));

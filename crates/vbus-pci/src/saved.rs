@@ -24,6 +24,14 @@ pub struct FunctionState {
     pub(crate) bars: Vec<BarState>,
 }
 
+impl FunctionState {
+    /// Takes out what the peer changes without a message: that INTx is masked, because it has
+    /// fired. Without that it fires once more.
+    pub fn unmask(&mut self) {
+        self.interrupts.unmask();
+    }
+}
+
 impl Document for FunctionState {
     const KIND: &'static str = "function";
 }

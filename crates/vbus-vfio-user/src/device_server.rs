@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::migration::{Migration, log_errno};
 use crate::saved::{self, SavedServer};
@@ -21,6 +21,7 @@ use vbus_eventfd::Signaller;
 use vbus_pci::{IrqError, IrqIndex, Options, PciFunction, device_function};
 use vfio_user_protocol::message::{DmaRange, LoggingReport, MigrationFlags};
 use vfio_user_protocol::migration::{ArcFailure, MigrationArc};
+use vfio_user_protocol::state::ServerState;
 use vfio_user_protocol::{
     DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, Peer, RegionInfo, Server, Stats, Target,
 };
@@ -229,6 +230,58 @@ impl DeviceServer {
             .map_err(|error| format!("device {:?}: {error}", endpoint.name()))
     }
 
+    /// From now on `keep` gets the server and its device, as [`save`](Self::save) has them, after
+    /// each message that has changed them, before the client gets its reply. It gets them once
+    /// before this returns. The device stands still meanwhile. So another process goes on if this
+    /// one is killed: from the last state that `keep` got, from the driver's memory, and with the
+    /// descriptors. What is under way when this is called is waited for, until `by`.
+    ///
+    /// # Errors
+    /// The device is busy, or no device can go on like this; see
+    /// [`Device::outlast`](vbus_core::Device::outlast).
+    pub fn keep_with(&self, keep: Arc<dyn Keep>, by: Instant) -> Result<(), String> {
+        self.with_held(by, |server| {
+            server.target_mut().keep = Some(keep);
+            server.commit();
+        })?;
+        self.check_kept()
+    }
+
+    /// Gives the present state to what [`keep_with`](Self::keep_with) has set, if anything, as
+    /// after a message.
+    ///
+    /// # Errors
+    /// The device is busy, or cannot be saved now.
+    pub fn commit(&self, by: Instant) -> Result<(), String> {
+        self.with_held(by, Server::commit)?;
+        self.check_kept()
+    }
+
+    /// Nobody keeps the server and its device any more.
+    pub fn keep_no_more(&self, by: Instant) -> Result<(), String> {
+        self.with_held(by, |server| {
+            let served = server.target_mut();
+            (served.keep, served.lag) = (None, None);
+        })
+    }
+
+    /// Does something with the server between two messages.
+    fn with_held(&self, by: Instant, run: impl FnOnce(&mut Server<Served>)) -> Result<(), String> {
+        self.hold(by).map_err(|error| error.to_string())?;
+        if let Some(server) = &mut lock(&self.place.state).server {
+            run(server);
+        }
+        self.release();
+        Ok(())
+    }
+
+    /// Whether the last commit was complete.
+    fn check_kept(&self) -> Result<(), String> {
+        let state = lock(&self.place.state);
+        let lag = state.server.as_ref().and_then(|server| server.target().lag.clone());
+        lag.map_or(Ok(()), Err)
+    }
+
     /// The path of the socket.
     pub fn path(&self) -> &Path {
         &self.path
@@ -386,6 +439,20 @@ impl Task for ServerTask {
     }
 }
 
+/// Takes a device and its server, so that they outlast this process; see
+/// [`DeviceServer::keep_with`].
+pub trait Keep: Send + Sync {
+    /// Takes the state. When this returns, a process that is killed loses nothing of it. The device
+    /// is quiesced. The client waits for its reply meanwhile.
+    ///
+    /// # Errors
+    /// The former state still holds. The text is for the log.
+    fn keep(&self, endpoint: &Endpoint, saved: SavedServer) -> Result<(), String>;
+}
+
+/// How long a commit waits for a call of the driver. QEMU waits 5 s for the reply.
+const COMMIT_WAIT: Duration = Duration::from_secs(2);
+
 /// The target of the server: the device's function, and the memory that the client shares with the
 /// device.
 pub(crate) struct Served {
@@ -394,17 +461,43 @@ pub(crate) struct Served {
     migration: Migration,
     /// Another process may go on with the client: see [`DeviceServer::hold`].
     held: bool,
+    /// See [`DeviceServer::keep_with`].
+    keep: Option<Arc<dyn Keep>>,
+    /// Something has changed since the last commit.
+    changed: bool,
+    /// Why the last commit failed.
+    lag: Option<String>,
 }
 
 impl Served {
     fn new(endpoint: Arc<Endpoint>, options: Options) -> Served {
         let function = device_function(endpoint.clone(), options);
-        Served { function, endpoint, migration: Migration::default(), held: false }
+        let mut served = Served::held(function, endpoint);
+        served.held = false;
+        served
     }
 
     /// A target that is held, with the function of a device that was restored.
     pub(crate) fn held(function: PciFunction, endpoint: Arc<Endpoint>) -> Served {
-        Served { function, endpoint, migration: Migration::default(), held: true }
+        let migration = Migration::default();
+        Served { function, endpoint, migration, held: true, keep: None, changed: false, lag: None }
+    }
+
+    /// Gives the device and its server away, to outlast this process.
+    fn give(&mut self, server: io::Result<ServerState>) -> Result<(), String> {
+        let Some(keep) = self.keep.clone() else { return Ok(()) };
+        let server = server.map_err(|error| match error.kind() {
+            io::ErrorKind::ResourceBusy => HoldError::Migrating.to_string(),
+            _ => error.to_string(),
+        })?;
+        // A call that has been waited for is not waited for again with each message.
+        let wait = if self.lag.is_some() { Duration::ZERO } else { COMMIT_WAIT };
+        let stopped = self.endpoint.quiesce_to_outlast(Instant::now() + wait);
+        stopped.map_err(|error| error.why)?;
+        let saved = saved::save_to_outlast(server, &mut self.function, &self.endpoint);
+        let kept = saved.and_then(|saved| keep.keep(&self.endpoint, saved));
+        self.endpoint.resume();
+        kept
     }
 
     fn doorbells(&mut self, region: u32) -> Vec<vbus_pci::IoEventFd> {
@@ -439,6 +532,7 @@ impl Target for Served {
     }
 
     fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        self.changed |= self.function.is_kept_write(region, offset, data);
         self.function.write(region, offset, data);
         Ok(())
     }
@@ -449,6 +543,9 @@ impl Target for Served {
 
     fn set_irqs(&mut self, index: u32, action: IrqAction) -> Result<(), Errno> {
         let index = IrqIndex::from_number(index).ok_or(Errno::INVAL)?;
+        // The next process begins with INTx unmasked.
+        self.changed |=
+            !matches!(action, IrqAction::Trigger(_) | IrqAction::Mask(_) | IrqAction::Unmask(_));
         let done = match action {
             IrqAction::DisableAll => {
                 self.function.disconnect_irqs(index);
@@ -487,6 +584,7 @@ impl Target for Served {
     }
 
     fn dma_map(&mut self, mapping: Mapping<'_>) -> Result<(), Errno> {
+        self.changed = true;
         let Mapping { address, size, readable, writable, memory, .. } = mapping;
         let access = Access::new(readable, writable);
         self.endpoint.map(address, size, memory, access).map_err(|error| {
@@ -510,14 +608,17 @@ impl Target for Served {
     }
 
     fn dma_unmap(&mut self, address: u64, size: u64) {
+        self.changed = true;
         self.endpoint.unmap(address, size);
     }
 
     fn dma_unmap_all(&mut self) {
+        self.changed = true;
         self.endpoint.unmap_all();
     }
 
     fn reset(&mut self) -> Result<(), Errno> {
+        self.changed = true;
         self.function.reset();
         self.migration.end(&self.endpoint);
         Ok(())
@@ -528,6 +629,7 @@ impl Target for Served {
     }
 
     fn migrate(&mut self, arc: MigrationArc) -> Result<(), ArcFailure> {
+        self.changed = true;
         self.migration.go(arc, &mut self.function, &self.endpoint)
     }
 
@@ -553,6 +655,7 @@ impl Target for Served {
     }
 
     fn dma_logging_stop(&mut self) {
+        self.changed = true;
         self.endpoint.memory().stop_log();
     }
 
@@ -567,6 +670,7 @@ impl Target for Served {
     }
 
     fn io_eventfd_count(&mut self, region: u32) -> usize {
+        self.changed = true;
         self.doorbells(region).len()
     }
 
@@ -580,14 +684,41 @@ impl Target for Served {
 
     /// All devices of the client's process have one budget.
     fn connected(&mut self, socket: BorrowedFd<'_>) {
+        self.changed = true;
         self.endpoint.memory().set_client(PeerProcess::of(socket));
     }
 
     fn disconnected(&mut self) {
+        self.changed = true;
         self.function.disconnected();
         self.endpoint.unmap_all();
         self.migration.end(&self.endpoint);
         self.endpoint.memory().set_client(None);
+    }
+
+    fn wants_commit(&self) -> bool {
+        self.changed && self.keep.is_some()
+    }
+
+    fn commit(&mut self, server: io::Result<ServerState>) {
+        if self.keep.is_none() {
+            return;
+        }
+        let given = self.give(server);
+        let device = self.endpoint.name();
+        match (&given, &self.lag) {
+            (Ok(()), Some(_)) => tracing::info!(device, "its state outlasts this process again"),
+            (Err(why), lag) if lag.as_ref() != Some(why) => {
+                tracing::warn!(
+                    device,
+                    "the state of the device does not outlast this process: {why}"
+                );
+            }
+            _ => {}
+        }
+        // The next message tries again.
+        self.changed = given.is_err();
+        self.lag = given.err();
     }
 }
 

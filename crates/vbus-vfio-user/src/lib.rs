@@ -55,7 +55,7 @@ mod device_server;
 mod migration;
 mod saved;
 
-pub use device_server::{DeviceServer, HoldError};
+pub use device_server::{DeviceServer, HoldError, Keep};
 pub use saved::{SavedData, SavedServer};
 pub use vfio_user_protocol::bind_private;
 

@@ -92,6 +92,17 @@ pub(crate) fn save(
     Ok(SavedServer { data, descriptors })
 }
 
+/// As [`save`], for a state that outlasts this process. The device is quiesced for that.
+pub(crate) fn save_to_outlast(
+    state: ServerState,
+    function: &mut PciFunction,
+    endpoint: &Endpoint,
+) -> Result<SavedServer, String> {
+    let mut saved = save(state, function, endpoint)?;
+    saved.data.function.unmask();
+    Ok(saved)
+}
+
 /// Makes the target again, for a fresh device that is quiesced. Returns it with the state of its
 /// vfio-user server.
 pub(crate) fn restore(

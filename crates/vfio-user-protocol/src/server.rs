@@ -183,6 +183,8 @@ pub struct Server<T: Target> {
     told_closing: bool,
     /// Set while the client's closer has too much to do: when the server looks again.
     closed_at: Option<Instant>,
+    /// Connections have come or gone since the last commit.
+    uncommitted: bool,
 }
 
 const LISTENER: u64 = 0;
@@ -240,6 +242,7 @@ impl<T: Target> Server<T> {
             closing: Vec::new(),
             told_closing: false,
             closed_at: None,
+            uncommitted: false,
         })
     }
 
@@ -361,6 +364,7 @@ impl<T: Target> Server<T> {
         }
         self.expire(now);
         work += self.choose(now);
+        self.commit_if_due();
         let more = more || work >= WORK_PER_CALL;
         let long = self.leaving || self.is_handling();
         Outcome { work, connected: self.is_connected(), more, long }
@@ -375,7 +379,17 @@ impl<T: Target> Server<T> {
     fn leave(&mut self) {
         if self.leaving && self.effort.take() {
             self.leaving = false;
+            self.uncommitted = true;
             self.target.disconnected();
+        }
+    }
+
+    /// Lets the target commit what has changed. No message is handled in part.
+    fn commit_if_due(&mut self) {
+        // Without a client that has gone, the target must not be one that has it.
+        let is_whole = !self.leaving && !self.is_handling();
+        if is_whole && (self.uncommitted || self.target.wants_commit()) {
+            self.commit();
         }
     }
 
@@ -498,6 +512,7 @@ impl<T: Target> Server<T> {
         self.connections += 1;
         let number = self.connections;
         debug!(device = self.name, "client {number} connects");
+        self.uncommitted = true;
         let (until, refuse_at) = (now + self.timeouts.handshake, now + BUSY_PAUSE);
         self.candidates.push(Candidate::new(socket, token, number, until, refuse_at));
         self.hear(token);
@@ -521,6 +536,7 @@ impl<T: Target> Server<T> {
     /// Ends the connection of a candidate. If it has spoken, it learns that there is another
     /// client.
     fn dismiss(&mut self, candidate: Candidate) {
+        self.uncommitted = true;
         self.poller.remove(&candidate.socket);
         let closer = candidate.closer.clone();
         if candidate.has_spoken {
@@ -684,6 +700,8 @@ impl<T: Target> Server<T> {
                 return false;
             }
         }
+        // The client must not be told what the next process does not know.
+        self.commit_if_due();
         self.flush(now)
     }
 
@@ -789,7 +807,7 @@ impl<T: Target> Server<T> {
 
     fn drop_client(&mut self) {
         let Some(client) = self.client.take() else { return };
-        self.closed_at = None;
+        (self.closed_at, self.uncommitted) = (None, true);
         if client.others_refused > 1 {
             info!(
                 device = self.name,

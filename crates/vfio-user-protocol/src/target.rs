@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The trait of the device that a server serves.
 
+use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::fs::fcntl_get_seals;
@@ -8,6 +9,7 @@ use rustix::io::Errno;
 
 use crate::message::{DmaRange, LoggingReport, MigrationFlags};
 use crate::migration::{ArcFailure, MigrationArc};
+use crate::state::ServerState;
 
 /// Numbers that VFIO gives to the regions and interrupt indexes of a PCI function.
 pub mod pci {
@@ -389,6 +391,23 @@ pub trait Target {
     /// the client's mappings and eventfds, also those that the client did not take back. The next
     /// call, if any, is [`Target::connected`].
     fn disconnected(&mut self);
+
+    /// Whether something has changed since the last [`commit`](Self::commit) that must outlast this
+    /// process, however it ends. The call must be cheap. The provided method says no.
+    fn wants_commit(&self) -> bool {
+        false
+    }
+
+    /// Puts the target and its server where they outlast this process: whoever goes on from there
+    /// has all that the client was told. The server calls it if
+    /// [`wants_commit`](Self::wants_commit), or if its own connections have changed, between two
+    /// messages: when a message is handled, and before its reply is sent. `server` is the server as
+    /// [`Server::save`](crate::Server::save) has it, without replies. It is an error while the
+    /// client is moving the device to another server, or if this process has as many descriptors as
+    /// it may have.
+    fn commit(&mut self, server: io::Result<ServerState>) {
+        let _ = server;
+    }
 }
 
 /// Whether a descriptor is of a file in memory (memfd, tmpfs, hugetlbfs). Only these have seals.

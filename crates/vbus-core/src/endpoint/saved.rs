@@ -18,6 +18,10 @@ use crate::state::{
 /// How long [`Endpoint::quiesce`] waits for a call that takes time.
 const CALL_WAIT: Duration = Duration::from_secs(5);
 
+/// How far the config area's generation may go on after a state that outlasts the process: the next
+/// device begins behind it.
+const GENERATIONS: u32 = 1 << 16;
+
 /// The bits of the events that a device has.
 const EVENTS: u32 = event::CONFIG
     | event::BROKEN
@@ -67,6 +71,18 @@ impl Endpoint {
         }
     }
 
+    /// As [`quiesce_by`](Self::quiesce_by), for a state that outlasts this process, which may then
+    /// be killed at any time ([`Device::outlast`](crate::Device::outlast)). Until
+    /// [`resume`](Self::resume), [`save`](Self::save) returns such a state.
+    ///
+    /// # Errors
+    /// As for `quiesce`.
+    pub fn quiesce_to_outlast(&self, by: Instant) -> Result<(), NotSaved> {
+        self.quiesce_by(by)?;
+        self.outlasts.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// [`quiesce`](Self::quiesce) of a device that no driver has opened.
     pub(crate) fn quiesce_now(&self) {
         let _inner = lock(&self.inner);
@@ -85,6 +101,7 @@ impl Endpoint {
     /// have happened meanwhile.
     pub fn resume(&self) {
         let _inner = lock(&self.inner);
+        self.outlasts.store(false, Ordering::Relaxed);
         if self.quiesced.swap(false, Ordering::Relaxed) {
             self.contain(|| self.device.resume());
             self.executor().go_on(self.counters());
@@ -147,7 +164,7 @@ impl Endpoint {
         };
         let device = self.contain(|| self.device.save()).unwrap_or_else(|| Err(PANICKED.into()));
         let (incarnation, config, events) = self.events.save();
-        Ok(DeviceState {
+        let state = DeviceState {
             class: self.identity.class_name.to_owned(),
             regions: self.identity.regions,
             vectors: self.identity.vectors,
@@ -157,7 +174,28 @@ impl Endpoint {
             counters: self.counters().save(),
             connection,
             device: device.map_err(|why| self.not_saved(why))?,
-        })
+        };
+        match self.outlasts.load(Ordering::Relaxed) {
+            true => self.outlast(state),
+            false => Ok(state),
+        }
+    }
+
+    /// Takes out of a state what only holds at this moment.
+    fn outlast(&self, mut state: DeviceState) -> Result<DeviceState, NotSaved> {
+        let connection = match &mut state.connection {
+            ConnectionPart::Open(open) => Some(&mut open.state),
+            ConnectionPart::Closed | ConnectionPart::Broken { .. } => None,
+        };
+        let outlast = || self.device.outlast(&mut state.device, connection);
+        let done = self.contain(outlast).unwrap_or_else(panicked);
+        done.map_err(|why| self.not_saved(why))?;
+        // The config area may change without a word of the driver's. It looks at the area again.
+        if state.events.vector.is_some() {
+            state.events.pending |= event::CONFIG;
+            state.config.generation = state.config.generation.wrapping_add(GENERATIONS);
+        }
+        Ok(state)
     }
 
     /// Goes on from the state of a device of the same class with the same settings. This device is

@@ -122,6 +122,12 @@ impl Device for StateDevice {
         state::part(&Saved { pages: self.0.pages.iter().map(Page::save).collect() })
     }
 
+    /// The driver's memory has the newest value of each page of the driver's. The values of the
+    /// device's pages are in the state, and a page that has another one gets that again.
+    fn outlast(&self, _: &mut Value, _: Option<&mut Value>) -> Result<(), String> {
+        Ok(())
+    }
+
     fn restore(&self, saved: &Value) -> Result<(), String> {
         let Saved { pages } = state::read_part(saved)?;
         if pages.len() != self.0.pages.len() {

@@ -73,6 +73,9 @@ struct Inner {
     removed: bool,
     /// The device is quiesced: nobody touches the driver's memory, and nobody sets the value.
     frozen: bool,
+    /// The driver's memory has another value of a page of the device's: that of a bus that was
+    /// killed before it could keep the value.
+    rewrite: bool,
 }
 
 /// How long a client's request waits for a device that is quiesced.
@@ -130,6 +133,7 @@ impl Page {
             overruns: 0,
             removed: false,
             frozen: false,
+            rewrite: false,
         };
         Page { name, bytes, owner, inner: Mutex::new(inner), news: Condvar::new() }
     }
@@ -174,6 +178,9 @@ impl Page {
             (Owner::Device, None) => {
                 // The driver is interrupted anyway.
                 let (writer, _) = Writer::resume(region.window.clone(), end::Device)?;
+                let reader = Reader::attach(region.window.clone(), end::Driver)?;
+                let mut there = vec![0; self.bytes as usize];
+                inner.rewrite = reader.read_once(&mut there).is_err() || there != *inner.value;
                 PageEnd::Writer(writer, region.interrupt.clone())
             }
             (Owner::Driver, Some(seen)) => {
@@ -205,7 +212,12 @@ impl Page {
     /// Freezes the page: clients' requests wait, and the driver's memory is not touched. Or thaws
     /// it.
     pub fn freeze(&self, frozen: bool) {
-        lock(&self.inner).frozen = frozen;
+        let mut inner = lock(&self.inner);
+        inner.frozen = frozen;
+        if !frozen && std::mem::take(&mut inner.rewrite) {
+            inner.write();
+        }
+        drop(inner);
         self.news.notify_all();
     }
 

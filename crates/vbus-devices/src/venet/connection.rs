@@ -363,6 +363,16 @@ struct Saved {
     pairs: Option<PairsState>,
 }
 
+/// Makes a connection's part one that outlasts the process ([`vbus_core::Device::outlast`]). The
+/// rings resume from memory. Whoever goes on writes the pages anew.
+pub fn outlast(connection: &mut Value) -> Result<(), String> {
+    let mut saved: Saved = state::read_part(connection)?;
+    saved.pages.outlast();
+    saved.pairs.iter_mut().for_each(PairsState::outlast);
+    *connection = state::part(&saved)?;
+    Ok(())
+}
+
 /// Microseconds and frames of each ring.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -21,7 +21,7 @@ use serde_json::Value;
 use vbus_core::{
     Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open, Region, state,
 };
-use vbus_net::front::{Config, METRICS, Nic};
+use vbus_net::front::{Config, METRICS, Nic, NicState};
 use vbus_net::{BACKEND_METRICS, Direct, Opener, Switches};
 
 use connection::VenetConnection;
@@ -125,6 +125,11 @@ impl Device for Venet {
 
     fn save(&self) -> Result<Value, String> {
         state::part(&self.0.nic.save()?)
+    }
+
+    fn outlast(&self, device: &mut Value, connection: Option<&mut Value>) -> Result<(), String> {
+        state::read_part::<NicState>(device)?.outlast()?;
+        connection.map_or(Ok(()), connection::outlast)
     }
 
     fn restore(&self, saved: &Value) -> Result<(), String> {

@@ -68,6 +68,15 @@ pub struct PagesState {
     counters: Option<Vec<u64>>,
 }
 
+impl PagesState {
+    /// Makes it a state that outlasts the process: what the pages have then is not known.
+    pub fn outlast(&mut self) {
+        for page in [&mut self.status, &mut self.counters].into_iter().flatten() {
+            page.clear();
+        }
+    }
+}
+
 #[derive(Default)]
 struct Registered {
     status: Option<Page>,

@@ -27,3 +27,4 @@ pub use pairs::{Pairs, Setup};
 pub use ring::{Ring, RxRing, TxRing};
 pub use rx::{Choices, HEAD_MAX, Receiver};
 pub use saved::{ModesState, NicState, PairsState, ReceiverState};
+pub(crate) use saved::{check_outlasts, forget_frames};

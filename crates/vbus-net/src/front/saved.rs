@@ -142,6 +142,44 @@ pub(super) struct RssState {
     pub unclassified: Option<u16>,
 }
 
+impl NicState {
+    /// Makes it a state that outlasts the process ([`vbus_core::Device::outlast`]).
+    ///
+    /// # Errors
+    /// Its back end has something that a kill may break.
+    pub fn outlast(&self) -> Result<(), String> {
+        check_outlasts(&self.backend)
+    }
+}
+
+/// Checks that a kill breaks nothing of a back end with this part.
+pub(crate) fn check_outlasts(backend: &Value) -> Result<(), String> {
+    match backend.get("records") {
+        Some(_) => Err("a capture (pcap) may break off within a record".into()),
+        None => Ok(()),
+    }
+}
+
+impl PairsState {
+    /// Makes it a state that outlasts the process: nothing is on its way.
+    pub fn outlast(&mut self) {
+        self.queues.iter_mut().for_each(forget_frames);
+    }
+}
+
+/// Takes what is on its way out of the part of a back end's queue: the frame that waits, how far a
+/// frame has come that is sent in parts, and the bytes in a stream, whose peer is another one then.
+pub(crate) fn forget_frames(queue: &mut Value) {
+    let Some(fields) = queue.as_object_mut() else { return };
+    for (name, field) in fields {
+        match &**name {
+            "inner" => forget_frames(field),
+            "frame" | "begun" | "peer" => *field = Value::Null,
+            _ => {}
+        }
+    }
+}
+
 /// What the back end keeps of a driver that has started.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -178,6 +178,10 @@ impl BarHandler for RegisterBlock {
         words && (offset..offset + data.len() as u64).contains(&reg::COMMAND)
     }
 
+    fn is_kept_write(&self, offset: u64, _: &[u8]) -> bool {
+        offset < bar0::DOORBELLS
+    }
+
     fn reset(&mut self) -> bool {
         self.forget_driver()
     }

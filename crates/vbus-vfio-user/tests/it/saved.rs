@@ -3,8 +3,8 @@
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::net::{Shutdown, shutdown};
@@ -18,7 +18,7 @@ use vbus_driver::{Function, Hal, Memory};
 use vbus_process::{MEMORY_BYTES, Process};
 use vbus_test_driver::Random;
 use vbus_test_driver::saved::{Verdict, forge, try_out};
-use vbus_vfio_user::{DeviceServer, SavedData, SavedServer};
+use vbus_vfio_user::{DeviceServer, Keep, SavedData, SavedServer};
 
 /// How long a test waits for what must happen.
 const BOUND: Duration = Duration::from_secs(60);
@@ -46,6 +46,11 @@ impl Device for Summer {
     }
 
     fn restore(&self, _: &Value) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// The word that a doorbell copies is in memory.
+    fn outlast(&self, _: &mut Value, _: Option<&mut Value>) -> Result<(), String> {
         Ok(())
     }
 
@@ -210,6 +215,80 @@ fn a_driver_under_load_notices_nothing_of_many_buses() {
     assert_eq!(endpoint.counters().opens.get(), 1, "the driver has opened it once");
     assert_eq!(endpoint.counters().broken.get(), 0);
     assert_eq!(bus.server.stats().clients, 1);
+}
+
+/// Has the last state, as a process would have it that outlasts the bus.
+#[derive(Default)]
+struct Keeper {
+    last: Mutex<Option<SavedServer>>,
+    states: AtomicU64,
+    fails: AtomicBool,
+}
+
+impl Keep for Keeper {
+    fn keep(&self, endpoint: &Endpoint, saved: SavedServer) -> Result<(), String> {
+        assert!(endpoint.is_quiesced());
+        if self.fails.load(Ordering::Relaxed) {
+            return Err("as the test wants".into());
+        }
+        *self.last.lock().unwrap() = Some(saved);
+        self.states.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Whatever the client was told, the state has it that was kept before.
+#[test]
+fn a_bus_goes_on_from_what_was_kept_while_the_driver_worked() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let (mut bus, keeper) = (One::start(&path), Arc::new(Keeper::default()));
+    let soon = || Instant::now() + BOUND;
+    bus.server.keep_with(keeper.clone(), soon()).unwrap();
+    assert_eq!(keeper.states.load(Ordering::Relaxed), 1, "at once");
+    let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let driver = scope.spawn(|| drive(path.clone(), &stop, &rounds));
+        for _ in 0..20 {
+            let (before, begun) = (rounds.load(Ordering::Relaxed), Instant::now());
+            while rounds.load(Ordering::Relaxed) < before + 20 {
+                assert!(begun.elapsed() < BOUND && !driver.is_finished(), "it stands still");
+                std::thread::yield_now();
+            }
+            // From here on the bus does nothing more, as one that was killed.
+            bus.server.hold(soon()).unwrap();
+            bus.endpoint().quiesce().unwrap();
+            let saved = keeper.last.lock().unwrap().take().unwrap();
+            let next = One::next(through_text(saved), &path).unwrap();
+            drop(std::mem::replace(&mut bus, next));
+            bus.server.keep_with(keeper.clone(), soon()).unwrap();
+            bus.go_on();
+        }
+        stop.store(true, Ordering::Relaxed);
+        driver.join().unwrap();
+    });
+    let rounds = rounds.load(Ordering::Relaxed);
+    let states = keeper.states.load(Ordering::Relaxed);
+    assert!(states > 2 * rounds, "each call is kept: {states} states in {rounds} rounds");
+    assert_eq!(bus.endpoint().counters().broken.get(), 0);
+    // A doorbell by message is no change.
+    let process = Process::connect(&path, MEMORY_BYTES).unwrap();
+    let mut function = Function::probe(process).unwrap();
+    function.open(0).unwrap();
+    let before = keeper.states.load(Ordering::Relaxed);
+    assert!(function.incarnation().is_ok() && function.check().is_ok());
+    assert_eq!(keeper.states.load(Ordering::Relaxed), before, "reading changes nothing");
+    // Without a keeper the device goes on, and the next message tries again.
+    keeper.fails.store(true, Ordering::Relaxed);
+    assert_eq!(function.call(1, 0, &mut [1]), Ok(1));
+    assert!(bus.server.commit(soon()).unwrap_err().contains("as the test wants"));
+    keeper.fails.store(false, Ordering::Relaxed);
+    assert_eq!(function.check(), Ok(()));
+    let kept = serde_json::to_value(&keeper.last.lock().unwrap().as_ref().unwrap().data).unwrap();
+    let device = &kept["function"]["bars"][0]["state"]["device"];
+    assert_eq!(device["connection"]["open"]["state"]["sum"], 1);
+    let interrupts = &kept["function"]["interrupts"];
+    assert_eq!((&interrupts["masked"], &interrupts["raised"]), (&json!(false), &json!(false)));
 }
 
 #[test]

@@ -39,6 +39,20 @@ impl<T: Target> Server<T> {
     /// as it may have.
     pub fn save(&mut self, now: Instant) -> io::Result<ServerState> {
         self.settle(now);
+        self.state(true)
+    }
+
+    /// Lets the target [commit](Target::commit), whether or not something has changed. No message
+    /// is handled in part, as after [`settle`](Self::settle).
+    pub fn commit(&mut self) {
+        self.uncommitted = false;
+        // A reply that was sent must not be sent again, and one that was not is lost.
+        let state = self.state(false);
+        self.target.commit(state);
+    }
+
+    /// The server as data, with its replies or without them.
+    fn state(&self, with_replies: bool) -> io::Result<ServerState> {
         if self.is_migrating() {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
@@ -55,7 +69,10 @@ impl<T: Target> Server<T> {
                     others_refused: client.others_refused,
                     session: client.session.save(),
                     received: client.receiver.save(&mut descriptors)?,
-                    unsent: client.sender.save(&mut descriptors)?,
+                    unsent: match with_replies {
+                        true => client.sender.save(&mut descriptors)?,
+                        false => Vec::new(),
+                    },
                 })
             }
         };
