@@ -165,8 +165,8 @@ fn an_uplink_goes_on_with_its_peer() {
     goes_on_with_its_peer(bus, &[up, ("n", "venet", config)], net, peer);
 }
 
-/// The queues of a TAP interface stay open, and the interface as it is: what it keeps for the driver
-/// arrives, in order, and its carrier does not go.
+/// The queues of a TAP interface stay open, and the interface as it is: what it keeps for the
+/// driver arrives, in order, and its carrier does not go.
 #[test]
 fn a_tap_interface_goes_on() {
     let mut bus = bus(2);
