@@ -54,6 +54,7 @@ mod command;
 mod config;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod keeper;
 mod metrics;
 mod plug;
 mod program;

@@ -234,7 +234,8 @@ impl DeviceServer {
     /// each message that has changed them, before the client gets its reply. It gets them once
     /// before this returns. The device stands still meanwhile. So another process goes on if this
     /// one is killed: from the last state that `keep` got, from the driver's memory, and with the
-    /// descriptors. What is under way when this is called is waited for, until `by`.
+    /// descriptors. What is under way when this is called is waited for, until `by`. A server that
+    /// is held stays so.
     ///
     /// # Errors
     /// The device is busy, or no device can go on like this; see
@@ -267,11 +268,14 @@ impl DeviceServer {
 
     /// Does something with the server between two messages.
     fn with_held(&self, by: Instant, run: impl FnOnce(&mut Server<Served>)) -> Result<(), String> {
+        let was_held = lock(&self.place.state).held;
         self.hold(by).map_err(|error| error.to_string())?;
         if let Some(server) = &mut lock(&self.place.state).server {
             run(server);
         }
-        self.release();
+        if !was_held {
+            self.release();
+        }
         Ok(())
     }
 
@@ -490,13 +494,16 @@ impl Served {
             io::ErrorKind::ResourceBusy => HoldError::Migrating.to_string(),
             _ => error.to_string(),
         })?;
+        let stood_still = self.endpoint.is_quiesced();
         // A call that has been waited for is not waited for again with each message.
         let wait = if self.lag.is_some() { Duration::ZERO } else { COMMIT_WAIT };
         let stopped = self.endpoint.quiesce_to_outlast(Instant::now() + wait);
-        stopped.map_err(|error| error.why)?;
+        stopped.map_err(|error| error.to_string())?;
         let saved = saved::save_to_outlast(server, &mut self.function, &self.endpoint);
         let kept = saved.and_then(|saved| keep.keep(&self.endpoint, saved));
-        self.endpoint.resume();
+        if !stood_still {
+            self.endpoint.resume();
+        }
         kept
     }
 

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
@@ -29,6 +30,8 @@ const FULL: Share = Share { user: 24, all: 32, line: LIMITS.line };
 const READ: Share = Share { user: 8, all: 16, line: 64 << 10 };
 /// The most clients that wait to be accepted.
 const BACKLOG: i32 = 16;
+/// The time between two looks whether the keeper is still there.
+const KEEPER_PAUSE: Duration = Duration::from_secs(1);
 
 /// A request of a client.
 #[derive(Deserialize)]
@@ -56,6 +59,13 @@ enum Request {
     Reincarnate { name: String },
     /// Passes a request to a device.
     Device { name: String, request: Value },
+    /// Gives the bus to the client, its keeper (spec/keeper.md).
+    Keep {
+        format: u32,
+        #[serde(rename = "state-format")]
+        state_format: u32,
+        version: String,
+    },
     /// Hands the bus over to the client, a new process of it (spec/take-over.md).
     TakeOver {
         format: u32,
@@ -80,6 +90,7 @@ impl Request {
             // The class defines the request, and it may change the device.
             Request::Device { .. } => ("device", Level::Full),
             Request::TakeOver { .. } => ("take-over", Level::Full),
+            Request::Keep { .. } => ("keep", Level::Full),
         }
     }
 }
@@ -98,7 +109,7 @@ impl Acceptor {
         access: &Access,
         rights: Arc<Mutex<Rights>>,
         reloader: Arc<Reloader>,
-        departure: Option<Departure>,
+        departure: Option<Arc<Departure>>,
     ) -> Result<Acceptor> {
         let path = host.dir().join(CONTROL);
         let listening = host.listen_for_itself(&path, BACKLOG, access);
@@ -130,7 +141,7 @@ struct Control {
     rights: Arc<Mutex<Rights>>,
     reloader: Arc<Reloader>,
     /// `None`: the bus cannot be handed over.
-    departure: Option<Departure>,
+    departure: Option<Arc<Departure>>,
 }
 
 impl Control {
@@ -142,6 +153,31 @@ impl Control {
         version: &str,
         client: &Client<'_>,
     ) -> Result<Value> {
+        Self::check_heir((format, state_format), version, client)?;
+        let accepted = || Ok(client.item(json!({ "format": FORMAT }))?);
+        let departure = self.departure.as_ref().context("this bus cannot be handed over")?;
+        match departure.leave(client.socket(), client.peer().pid, accepted)? {}
+    }
+
+    /// Gives the bus to a keeper, as long as that is there.
+    fn keep(&self, formats: (u32, u32), version: &str, client: &Client<'_>) -> Result<Value> {
+        Self::check_heir(formats, version, client)?;
+        let accepted = || Ok(client.item(json!({ "format": FORMAT, "pid": std::process::id() }))?);
+        let departure = self.departure.as_ref().context("this bus cannot be kept")?;
+        let kept = departure.be_kept(client.socket(), client.peer().pid, accepted);
+        // From its acceptance on, the connection has no place for an answer.
+        while kept.is_ok() && !client.gone() {
+            std::thread::sleep(KEEPER_PAUSE);
+        }
+        kept.map(|()| Value::Null)
+    }
+
+    /// Checks that a client may have all that the bus has, and understands it.
+    fn check_heir(
+        (format, state_format): (u32, u32),
+        version: &str,
+        client: &Client<'_>,
+    ) -> Result<()> {
         let peer = client.peer();
         let own = rustix::process::geteuid().as_raw();
         ensure!(
@@ -155,9 +191,7 @@ impl Control {
             env!("CARGO_PKG_VERSION"),
             vbus_core::state::FORMAT
         );
-        let accepted = || Ok(client.item(json!({ "format": FORMAT }))?);
-        let departure = self.departure.as_ref().context("this bus cannot be handed over")?;
-        match departure.leave(client.socket(), peer.pid, accepted)? {}
+        Ok(())
     }
 }
 
@@ -188,12 +222,19 @@ impl Handler for Control {
             Request::TakeOver { format, state_format, version } => {
                 self.take_over((format, state_format), &version, client)
             }
+            Request::Keep { format, state_format, version } => {
+                self.keep((format, state_format), &version, client)
+            }
             Request::Info => Ok(json!({
                 "version": env!("CARGO_PKG_VERSION"),
                 "pid": std::process::id(),
                 "dir": host.dir(),
                 "classes": host.classes(),
                 "sandbox": host.protections().inspect(),
+                "keeper": host.keeping().map(|keeping| json!({
+                    "present": keeping.is_open(),
+                    "restarts": keeping.restarts(),
+                })),
             })),
             Request::List => Ok(Value::Array(host.inspect(None)?)),
             Request::Show { name } => Ok(host.inspect(Some(&name))?.pop().unwrap_or_default()),
@@ -209,25 +250,44 @@ impl Handler for Control {
             Request::Add { name, class, settings } => {
                 let spec = DeviceSpec::new(name, class, settings).map_err(anyhow::Error::msg)?;
                 let endpoint = host.add(spec)?;
+                host.tell_keeper();
                 Ok(host.inspect(Some(endpoint.name()))?.pop().unwrap_or_default())
             }
-            Request::Remove { name, force } => host.remove(&name, force).map(|()| Value::Null),
+            Request::Remove { name, force } => {
+                host.remove(&name, force)?;
+                host.tell_keeper();
+                Ok(Value::Null)
+            }
             Request::Set { name, settings } => {
                 let changed = host.set(&name, settings)?;
+                host.tell_keeper();
                 Ok(json!({ "name": name, "changed": changed }))
             }
             Request::Reincarnate { name } => {
                 let endpoint = host.get(&name)?;
                 endpoint.reincarnate();
+                host.commit(&name);
                 Ok(json!({ "name": name, "incarnation": endpoint.inspect()["incarnation"] }))
             }
             Request::Device { name, request } => {
                 let endpoint = host.get(&name)?;
+                let mut has_answered = false;
                 let mut reply = |value: Value| match value {
                     Value::Null => !client.gone(),
-                    value => client.item(value).is_ok(),
+                    value => {
+                        // What the client is told is true after a kill, too. A request that
+                        // changes something has one answer.
+                        if !std::mem::replace(&mut has_answered, true) {
+                            host.commit(&name);
+                        }
+                        client.item(value).is_ok()
+                    }
                 };
-                match endpoint.device().control(&request, &mut reply) {
+                let done = endpoint.device().control(&request, &mut reply);
+                if !has_answered {
+                    host.commit(&name);
+                }
+                match done {
                     Ok(()) => Ok(Value::Null),
                     Err(text) => bail!("{name}: {text}"),
                 }

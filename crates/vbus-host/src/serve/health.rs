@@ -86,7 +86,7 @@ mod tests {
     #[test]
     fn workers_that_wake_do_not_keep_the_thread_from_waiting() {
         let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
-        let mut manager = Manager::of_environment();
+        let mut manager = Manager::of_environment(false);
         let mut health = Health::new(Watchdog::new(executor.clone()), &manager);
         health.watched = false;
         let work = || {

@@ -25,6 +25,7 @@ use super::inherited::{Inherited, Lease};
 use crate::access::Access;
 use crate::classes;
 use crate::config::{Config, DeviceSpec};
+use crate::keeper::Keeping;
 use crate::sandbox::Protections;
 use crate::supervisor::{RemoteThreads, SocketFile, Supervisor};
 use crate::telemetry::Table;
@@ -55,6 +56,8 @@ pub struct Host {
     former: Mutex<HashMap<PathBuf, OwnedFd>>,
     /// The files of those sockets, until the supervisor has charge of them.
     unowned: Mutex<Vec<Arc<FormerSocket>>>,
+    /// What gives the keeper the states of devices, if the bus has one.
+    keeping: Mutex<Option<Arc<Keeping>>>,
     /// Whoever changes devices reads it. While the bus is being handed over, nobody does.
     turn: RwLock<()>,
 }
@@ -195,6 +198,7 @@ impl Host {
             own: Mutex::default(),
             former: Mutex::default(),
             unowned: Mutex::default(),
+            keeping: Mutex::default(),
             turn: RwLock::default(),
         })
     }
@@ -296,7 +300,7 @@ impl Host {
         }
         if !endpoint.device().takes_drivers() {
             self.lock().insert(spec.name.clone(), Member { spec, served: None });
-            return Ok(endpoint);
+            return self.keep_or_remove(endpoint);
         }
         let listening = self.listen(&path, BACKLOG, &spec.socket.access);
         let server = listening.and_then(|(listener, held)| {
@@ -306,13 +310,22 @@ impl Host {
         match server {
             Ok(server) => {
                 self.lock().insert(spec.name.clone(), Member { spec, served: Some(server) });
-                Ok(endpoint)
+                self.keep_or_remove(endpoint)
             }
             Err(error) => {
                 let _ = self.bus.remove(&spec.name);
                 Err(error).with_context(|| format!("cannot serve {}", path.display()))
             }
         }
+    }
+
+    /// Lets the keeper keep a new device. A device that cannot be kept does not stay.
+    fn keep_or_remove(&self, endpoint: Arc<Endpoint>) -> Result<Arc<Endpoint>> {
+        if let Err(error) = self.keep_new(&endpoint) {
+            let _ = self.remove(endpoint.name(), true);
+            return Err(error);
+        }
+        Ok(endpoint)
     }
 
     /// Checks whether a device could be made, as far as that is possible without making it. It may
@@ -364,6 +377,7 @@ impl Host {
                 if let Some(member) = self.lock().get_mut(&new.name) {
                     member.spec = new.clone();
                 }
+                self.commit(&new.name);
                 Ok(keys)
             }
             Err(reason) => Err((keys, reason)),
@@ -418,6 +432,10 @@ impl Host {
         // the bus removes it.
         drop(server);
         self.bus.remove(name)?;
+        if let Some(keeping) = self.keeping().filter(|keeping| keeping.is_open()) {
+            // Without the keeper nobody starts another bus.
+            let _ = keeping.gone(name);
+        }
         Ok(())
     }
 

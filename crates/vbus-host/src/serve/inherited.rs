@@ -33,13 +33,15 @@ struct Socket {
 pub struct Lease(#[expect(dead_code, reason = "it counts")] Arc<()>);
 
 impl Inherited {
-    /// Takes the descriptors that the environment names: LISTEN_FDS, if LISTEN_PID is this process.
-    /// The process must call this once, before it opens any descriptor by number or closes one that
-    /// it has not opened.
-    pub fn of_environment() -> Inherited {
+    /// Takes the descriptors that the environment names: LISTEN_FDS, if LISTEN_PID is this process,
+    /// or its keeper, which `is_kept` says that it has. The process must call this once, before it
+    /// opens any descriptor by number or closes one that it has not opened.
+    pub fn of_environment(is_kept: bool) -> Inherited {
         let number = |name| std::env::var(name).ok()?.parse::<RawFd>().ok();
-        let is_mine = number("LISTEN_PID")
-            .is_some_and(|pid| pid == rustix::process::getpid().as_raw_nonzero().get());
+        let parent = rustix::process::getppid().filter(|_| is_kept);
+        let of = [Some(rustix::process::getpid()), parent]
+            .map(|pid| pid.map(|pid| pid.as_raw_nonzero().get()));
+        let is_mine = number("LISTEN_PID").is_some_and(|pid| of.contains(&Some(pid)));
         let count = number("LISTEN_FDS").filter(|_| is_mine).unwrap_or(0).clamp(0, COUNT_MAX);
         let mut sockets = HashMap::new();
         for raw in FIRST..FIRST + count {

@@ -15,6 +15,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -28,6 +29,7 @@ use vbus_core::{DeviceClass, Endpoint, MemoryContext, Watchdog};
 use crate::access::Access;
 use crate::client::BusDir;
 use crate::config::{self, Config, DeviceSpec};
+use crate::keeper::{self, Keeping, Link};
 use crate::metrics::{self, Door, Exporter, MetricsServer, MetricsSpec};
 use crate::rights::Rights;
 use crate::sandbox::{Protections, Sandbox};
@@ -93,6 +95,17 @@ pub struct Args {
     /// Return once the bus is up, and leave it running: for `systemctl reload`
     #[arg(long, requires = "take_over", conflicts_with = "ready_fd")]
     background: bool,
+    /// Keep the bus: this process starts the bus as another one, and has all its descriptors and
+    /// the last state of each device. If the bus is killed or crashes, it starts the next one,
+    /// which goes on where the former one stopped: machines and drivers keep their connections
+    #[arg(long, conflicts_with_all = ["take_over", "background"])]
+    keep: bool,
+    /// Keep the bus that serves in the directory already, because its keeper has gone
+    #[arg(long, requires = "keep", conflicts_with = "ready_fd")]
+    adopt: bool,
+    /// This process has a keeper at its standard input, which has restarted the bus so many times
+    #[arg(long, hide = true, value_name = "RESTARTS", conflicts_with_all = ["keep", "take_over"])]
+    kept: Option<u32>,
     /// Write the line READY=1 to this file descriptor once the bus is up
     #[arg(long, value_name = "FD")]
     ready_fd: Option<u32>,
@@ -114,15 +127,46 @@ pub fn run(
     if args.background {
         return background::run();
     }
+    if args.keep {
+        let (dir, has_config) = (args.bus.dir.as_deref(), args.config.is_some());
+        return keeper::run(&keeper::Order { dir, adopt: args.adopt, has_config });
+    }
     // The thread of the log must have the restrictions of the sandbox.
     log::prepare("info");
+    if let Some(restarts) = args.kept {
+        return serve_kept(args, classes, supervisor, sandbox, restarts);
+    }
     if !args.take_over {
-        return serve(args, classes, supervisor, sandbox, None);
+        return serve(args, classes, supervisor, sandbox, (None, None));
     }
     vbus_cli::limits::raise_descriptor_limit();
     let (joining, handed) = Joining::connect(&rundir::choose(args.bus.dir.as_deref()))?;
-    let result = serve(args, classes, supervisor, sandbox, Some((&joining, handed)));
+    let taking = Some((&joining, handed));
+    let result = serve(args, classes, supervisor, sandbox, (taking, None));
     result.inspect_err(|error| joining.fail(error))
+}
+
+/// Serves a bus that has a keeper at its standard input. If the keeper has started it before, it
+/// goes on with what the last one had.
+fn serve_kept(
+    args: &Args,
+    classes: Vec<Box<dyn DeviceClass>>,
+    supervisor: &[OsString],
+    sandbox: &Sandbox,
+    restarts: u32,
+) -> Result<()> {
+    vbus_cli::limits::raise_descriptor_limit();
+    let socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    let keeping = Keeping::new(Link::new(socket.try_clone()?.into()), restarts);
+    let heritage = if restarts > 0 { Some(Joining::over(socket)?) } else { None };
+    let (joining, handed) = heritage.unzip();
+    let taking = joining.as_ref().zip(handed);
+    let result = serve(args, classes, supervisor, sandbox, (taking, Some(&keeping)));
+    // An error that the keeper hears of from here on is one of a bus that nobody can go on with.
+    result.inspect_err(|error| match &joining {
+        Some(joining) => joining.fail(error),
+        None => keeping.ends(),
+    })
 }
 
 /// Serves a bus until SIGINT or SIGTERM. SIGHUP reloads its configuration file; without such a
@@ -134,9 +178,9 @@ fn serve(
     classes: Vec<Box<dyn DeviceClass>>,
     supervisor: &[OsString],
     sandbox: &Sandbox,
-    taking: Option<(&Joining, Handed)>,
+    (taking, keeping): (Option<(&Joining, Handed)>, Option<&Arc<Keeping>>),
 ) -> Result<()> {
-    let inherited = Inherited::of_environment();
+    let inherited = Inherited::of_environment(keeping.is_some());
     let (config, source) = match &args.config {
         Some(path) => {
             let (config, source) = config::read(path)?;
@@ -152,12 +196,12 @@ fn serve(
     let (joining, mut manager, claimed, mut former) = match taking {
         None => {
             let claimed = Claimed::claim(&dir, config.is_shared())?;
-            (None, Manager::of_environment(), claimed, Former::default())
+            (None, Manager::of_environment(keeping.is_some()), claimed, Former::default())
         }
         Some((joining, Handed { offer, lock, sockets, port, manager })) => {
             let manager = match (manager, &offer.manager) {
                 (Some(socket), Some(part)) => Manager::taken(socket, part.watchdog()),
-                _ => Manager::of_environment(),
+                _ => Manager::of_environment(keeping.is_some()),
             };
             let sockets = offer.sockets.into_iter().zip(sockets);
             let former = Former {
@@ -220,18 +264,18 @@ fn serve(
     let rights = Arc::new(Mutex::new(rights));
     let is_fixed = protections.confine_files() && sandbox.has_configured_files();
     let reloader = Arc::new(Reloader::new(host.clone(), config, rights.clone(), is_fixed));
-    let departure = Departure::new(
+    let departure = Arc::new(Departure::new(
         host.clone(),
         reloader.clone(),
         departure_port.as_ref(),
         manager.notifier()?,
-    )?;
+    )?);
     let accept = control::Acceptor::bind(
         host.clone(),
         &access,
         rights.clone(),
         reloader.clone(),
-        Some(departure),
+        Some(departure.clone()),
     )?;
     let doors = MetricsDoors::open(&host, &metrics, port, &access, rights)?;
     match joining {
@@ -243,8 +287,12 @@ fn serve(
                 })?;
                 reloader.made(spec, &endpoint);
             }
+            keeping.map_or(Ok(()), |keeping| departure.keep(keeping))?;
         }
-        Some(joining) => take_over(joining, &host, &reloader, former.devices, former.pid)?,
+        Some(joining) => {
+            let keep = || keeping.map_or(Ok(()), |keeping| departure.keep(keeping));
+            take_over(joining, &host, &reloader, (former.devices, former.pid), keep)?;
+        }
     }
     // From here on a bus that has taken over is the only one, and goes on without what fails.
     let or_goes_on = |result: Result<()>| match result {
@@ -322,6 +370,10 @@ fn serve(
     drop(host.change());
     tracing::info!("stopping");
     manager.stopping();
+    if let Some(keeping) = host.keeping() {
+        keeping.ends();
+        let _ = host.supervisor().set_leaving(false);
+    }
     drop((accept, served));
     reloader.end();
     host.stop();
@@ -348,7 +400,8 @@ impl Former {
     }
 }
 
-/// Takes the devices of the bus `pid`, which then ends.
+/// Takes the devices of the bus `pid`, which then ends or has died. `keep` gives them to the
+/// keeper.
 ///
 /// # Errors
 /// They cannot be taken, as far as can be told before the other bus stops.
@@ -356,8 +409,8 @@ fn take_over(
     joining: &Joining,
     host: &Host,
     reloader: &Reloader,
-    specs: Vec<Spec>,
-    pid: i32,
+    (specs, pid): (Vec<Spec>, i32),
+    keep: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     for spec in &specs {
         host.check(&spec.device())?;
@@ -378,6 +431,10 @@ fn take_over(
         std::process::exit(1)
     });
     let all_made = past();
+    // Before anything changes: until the keeper has all of this bus, it has the former one's.
+    if let Err(error) = keep() {
+        tracing::error!("the bus goes on without a keeper: {error:#}");
+    }
     host.go_on();
     let pause = past();
     tracing::info!(

@@ -173,6 +173,8 @@ impl Reloader {
         if let Err(error) = supervisor.settle() {
             report.failed("allow", &error.into());
         }
+        drop(current);
+        self.host.tell_keeper();
         report.log();
         Ok(report)
     }

@@ -18,11 +18,13 @@ pub struct Manager {
 
 impl Manager {
     /// The manager that the environment names, if it names one: NOTIFY_SOCKET, WATCHDOG_USEC,
-    /// WATCHDOG_PID.
-    pub fn of_environment() -> Manager {
+    /// WATCHDOG_PID. `is_kept`: it may name the keeper, whose child this process is.
+    pub fn of_environment(is_kept: bool) -> Manager {
         let variable = |name| std::env::var_os(name);
         let number = |name| variable(name)?.to_str()?.parse::<u64>().ok();
-        let mine = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+        let of =
+            [std::process::id(), if is_kept { std::os::unix::process::parent_id() } else { 0 }];
+        let mine = number("WATCHDOG_PID").is_none_or(|pid| of.map(u64::from).contains(&pid));
         let watchdog = number("WATCHDOG_USEC").filter(|&micros| mine && micros > 0);
         Manager {
             socket: variable("NOTIFY_SOCKET").and_then(|path| connect(&path)),

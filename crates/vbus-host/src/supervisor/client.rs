@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
 use vbus_core::lock;
 use vbus_net::HandedOver;
@@ -38,6 +39,8 @@ pub struct Supervisor {
     /// The same two sockets, for [`stop`](Self::stop), which waits for no request.
     ends: [OwnedFd; 2],
     child: Mutex<Child>,
+    /// Readable when it has ended.
+    process: OwnedFd,
     threads: Threads,
     /// What a former bus has handed over for its devices' back ends.
     handed_over: Mutex<HashMap<String, HandedOver>>,
@@ -74,6 +77,8 @@ impl Supervisor {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .spawn()?;
+        // The sandbox of the bus has no such call.
+        let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
         verb::send_long(&slow, permits, &[lock, theirs_quick.as_fd()])?;
         drop(theirs_quick);
         let ends = [quick.try_clone()?, slow.try_clone()?];
@@ -81,7 +86,8 @@ impl Supervisor {
         let unknown = Threads { is_privileged: false, tells_time: false };
         let child = Mutex::new(child);
         let handed_over = Mutex::default();
-        let mut supervisor = Supervisor { quick, slow, ends, child, threads: unknown, handed_over };
+        let threads = unknown;
+        let mut supervisor = Supervisor { quick, slow, ends, child, process, threads, handed_over };
         supervisor.threads = serde_json::from_value(supervisor.ask(&Verb::Threads)?.0)?;
         Ok(Arc::new(supervisor))
     }
@@ -155,6 +161,14 @@ impl Supervisor {
     /// The supervisor has ended.
     pub fn set_leaving(&self, leaving: bool) -> io::Result<()> {
         self.ask(&Verb::Leave { leaving }).map(drop)
+    }
+
+    /// Its process: a descriptor that is readable when the process has ended.
+    ///
+    /// # Errors
+    /// This process has as many descriptors as it may have.
+    pub fn process(&self) -> io::Result<OwnedFd> {
+        self.process.try_clone()
     }
 
     /// Takes charge of the socket file at `path`, which a former bus has left.
@@ -414,11 +428,13 @@ mod tests {
         let ((quick, theirs_quick), (slow, theirs)) = (pair(), pair());
         let child = Command::new("sleep").arg("3600").spawn().unwrap();
         let ends = [quick.try_clone().unwrap(), slow.try_clone().unwrap()];
+        let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
         let supervisor = Supervisor {
             quick: Mutex::new(Link::Open(quick)),
             slow: Mutex::new(Link::Open(slow)),
             ends,
             child: Mutex::new(child),
+            process,
             threads: Threads { is_privileged: false, tells_time: false },
             handed_over: Mutex::default(),
         };

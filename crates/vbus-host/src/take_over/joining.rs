@@ -2,7 +2,7 @@
 //! The new bus: it finds the one that is there, and takes its place.
 
 use std::io::{Read as _, Write as _};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -33,43 +33,15 @@ impl Joining {
     /// # Errors
     /// No bus serves there, it is that of another user, or it cannot be handed over.
     pub fn connect(dir: &Path) -> Result<(Joining, Handed)> {
-        rundir::check(dir)?;
-        let path = dir.join(CONTROL);
-        rundir::check_socket_path(&path)?;
-        let mut socket = UnixStream::connect(&path).with_context(|| {
-            format!(
-                "no bus to take over serves in {}; start one without --take-over, or name its \
-                 directory with --dir",
-                dir.display()
-            )
-        })?;
-        let owner = Peer::of(&socket)?.uid;
-        let own = rustix::process::geteuid().as_raw();
-        ensure!(
-            owner == own || owner == 0,
-            "the bus in {} belongs to another user (uid {owner})",
-            dir.display()
-        );
-        socket.set_read_timeout(Some(TIMEOUT))?;
-        socket.set_write_timeout(Some(TIMEOUT))?;
-        let request = json!({
-            "op": "take-over",
-            "format": FORMAT,
-            "state-format": vbus_core::state::FORMAT,
-            "version": env!("CARGO_PKG_VERSION"),
-        });
-        socket.write_all(format!("{request}\n").as_bytes())?;
-        let by = Instant::now() + TIMEOUT;
-        let answer = line(&socket, by).context("the bus does not answer")?;
-        let answer: Value = serde_json::from_slice(&answer)
-            .map_err(|error| anyhow!("the bus sent an answer that is no JSON: {error}"))?;
-        if let Some(error) = answer["error"].as_str() {
-            bail!("the bus cannot be taken over: {error}");
-        }
-        ensure!(
-            answer["item"]["format"] == FORMAT,
-            "the bus cannot be taken over: it gave an unknown answer"
-        );
+        let (socket, _) = ask(dir, "take-over", "taken over")?;
+        Joining::over(socket)
+    }
+
+    /// Takes what a keeper has at the other end of `socket`, as from a bus.
+    ///
+    /// # Errors
+    /// It has nothing that this bus can go on with.
+    pub fn over(socket: UnixStream) -> Result<(Joining, Handed)> {
         let joining = Joining { socket };
         let handed = joining.taking().offer().and_then(content::read_offer)?;
         Ok((joining, handed))
@@ -119,6 +91,61 @@ impl Joining {
     pub fn fail(&self, error: &anyhow::Error) {
         self.taking().fail(error);
     }
+}
+
+/// Asks the bus that serves in `dir` to be kept by this process. Returns the connection, by which
+/// the bus gives all that it has, and the bus's process.
+///
+/// # Errors
+/// As for [`Joining::connect`].
+pub fn adopt(dir: &Path) -> Result<(OwnedFd, i32)> {
+    let (socket, pid) = ask(dir, "keep", "kept")?;
+    Ok((socket.into(), pid))
+}
+
+/// Sends the request `op` to the bus that serves in `dir`, which then speaks the messages of
+/// `wire`. Returns the connection and the bus's process. `done` says what is asked for.
+fn ask(dir: &Path, op: &str, done: &str) -> Result<(UnixStream, i32)> {
+    rundir::check(dir)?;
+    let path = dir.join(CONTROL);
+    rundir::check_socket_path(&path)?;
+    let mut socket = UnixStream::connect(&path).with_context(|| {
+        format!(
+            "no bus to be {done} serves in {}; start one without --take-over and --adopt, or name \
+             its directory with --dir",
+            dir.display()
+        )
+    })?;
+    let peer = Peer::of(&socket)?;
+    let own = rustix::process::geteuid().as_raw();
+    ensure!(
+        peer.uid == own || peer.uid == 0,
+        "the bus in {} belongs to another user (uid {})",
+        dir.display(),
+        peer.uid
+    );
+    socket.set_read_timeout(Some(TIMEOUT))?;
+    socket.set_write_timeout(Some(TIMEOUT))?;
+    let request = json!({
+        "op": op,
+        "format": FORMAT,
+        "state-format": vbus_core::state::FORMAT,
+        "version": env!("CARGO_PKG_VERSION"),
+    });
+    socket.write_all(format!("{request}\n").as_bytes())?;
+    let by = Instant::now() + TIMEOUT;
+    let answer = line(&socket, by).context("the bus does not answer")?;
+    let answer: Value = serde_json::from_slice(&answer)
+        .map_err(|error| anyhow!("the bus sent an answer that is no JSON: {error}"))?;
+    if let Some(error) = answer["error"].as_str() {
+        bail!("the bus cannot be {done}: {error}");
+    }
+    ensure!(
+        answer["item"]["format"] == FORMAT,
+        "the bus cannot be {done}: it gave an unknown answer"
+    );
+    let pid = answer["item"]["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+    Ok((socket, pid.unwrap_or(peer.pid)))
 }
 
 /// Reads a line, and nothing behind it. `by`: the time at which all of it must be there.

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use super::content::{self, DevicePart, ManagerPart, Offer, Socket, Spec, State};
 use super::steps::{LIMITS, Leaves, Parcel, leave};
+use crate::keeper::{Keeping, Link};
 use crate::serve::host::Host;
 use crate::serve::reload::Reloader;
 use crate::serve::systemd::Notifier;
@@ -47,51 +48,23 @@ impl Departure {
         Ok(Departure { host, reloader, port, manager })
     }
 
-    /// Hands the bus over to process `pid` at the other end of `socket`. `accepted` tells it that
-    /// it may begin. If all goes well, this process ends.
+    /// What another bus needs to prepare: one that takes over, or one that a keeper starts.
     ///
     /// # Errors
-    /// The other process has not taken over, for this reason. This bus serves as before.
-    pub fn leave(
-        &self,
-        socket: BorrowedFd<'_>,
-        pid: i32,
-        accepted: impl FnOnce() -> Result<()>,
-    ) -> Result<Infallible> {
-        let Some(_turn) = self.host.stand_still(Instant::now() + CHANGE_WAIT) else {
-            bail!("a change of the devices is under way; try again when it has ended");
-        };
-        accepted()?;
-        tracing::info!("process {pid} wants to take over");
-        let mut leaving = Leaving { bus: self, specs: Vec::new() };
-        if let Err(error) = leave(socket, &mut leaving, &LIMITS) {
-            tracing::warn!("process {pid} has not taken over, and this bus goes on: {error:#}");
-            return Err(error);
-        }
-        if let Some(manager) = &self.manager {
-            manager.moved_to(pid);
-        }
-        tracing::info!("process {pid} has taken over; this one ends");
-        log::flush();
-        // Nothing is dropped: all of it is the other's.
-        std::process::exit(0)
+    /// This process has as many descriptors as it may have.
+    pub fn offer(&self) -> Result<Parcel> {
+        let (offer, descriptors) = self.offer_of(self.specs())?;
+        content::pack(&offer, descriptors)
     }
-}
 
-/// One attempt.
-struct Leaving<'a> {
-    bus: &'a Departure,
-    specs: Vec<Spec>,
-}
-
-impl Leaves for Leaving<'_> {
-    fn offer(&mut self) -> Result<Parcel> {
-        let Departure { host, reloader, port, manager } = self.bus;
-        let configured = reloader.names();
+    fn specs(&self) -> Vec<Spec> {
+        let configured = self.reloader.names();
         let spec = |spec| Spec::new(&spec, configured.contains(&spec.name));
-        self.specs = host.specs().into_iter().map(spec).collect();
-        // Each descriptor will be duplicated while the devices stand still.
-        make_room_for_descriptors(host.lock_of_directory(), super::room(self.specs.len()));
+        self.host.specs().into_iter().map(spec).collect()
+    }
+
+    fn offer_of(&self, devices: Vec<Spec>) -> Result<(Offer, Vec<OwnedFd>)> {
+        let Departure { host, port, manager, .. } = self;
         let mut descriptors = vec![host.lock_of_directory().try_clone_to_owned()?];
         let mut sockets = Vec::new();
         for (path, descriptor, inherited) in host.sockets()? {
@@ -114,8 +87,94 @@ impl Leaves for Leaving<'_> {
                     .watchdog()
                     .map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
             }),
-            devices: self.specs.clone(),
+            devices,
         };
+        Ok((offer, descriptors))
+    }
+
+    /// Gives the bus to a keeper, whose process is `pid`, for as long as it is there. `accepted`
+    /// tells it that it gets the bus.
+    ///
+    /// # Errors
+    /// The bus has a keeper, changes its devices, or has a device that cannot be kept.
+    pub fn be_kept(
+        self: &Arc<Self>,
+        socket: BorrowedFd<'_>,
+        pid: i32,
+        accepted: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let Some(turn) = self.host.stand_still(Instant::now() + CHANGE_WAIT) else {
+            bail!("a change of the devices is under way; try again when it has ended");
+        };
+        if self.host.keeping().is_some_and(|keeping| keeping.is_open()) {
+            bail!("the bus has a keeper already");
+        }
+        self.host.check_kept()?;
+        accepted()?;
+        let link = Link::new(socket.try_clone_to_owned()?);
+        self.keep(&Keeping::new(link, 0))?;
+        drop(turn);
+        tracing::info!("process {pid} keeps the bus");
+        Ok(())
+    }
+
+    /// Gives the bus to its keeper, and each change from now on.
+    ///
+    /// # Errors
+    /// A device cannot be kept, or the keeper has gone.
+    pub fn keep(self: &Arc<Self>, keeping: &Arc<Keeping>) -> Result<()> {
+        let this = Arc::downgrade(self);
+        keeping.set_offer(move || this.upgrade().context("the bus has gone")?.offer());
+        self.host.keep(keeping)
+    }
+
+    /// Hands the bus over to process `pid` at the other end of `socket`. `accepted` tells it that
+    /// it may begin. If all goes well, this process ends.
+    ///
+    /// # Errors
+    /// The other process has not taken over, for this reason. This bus serves as before.
+    pub fn leave(
+        &self,
+        socket: BorrowedFd<'_>,
+        pid: i32,
+        accepted: impl FnOnce() -> Result<()>,
+    ) -> Result<Infallible> {
+        let Some(_turn) = self.host.stand_still(Instant::now() + CHANGE_WAIT) else {
+            bail!("a change of the devices is under way; try again when it has ended");
+        };
+        accepted()?;
+        tracing::info!("process {pid} wants to take over");
+        let mut leaving = Leaving { bus: self, specs: Vec::new() };
+        if let Err(error) = leave(socket, &mut leaving, &LIMITS) {
+            tracing::warn!("process {pid} has not taken over, and this bus goes on: {error:#}");
+            return Err(error);
+        }
+        match (self.host.keeping(), &self.manager) {
+            // It asks the other bus to be kept. To the service manager it stays the main process.
+            (Some(keeping), _) => keeping.moved(pid),
+            (None, Some(manager)) => manager.moved_to(pid),
+            (None, None) => {}
+        }
+        tracing::info!("process {pid} has taken over; this one ends");
+        log::flush();
+        // Nothing is dropped: all of it is the other's.
+        std::process::exit(0)
+    }
+}
+
+/// One attempt.
+struct Leaving<'a> {
+    bus: &'a Departure,
+    specs: Vec<Spec>,
+}
+
+impl Leaves for Leaving<'_> {
+    fn offer(&mut self) -> Result<Parcel> {
+        let host = &self.bus.host;
+        self.specs = self.bus.specs();
+        // Each descriptor will be duplicated while the devices stand still.
+        make_room_for_descriptors(host.lock_of_directory(), super::room(self.specs.len()));
+        let (offer, descriptors) = self.bus.offer_of(self.specs.clone())?;
         // If this process is killed after it has stopped, the sockets stay for the other one.
         host.supervisor().set_leaving(true).context("the supervisor does not answer")?;
         content::pack(&offer, descriptors)
@@ -150,7 +209,9 @@ impl Leaves for Leaving<'_> {
 
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.bus.host.supervisor().set_leaving(false) {
+        // With a keeper the sockets stay, however this process ends.
+        let stays = self.bus.host.keeping().is_some();
+        if let Err(error) = self.bus.host.supervisor().set_leaving(stays) {
             tracing::error!(%error, "the supervisor leaves the sockets behind at the end");
         }
     }

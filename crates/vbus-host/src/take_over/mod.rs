@@ -2,6 +2,8 @@
 //! A new process takes the place of a running bus, and nobody notices (spec/take-over.md): VMMs,
 //! guests and drivers keep their connections.
 //!
+//! A keeper hands over what a bus had that has died, in the same way (`keeper`).
+//!
 //! `steps` has the order of events and the decision who serves. `wire` carries the messages,
 //! `content` says what is in them. `leaving` is the bus that is there already, `joining` the new
 //! one.
@@ -12,9 +14,13 @@ mod leaving;
 mod steps;
 mod wire;
 
-pub use content::{DeviceContent, DeviceParcel, FORMAT, Handed, Spec, StatePart, now};
-pub use joining::Joining;
+pub use content::{
+    DeviceContent, DeviceParcel, DevicePart, FORMAT, Handed, Offer, Spec, StatePart, now, pack,
+};
+pub use joining::{Joining, adopt};
 pub use leaving::Departure;
+pub use steps::{LIMITS, Leaves, Parcel, leave};
+pub use wire::{Frame, Wire};
 
 /// The descriptors that a bus with so many devices may have during a hand-over: more than it ever
 /// needs with the usual numbers of queues.

@@ -7,6 +7,7 @@ mod descriptors;
 mod fuse;
 mod guest;
 mod hotplug;
+mod keeper;
 mod logs;
 mod metrics;
 mod plug;

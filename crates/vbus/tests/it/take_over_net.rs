@@ -19,7 +19,7 @@ use vfio_user_protocol::Client;
 use crate::support::{Served, TIMEOUT, wait_until};
 use crate::take_over::{pauses, take_over, upgrades};
 
-const ENTRIES: u32 = 64;
+pub const ENTRIES: u32 = 64;
 const BUFFER: usize = 4096;
 const SLOT: usize = FRAME_MAX.next_multiple_of(64);
 /// A wait for an interrupt ends after this time, so that the test sees what is late.
@@ -30,7 +30,7 @@ fn mac(last: u8) -> [u8; 6] {
 }
 
 /// Frame `number` of a stream: every byte depends on the number.
-fn frame(to: u8, from: u8, number: u64) -> Vec<u8> {
+pub fn frame(to: u8, from: u8, number: u64) -> Vec<u8> {
     let len = 60 + usize::try_from(number * 37 % 1400).unwrap();
     let mut frame = [&mac(to)[..], &mac(from), &[0x88, 0xb5]].concat();
     frame.extend(number.to_le_bytes());
@@ -43,17 +43,17 @@ fn frame(to: u8, from: u8, number: u64) -> Vec<u8> {
 }
 
 /// A network card in a process, with one queue pair.
-struct Card {
+pub struct Card {
     process: Process,
     nic: Nic<Process>,
-    tx: Tx<Process>,
+    pub tx: Tx<Process>,
     rx: Rx<Process>,
     sending: ProcessMemory,
     sent: usize,
 }
 
 impl Card {
-    fn open(socket: PathBuf) -> Card {
+    pub fn open(socket: PathBuf) -> Card {
         let process = Process::connect(socket, MEMORY_BYTES).unwrap();
         let function = Function::probe(process.clone()).unwrap();
         let mut nic = Nic::open(function, 0, 0).unwrap();
@@ -68,7 +68,7 @@ impl Card {
     }
 
     /// Sends a frame, if there is room.
-    fn send(&mut self, frame: &[u8]) -> bool {
+    pub fn send(&mut self, frame: &[u8]) -> bool {
         self.tx.reclaim().unwrap();
         if (self.tx.space() as usize) < CHAIN_MAX {
             return false;
@@ -84,7 +84,7 @@ impl Card {
     }
 
     /// Takes the next frame, if there is one.
-    fn receive(&mut self) -> Option<Vec<u8>> {
+    pub fn receive(&mut self) -> Option<Vec<u8>> {
         let pieces = self.rx.receive().unwrap()?.to_vec();
         let mut frame = Vec::new();
         for piece in pieces {
@@ -98,7 +98,7 @@ impl Card {
     }
 
     /// Sleeps until an interrupt comes, for a moment at most.
-    fn sleep(&mut self) {
+    pub fn sleep(&mut self) {
         if self.rx.arm(0) == Armed::Waiting {
             self.process.wait(NAP);
             self.nic.function().acknowledge();

@@ -2,17 +2,19 @@
 //! The bus as another process takes it over: all that it has, and how it stops and goes on.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use vbus_core::{Endpoint, lock};
-use vbus_vfio_user::{DeviceServer, SavedServer};
+use vbus_core::{DeviceState, Endpoint, lock};
+use vbus_vfio_user::{DeviceServer, Keep, SavedServer};
+use vbus_virtio::vhost_user;
 
 use super::{Held, Host, Member, Served, Server};
 use crate::config::DeviceSpec;
+use crate::keeper::Keeping;
 use crate::take_over::{DeviceContent, DeviceParcel, StatePart};
 
 /// The descriptors of a device's back end, those of its server, and the rest of its state.
@@ -92,6 +94,130 @@ impl Host {
             None => (opened, Vec::new(), StatePart::Alone(Box::new(endpoint.save()?))),
         })
     }
+}
+
+/// How long a device may be busy before it cannot be kept.
+const KEEP_WAIT: Duration = Duration::from_secs(5);
+
+/// The bus that a keeper keeps (spec/keeper.md).
+impl Host {
+    /// What gives the keeper the states of devices, if the bus has a keeper or had one.
+    pub fn keeping(&self) -> Option<Arc<Keeping>> {
+        lock(&self.keeping).clone()
+    }
+
+    /// Checks that all devices can be kept.
+    ///
+    /// # Errors
+    /// One cannot. The text has its name and its class.
+    pub fn check_kept(&self) -> Result<()> {
+        struct Nobody;
+        impl Keep for Nobody {
+            fn keep(&self, _: &Endpoint, _: SavedServer) -> Result<(), String> {
+                Ok(())
+            }
+        }
+        for (name, member) in self.lock().iter() {
+            let endpoint = self.bus.get(name)?;
+            let checked = self.keep_member(&endpoint, member, Arc::new(Nobody), &mut |_, _| Ok(()));
+            if let Some(Served { server: Server::VfioUser(server), .. }) = &member.served {
+                let _ = server.keep_no_more(Instant::now() + KEEP_WAIT);
+            }
+            checked?;
+        }
+        Ok(())
+    }
+
+    /// Gives all of the bus to its keeper, and each change of a device from now on. Devices that
+    /// stand still do so afterwards.
+    ///
+    /// # Errors
+    /// A device cannot be kept, or the keeper has gone.
+    pub fn keep(&self, keeping: &Arc<Keeping>) -> Result<()> {
+        // If this process is killed, the sockets stay.
+        self.supervisor.set_leaving(true).context("the supervisor does not answer")?;
+        keeping.supervisor(self.supervisor.process()?.as_fd())?;
+        *lock(&self.keeping) = Some(keeping.clone());
+        for (name, member) in self.lock().iter() {
+            let endpoint = self.bus.get(name)?;
+            self.give(keeping, &endpoint, member)?;
+        }
+        keeping.bus()?;
+        Ok(keeping.whole()?)
+    }
+
+    /// Gives a device to the keeper, if there is one, and each change of it from now on.
+    pub(super) fn keep_new(&self, endpoint: &Endpoint) -> Result<()> {
+        let Some(keeping) = self.keeping().filter(|keeping| keeping.is_open()) else {
+            return Ok(());
+        };
+        let members = self.lock();
+        let member = members.get(endpoint.name()).context("the device has gone")?;
+        self.give(&keeping, endpoint, member)
+    }
+
+    fn give(&self, keeping: &Arc<Keeping>, endpoint: &Endpoint, member: &Member) -> Result<()> {
+        keeping.set_settings(endpoint.name(), &member.spec.settings);
+        let mut alone = |endpoint: &Endpoint, state| keeping.alone(endpoint, state);
+        self.keep_member(endpoint, member, keeping.clone(), &mut alone)
+    }
+
+    fn keep_member(
+        &self,
+        endpoint: &Endpoint,
+        member: &Member,
+        keep: Arc<dyn Keep>,
+        alone: &mut dyn FnMut(&Endpoint, DeviceState) -> Result<(), String>,
+    ) -> Result<()> {
+        let by = Instant::now() + KEEP_WAIT;
+        let kept = match &member.served {
+            Some(Served { server: Server::VfioUser(server), .. }) => server.keep_with(keep, by),
+            Some(_) => Err(vhost_user::NOT_SAVED.into()),
+            None => outlasting(endpoint, by).and_then(|state| alone(endpoint, state)),
+        };
+        let class = &member.spec.class;
+        kept.map_err(|why| {
+            anyhow!("device {:?} of class {class:?} cannot be kept: {why}", endpoint.name())
+        })
+    }
+
+    /// Something else than a message of its client has changed a device: gives its state to the
+    /// keeper, if there is one.
+    pub fn commit(&self, name: &str) {
+        let Some(keeping) = self.keeping().filter(|keeping| keeping.is_open()) else { return };
+        let (Ok(endpoint), members) = (self.bus.get(name), self.lock()) else { return };
+        let Some(member) = members.get(name) else { return };
+        keeping.set_settings(name, &member.spec.settings);
+        let by = Instant::now() + KEEP_WAIT;
+        let kept = match &member.served {
+            Some(Served { server: Server::VfioUser(server), .. }) => server.commit(by),
+            Some(_) => Ok(()),
+            None => outlasting(&endpoint, by).and_then(|state| keeping.alone(&endpoint, state)),
+        };
+        if let Err(why) = kept {
+            tracing::warn!(device = name, "its last change does not outlast this process: {why}");
+        }
+    }
+
+    /// Devices have come or gone, or the bus has other settings of them: tells the keeper, if there
+    /// is one.
+    pub fn tell_keeper(&self) {
+        let Some(keeping) = self.keeping().filter(|keeping| keeping.is_open()) else { return };
+        if let Err(error) = keeping.bus() {
+            tracing::warn!("the last change of the bus does not outlast this process: {error:#}");
+        }
+    }
+}
+
+/// The state of a device that takes no drivers, to outlast this process.
+fn outlasting(endpoint: &Endpoint, by: Instant) -> Result<DeviceState, String> {
+    let stood_still = endpoint.is_quiesced();
+    endpoint.quiesce_to_outlast(by).map_err(|error| error.to_string())?;
+    let state = endpoint.save().map_err(|error| error.to_string());
+    if !stood_still {
+        endpoint.resume();
+    }
+    state
 }
 
 /// The new bus.

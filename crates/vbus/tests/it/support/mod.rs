@@ -123,20 +123,28 @@ impl Served {
     pub fn start(config: &str) -> Served {
         let temporary = tempfile::tempdir().unwrap();
         let dir = temporary.path().join("bus");
-        Served::start_at(temporary, dir, config)
+        Served::start_at(temporary, dir, config, &[])
+    }
+
+    /// Starts a bus with this configuration and a keeper, which `child` is then.
+    pub fn start_kept(config: &str) -> Served {
+        let temporary = tempfile::tempdir().unwrap();
+        let dir = temporary.path().join("bus");
+        Served::start_at(temporary, dir, config, &["--keep"])
     }
 
     /// Starts a bus in the directory `dir`.
     pub fn start_in(dir: &Path, config: &str) -> Served {
-        Served::start_at(tempfile::tempdir().unwrap(), dir.to_owned(), config)
+        Served::start_at(tempfile::tempdir().unwrap(), dir.to_owned(), config, &[])
     }
 
-    fn start_at(temporary: tempfile::TempDir, dir: PathBuf, config: &str) -> Served {
+    fn start_at(temporary: tempfile::TempDir, dir: PathBuf, config: &str, more: &[&str]) -> Served {
         let (log, file) = (temporary.path().join("log"), temporary.path().join("bus.toml"));
         std::fs::write(&file, config).unwrap();
         let mut child = vbus()
             .args(["serve", "--ready-fd", "1", "--config"])
             .arg(&file)
+            .args(more)
             .arg("--dir")
             .arg(&dir)
             .stdout(Stdio::piped())
@@ -201,6 +209,13 @@ impl Served {
 
     /// The process id of the supervisor, its only child.
     pub fn supervisor(&self) -> i32 {
+        let children = self.children();
+        assert_eq!(children.len(), 1, "{children:?}");
+        children[0]
+    }
+
+    /// Its children that run.
+    pub fn children(&self) -> Vec<i32> {
         let processes = std::fs::read_dir("/proc").unwrap().flatten();
         let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
         let parent = self.child.id().to_string();
@@ -209,9 +224,7 @@ impl Served {
             let fields = stat.rsplit(") ").next();
             fields.and_then(|fields| fields.split_whitespace().nth(1)) == Some(&parent)
         };
-        let children: Vec<_> = numbers.filter(is_child).collect();
-        assert_eq!(children.len(), 1, "{children:?}");
-        children[0]
+        numbers.filter(is_child).filter(|process| !has_ended(*process)).collect()
     }
 
     /// The number in the line `key` of its `/proc/PID/status`.

@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What the keeper has of a bus (spec/keeper.md, "Messages").
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::take_over::{Frame, Offer, Parcel, now, pack};
+
+/// The kinds of messages of a bus to its keeper.
+pub mod kind {
+    /// The offer of the take-over.
+    pub const BUS: u8 = 16;
+    /// A device: its name and its state.
+    pub const DEVICE: u8 = 17;
+    /// A device has gone. The body is its name.
+    pub const GONE: u8 = 18;
+    /// The keeper has everything of this bus.
+    pub const WHOLE: u8 = 19;
+    /// The bus ends as somebody asked, and nobody is to start another one.
+    pub const ENDS: u8 = 20;
+    /// Another bus has taken over. The body is its process, in decimal.
+    pub const MOVED: u8 = 21;
+    /// The process of the supervisor, as a descriptor. It cleans up when the bus has ended.
+    pub const SUPERVISOR: u8 = 22;
+}
+
+/// The most devices that a keeper keeps.
+const DEVICES_MAX: usize = 4096;
+/// The most bytes of states that it keeps.
+const BYTES_MAX: usize = 256 << 20;
+/// Bytes before the name in the message of a device: its length.
+const NAME_LEN: usize = 1;
+
+/// The last state of each device, and what the bus has beside them.
+#[derive(Default)]
+pub struct Journal {
+    /// `None`: the bus has sent no offer yet.
+    bus: Option<(Offer, Vec<OwnedFd>)>,
+    devices: HashMap<String, Parcel>,
+    /// The process that cleans up behind the bus.
+    supervisor: Option<OwnedFd>,
+}
+
+/// What a message means for whoever follows the bus.
+#[derive(Debug, PartialEq, Eq)]
+pub enum News {
+    /// A state or a descriptor, which the journal has now.
+    Kept,
+    /// The journal has everything of the bus.
+    Whole,
+    /// The bus ends as somebody asked.
+    Ends,
+    /// This process has taken over.
+    Moved(i32),
+}
+
+impl Journal {
+    /// Takes a message. What the state of a device says is not looked at.
+    ///
+    /// # Errors
+    /// It is none of these messages, or too much.
+    pub fn take(&mut self, frame: Frame) -> Result<News> {
+        let Frame { kind, mut body, mut descriptors } = frame;
+        match kind {
+            kind::BUS => {
+                let offer: Offer = serde_json::from_slice(&body).context("its offer")?;
+                self.bus = Some((offer, descriptors));
+            }
+            kind::DEVICE => {
+                let name = name(&body)?.to_owned();
+                body.drain(..NAME_LEN + name.len());
+                let others = self.devices.iter().filter(|(other, _)| **other != name);
+                let bytes: usize = others.map(|(_, parcel)| parcel.body.len()).sum();
+                ensure!(bytes + body.len() <= BYTES_MAX, "its states are too long");
+                self.devices.insert(name, Parcel { body, descriptors });
+                ensure!(self.devices.len() <= DEVICES_MAX, "it has too many devices");
+            }
+            kind::GONE => drop(self.devices.remove(std::str::from_utf8(&body)?)),
+            kind::SUPERVISOR => self.supervisor = descriptors.pop(),
+            kind::WHOLE => return Ok(News::Whole),
+            kind::ENDS => return Ok(News::Ends),
+            kind::MOVED => return Ok(News::Moved(std::str::from_utf8(&body)?.parse()?)),
+            other => bail!("it sent message {other}"),
+        }
+        Ok(News::Kept)
+    }
+
+    /// The process that cleans up behind the bus.
+    pub fn supervisor(&self) -> Option<&OwnedFd> {
+        self.supervisor.as_ref()
+    }
+
+    /// The offer to the next bus: of the devices whose state is there.
+    ///
+    /// # Errors
+    /// There is none, or this process has as many descriptors as it may have.
+    pub fn offer(&self) -> Result<Parcel> {
+        let (offer, descriptors) = self.bus.as_ref().context("the bus has offered nothing")?;
+        let mut offer = offer.clone();
+        offer.devices.retain(|device| self.devices.contains_key(&device.name));
+        pack(&offer, duplicates(descriptors)?)
+    }
+
+    /// The state for the next bus: of the devices of [`offer`](Self::offer), in their order.
+    ///
+    /// # Errors
+    /// As for `offer`.
+    pub fn state(&self) -> Result<Parcel> {
+        let (offer, _) = self.bus.as_ref().context("the bus has offered nothing")?;
+        let mut body = format!("{{\"stopped\":{},\"devices\":[", now()).into_bytes();
+        let mut descriptors = Vec::new();
+        let there = offer.devices.iter().filter_map(|device| self.devices.get(&device.name));
+        for (number, device) in there.enumerate() {
+            body.extend((number > 0).then_some(b','));
+            body.extend_from_slice(&device.body);
+            descriptors.extend(duplicates(&device.descriptors)?);
+        }
+        body.extend_from_slice(b"]}");
+        Ok(Parcel { body, descriptors })
+    }
+
+    /// The number of devices that the next bus would get.
+    pub fn devices(&self) -> usize {
+        self.devices.len()
+    }
+}
+
+/// The body of a device's message.
+pub fn device(name: &str, state: &[u8]) -> io::Result<Vec<u8>> {
+    let len = u8::try_from(name.len()).map_err(|_| io::Error::other("its name is too long"))?;
+    Ok([&[len][..], name.as_bytes(), state].concat())
+}
+
+/// The name in the body of a device's message.
+fn name(body: &[u8]) -> Result<&str> {
+    let name = body.split_first().and_then(|(len, rest)| rest.get(..usize::from(*len)));
+    Ok(std::str::from_utf8(name.context("the message of a device is too short")?)?)
+}
+
+fn duplicates(descriptors: &[OwnedFd]) -> io::Result<Vec<OwnedFd>> {
+    descriptors.iter().map(|fd| fd.as_fd().try_clone_to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::time::{Duration, Instant};
+
+    use rustix::fs::{MemfdFlags, memfd_create};
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::take_over::Wire;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    fn file() -> OwnedFd {
+        memfd_create(c"test", MemfdFlags::CLOEXEC).unwrap()
+    }
+
+    fn inode(fd: &OwnedFd) -> u64 {
+        rustix::fs::fstat(fd).unwrap().st_ino
+    }
+
+    fn offer(names: &[&str]) -> Vec<u8> {
+        let device = |name: &&str| {
+            json!({
+                "name": name, "class": "venet", "msix": false, "express": false, "pic": null,
+                "socket": { "path": null, "access": { "owner": null, "group": null, "mode": 384 } },
+                "settings": {}, "configured": true,
+            })
+        };
+        let devices: Vec<_> = names.iter().map(device).collect();
+        let offer = json!({
+            "version": "1", "pid": 7, "sockets": [], "port": null, "manager": null,
+            "devices": devices,
+        });
+        offer.to_string().into_bytes()
+    }
+
+    fn frame(kind: u8, body: Vec<u8>, descriptors: Vec<OwnedFd>) -> Frame {
+        Frame { kind, body, descriptors }
+    }
+
+    #[test]
+    fn the_next_bus_gets_the_last_state_of_each_device_in_the_order_of_the_offer() {
+        let mut journal = Journal::default();
+        assert!(journal.offer().is_err() && journal.state().is_err());
+        let (lock, old, new, other) = (file(), file(), file(), file());
+        let inodes = [&new, &other].map(inode);
+        let kept = Ok(News::Kept);
+        let mut take = |kind, body: Vec<u8>, fds| {
+            journal.take(frame(kind, body, fds)).map_err(|error| error.to_string())
+        };
+        assert_eq!(take(kind::BUS, offer(&["b", "a", "late"]), vec![lock]), kept);
+        assert_eq!(take(kind::DEVICE, device("a", b"{\"n\":1}").unwrap(), vec![old]), kept);
+        assert_eq!(take(kind::DEVICE, device("b", b"{\"n\":2}").unwrap(), vec![other]), kept);
+        assert_eq!(take(kind::DEVICE, device("a", b"{\"n\":3}").unwrap(), vec![new]), kept);
+        // It is on the bus, and in no offer yet.
+        assert_eq!(take(kind::DEVICE, device("c", b"{}").unwrap(), vec![]), kept);
+        assert_eq!(take(kind::WHOLE, Vec::new(), vec![]), Ok(News::Whole));
+        assert_eq!(take(kind::MOVED, b"12".to_vec(), vec![]), Ok(News::Moved(12)));
+        assert_eq!(take(kind::ENDS, Vec::new(), vec![]), Ok(News::Ends));
+        let given: Offer = serde_json::from_slice(&journal.offer().unwrap().body).unwrap();
+        let names: Vec<_> = given.devices.iter().map(|device| &*device.name).collect();
+        assert_eq!(names, ["b", "a"], "a device without a state is none");
+        let Parcel { body, descriptors } = journal.state().unwrap();
+        let state: Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(state["devices"], json!([{ "n": 2 }, { "n": 3 }]));
+        assert_eq!(descriptors.iter().map(inode).collect::<Vec<_>>(), [inodes[1], inodes[0]]);
+        journal.take(frame(kind::GONE, b"b".to_vec(), vec![])).unwrap();
+        let state: Value = serde_json::from_slice(&journal.state().unwrap().body).unwrap();
+        assert_eq!(state["devices"], json!([{ "n": 3 }]));
+    }
+
+    #[test]
+    fn what_is_no_message_of_a_bus_is_refused() {
+        for (what, kind, body) in [
+            ("another kind", 1, Vec::new()),
+            ("no offer", kind::BUS, b"{}".to_vec()),
+            ("no name", kind::DEVICE, Vec::new()),
+            ("half a name", kind::DEVICE, b"\x05net0".to_vec()),
+            ("no text", kind::DEVICE, b"\x01\xff{}".to_vec()),
+            ("no process", kind::MOVED, b"x".to_vec()),
+        ] {
+            assert!(Journal::default().take(frame(kind, body, vec![])).is_err(), "{what}");
+        }
+    }
+
+    /// A bus may be killed at any instruction: of what it sends, any number of bytes may be there,
+    /// and any number of batches of descriptors. The journal has the state before, or that after.
+    #[test]
+    fn a_kill_at_any_byte_of_a_message_leaves_a_whole_state() {
+        let message = |text: &str, files: &[OwnedFd]| {
+            // The bytes as the wire has them, each with the descriptors that go with it.
+            let (one, other) = UnixStream::pair().unwrap();
+            let fds: Vec<_> = files.iter().map(|fd| fd.as_fd()).collect();
+            let body = device("a", text.as_bytes()).unwrap();
+            Wire::new(one.as_fd()).send(kind::DEVICE, &body, &fds, soon()).unwrap();
+            drop(one);
+            other
+        };
+        let (first, second) = ("{\"n\":1}", "{\"n\":2}");
+        let files: Vec<_> = (0..300).map(|_| file()).collect();
+        let whole = {
+            use std::io::Read as _;
+            let mut bytes = Vec::new();
+            message(second, &files).read_to_end(&mut bytes).unwrap();
+            bytes
+        };
+        // The head comes with 253 descriptors, the next byte with the others.
+        for cut in 0..=whole.len() {
+            let mut journal = Journal::default();
+            journal.take(frame(kind::BUS, offer(&["a"]), vec![file()])).unwrap();
+            let before = message(first, &files[..1]);
+            let got = Wire::new(before.as_fd()).receive(soon()).unwrap().unwrap();
+            journal.take(got).unwrap();
+            let (one, other) = UnixStream::pair().unwrap();
+            send_cut(&one, &whole[..cut], &files);
+            drop(one);
+            if let Ok(Some(frame)) = Wire::new(other.as_fd()).receive(soon()) {
+                journal.take(frame).unwrap();
+            }
+            let Parcel { body, descriptors } = journal.state().unwrap();
+            let state: Value = serde_json::from_slice(&body).unwrap();
+            let is_after = cut == whole.len();
+            let expected = if is_after { (2, 300) } else { (1, 1) };
+            assert_eq!(
+                (&state["devices"][0]["n"], descriptors.len()),
+                (&json!(expected.0), expected.1)
+            );
+        }
+    }
+
+    /// Sends the first bytes of a message with 300 descriptors, as the wire does.
+    fn send_cut(socket: &UnixStream, bytes: &[u8], files: &[OwnedFd]) {
+        use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+        let (head, batches) = (16, [&files[..253], &files[253..]]);
+        let send = |bytes: &[u8], fds: &[OwnedFd]| {
+            if bytes.is_empty() {
+                return;
+            }
+            let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+            let mut space =
+                vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !fds.is_empty() {
+                control.push(SendAncillaryMessage::ScmRights(&fds));
+            }
+            let parts = [io::IoSlice::new(bytes)];
+            assert_eq!(sendmsg(socket, &parts, &mut control, SendFlags::empty()), Ok(bytes.len()));
+        };
+        let part = |from: usize, to: usize| bytes.get(from.min(bytes.len())..to.min(bytes.len()));
+        send(part(0, head).unwrap_or_default(), batches[0]);
+        send(part(head, head + 1).unwrap_or_default(), batches[1]);
+        send(part(head + 1, bytes.len()).unwrap_or_default(), &[]);
+    }
+}

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The bus's side: it gives its keeper all that it has, and each change of it.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use serde_json::Value;
+use vbus_core::{DeviceState, Endpoint, lock};
+use vbus_vfio_user::{Keep, SavedServer};
+
+use super::journal::{self, kind};
+use crate::take_over::{DevicePart, Parcel, StatePart, Wire};
+
+/// How long the keeper may take to take a message. A client waits meanwhile, QEMU for 5 s.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The connection of the bus to its keeper.
+pub struct Link {
+    /// `None`: the keeper has gone.
+    socket: Mutex<Option<OwnedFd>>,
+}
+
+impl Link {
+    /// Over this socket.
+    pub fn new(socket: OwnedFd) -> Link {
+        Link { socket: Mutex::new(Some(socket)) }
+    }
+
+    fn send(&self, kind: u8, body: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut socket = lock(&self.socket);
+        let Some(open) = &*socket else { return Err(io::Error::other("the keeper has gone")) };
+        let wire = Wire::new(open.as_fd());
+        let sent = wire.send(kind, body, descriptors, Instant::now() + PATIENCE);
+        if let Err(error) = &sent {
+            // A part of the message may be on its way, so nothing can follow it.
+            wire.close();
+            *socket = None;
+            tracing::error!(
+                %error,
+                "the bus has no keeper any more: if it is killed, its clients lose their \
+                 connections"
+            );
+        }
+        sent
+    }
+
+    fn send_parcel(&self, kind: u8, parcel: &Parcel) -> io::Result<()> {
+        let descriptors: Vec<_> = parcel.descriptors.iter().map(|fd| fd.as_fd()).collect();
+        self.send(kind, &parcel.body, &descriptors)
+    }
+
+    /// Whether the keeper is there, as far as the bus knows.
+    pub fn is_open(&self) -> bool {
+        lock(&self.socket).is_some()
+    }
+}
+
+/// What gives the keeper the states of devices.
+pub struct Keeping {
+    link: Link,
+    /// How often the keeper had started the bus before.
+    restarts: u32,
+    /// The settings of each device.
+    settings: Mutex<HashMap<String, Value>>,
+    /// What the bus has beside its devices, as for a bus that takes over.
+    offer: OnceLock<Box<MakeOffer>>,
+}
+
+type MakeOffer = dyn Fn() -> anyhow::Result<Parcel> + Send + Sync;
+
+impl Keeping {
+    /// For the keeper at the other end of `link`, which has started the bus `restarts` times
+    /// because it had died.
+    pub fn new(link: Link, restarts: u32) -> Arc<Keeping> {
+        let (settings, offer) = Default::default();
+        Arc::new(Keeping { link, restarts, settings, offer })
+    }
+
+    /// How often the keeper had started the bus because it had died.
+    pub fn restarts(&self) -> u32 {
+        self.restarts
+    }
+
+    /// Whether the keeper is there, as far as the bus knows.
+    pub fn is_open(&self) -> bool {
+        self.link.is_open()
+    }
+
+    /// The settings of a device are these from now on. Before the first state of a device.
+    pub fn set_settings(&self, device: &str, settings: &Value) {
+        lock(&self.settings).insert(device.to_owned(), settings.clone());
+    }
+
+    /// Sets what says what the bus has beside its devices.
+    pub fn set_offer(&self, make: impl Fn() -> anyhow::Result<Parcel> + Send + Sync + 'static) {
+        let _ = self.offer.set(Box::new(make));
+    }
+
+    /// What the bus has beside its devices has changed.
+    ///
+    /// # Errors
+    /// The keeper has gone, or this process has as many descriptors as it may have.
+    pub fn bus(&self) -> anyhow::Result<()> {
+        let make = self.offer.get().context("the bus is not complete")?;
+        Ok(self.link.send_parcel(kind::BUS, &make()?)?)
+    }
+
+    /// The process that cleans up behind this one.
+    ///
+    /// # Errors
+    /// The keeper has gone.
+    pub fn supervisor(&self, process: BorrowedFd<'_>) -> io::Result<()> {
+        self.link.send(kind::SUPERVISOR, &[], &[process])
+    }
+
+    /// The keeper has everything.
+    ///
+    /// # Errors
+    /// The keeper has gone.
+    pub fn whole(&self) -> io::Result<()> {
+        self.link.send(kind::WHOLE, &[], &[])
+    }
+
+    /// A device has left the bus.
+    ///
+    /// # Errors
+    /// The keeper has gone.
+    pub fn gone(&self, device: &str) -> io::Result<()> {
+        lock(&self.settings).remove(device);
+        self.link.send(kind::GONE, device.as_bytes(), &[])
+    }
+
+    /// This process ends because somebody asked for that.
+    pub fn ends(&self) {
+        // If the keeper has gone too, nobody misses it.
+        let _ = self.link.send(kind::ENDS, &[], &[]);
+    }
+
+    /// Process `pid` has taken over.
+    pub fn moved(&self, pid: i32) {
+        let _ = self.link.send(kind::MOVED, pid.to_string().as_bytes(), &[]);
+    }
+
+    /// The state of a device that takes no drivers. It is quiesced to outlast this process.
+    ///
+    /// # Errors
+    /// The keeper has gone, or this process has as many descriptors as it may have.
+    pub fn alone(&self, endpoint: &Endpoint, state: DeviceState) -> Result<(), String> {
+        self.device(endpoint, StatePart::Alone(Box::new(state)), Vec::new())
+    }
+
+    fn device(
+        &self,
+        endpoint: &Endpoint,
+        state: StatePart,
+        of_server: Vec<OwnedFd>,
+    ) -> Result<(), String> {
+        if !self.is_open() {
+            // Nobody misses it, and the log has it.
+            return Ok(());
+        }
+        let text = |error: io::Error| error.to_string();
+        let name = endpoint.name();
+        let settings = lock(&self.settings).get(name).cloned().unwrap_or_default();
+        let opened = endpoint.device().descriptors().map_err(text)?;
+        let (opened, mut descriptors): (Vec<_>, Vec<_>) = opened.into_iter().unzip();
+        let part = DevicePart {
+            name: name.to_owned(),
+            settled: endpoint.device().settled(&settings),
+            opened,
+            descriptors: u32::try_from(of_server.len()).unwrap_or(u32::MAX),
+            state,
+        };
+        descriptors.extend(of_server);
+        let state = serde_json::to_vec(&part).map_err(|error| error.to_string())?;
+        let body = journal::device(name, &state).map_err(text)?;
+        self.link.send_parcel(kind::DEVICE, &Parcel { body, descriptors }).map_err(text)
+    }
+}
+
+impl Keep for Keeping {
+    fn keep(&self, endpoint: &Endpoint, saved: SavedServer) -> Result<(), String> {
+        let SavedServer { data, descriptors } = saved;
+        self.device(endpoint, StatePart::Served(Box::new(data)), descriptors)
+    }
+}

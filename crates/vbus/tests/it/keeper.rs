@@ -1,0 +1,402 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The bus is killed again and again under drivers at work, and its keeper starts the next one
+//! (`vbus serve --keep`): clients keep their connections, and lose what a wire may lose.
+//!
+//! `VBUS_KILLS=100 cargo test -p vbus --test it keeper` kills a hundred times; the default is a
+//! few.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use vbus_driver::{Function, state::Pages};
+use vbus_process::{MEMORY_BYTES, Process};
+
+use crate::support::{Served, TIMEOUT, exchange, has_ended, vbus, wait_until};
+use crate::take_over_net::{Card, ENTRIES, frame};
+
+/// How many times a bus may die in a row that has not served for [`PROGRESS`].
+const DEATHS_MAX: usize = 8;
+const PROGRESS: Duration = Duration::from_secs(1);
+
+fn kills(default: usize) -> usize {
+    std::env::var("VBUS_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(default)
+}
+
+/// A bus with a keeper.
+struct Kept(Served);
+
+impl Kept {
+    fn start(config: &str) -> Kept {
+        Kept(Served::start_kept(config))
+    }
+
+    /// The process of the bus.
+    fn process(&self) -> i32 {
+        wait_until("the keeper has a bus", || !self.0.children().is_empty());
+        self.0.supervisor()
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(&self.0.log).unwrap()
+    }
+
+    /// How often the keeper has started the bus because it had died.
+    fn restarts(&self) -> u64 {
+        self.log().matches(" has taken up ").count() as u64
+    }
+
+    /// Kills the bus. Returns when the next one has taken its place.
+    fn kill(&self) {
+        let (process, before) = (self.process(), self.restarts());
+        kill(process);
+        wait_until("the next bus takes its place", || {
+            assert!(!has_ended(i32::try_from(self.0.child.id()).unwrap()), "{}", self.log());
+            self.restarts() > before
+        });
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let buses = self.0.children();
+        let _ = self.0.child.kill();
+        buses.into_iter().for_each(kill);
+    }
+}
+
+fn kill(process: i32) {
+    // It may have ended.
+    let _ = kill_process(Pid::from_raw(process).unwrap(), Signal::KILL);
+}
+
+fn nic(last: u8) -> String {
+    format!(
+        "[[device]]\nname = \"net{last}\"\nclass = \"venet\"\nbackend = \"switch\"\n\
+         mac = \"02:00:00:00:00:0{last}\"\nbackpressure-ms = 60000\n"
+    )
+}
+
+const PAGES: &str = "[[device]]\nname = \"values\"\nclass = \"state\"\n\
+                     pages = [{ name = \"in\", bytes = 16, owner = \"device\" }, \
+                     { name = \"out\", bytes = 16, owner = \"driver\" }]\n";
+
+/// What a card has had of the other one's stream.
+#[derive(Debug, Default)]
+struct Stream {
+    /// One more than the highest number so far.
+    next: u64,
+    frames: u64,
+    /// Frames that did not come before a later one.
+    missing: u64,
+    /// Frames that came after a later one: again, or late.
+    again: u64,
+}
+
+impl Stream {
+    fn take(&mut self, number: u64) {
+        self.frames += 1;
+        if number < self.next {
+            self.again += 1;
+            return;
+        }
+        self.missing += number - self.next;
+        self.next = number + 1;
+    }
+}
+
+/// What both ends of a stream know.
+#[derive(Default)]
+struct Shared {
+    /// The next number to send.
+    sent: AtomicU64,
+    /// The number of the first frame after the end, and 0 before it.
+    last: AtomicU64,
+    received: AtomicU64,
+    done: AtomicBool,
+}
+
+/// Sends a stream and receives that of the other card, until frames come that the other one sent
+/// after `stop`.
+fn run(mut card: Card, own: u8, stop: &AtomicBool, both: &[Shared; 2]) -> Stream {
+    let (other, begun) = (3 - own, Instant::now());
+    let [mine, theirs] = [own, other].map(|card| &both[usize::from(card) - 1]);
+    let mut stream = Stream::default();
+    loop {
+        let mut idle = true;
+        let number = mine.sent.load(Ordering::Relaxed);
+        if stop.load(Ordering::Relaxed) && mine.last.load(Ordering::Relaxed) == 0 {
+            mine.last.store(number.max(1), Ordering::Release);
+        }
+        if !theirs.done.load(Ordering::Acquire) && card.send(&frame(other, own, number)) {
+            mine.sent.store(number + 1, Ordering::Relaxed);
+            idle = false;
+        }
+        while let Some(found) = card.receive() {
+            idle = false;
+            let number = u64::from_le_bytes(found[14..22].try_into().unwrap());
+            assert!(found == frame(own, other, number), "card {own}: {number} is not whole");
+            stream.take(number);
+            mine.received.store(stream.frames, Ordering::Relaxed);
+        }
+        let last = theirs.last.load(Ordering::Acquire);
+        if last != 0 && stream.next > last {
+            mine.done.store(true, Ordering::Release);
+        }
+        if mine.done.load(Ordering::Relaxed) && theirs.done.load(Ordering::Acquire) {
+            return stream;
+        }
+        assert!(begun.elapsed() < 20 * TIMEOUT, "card {own}: {stream:?}");
+        if idle {
+            card.sleep();
+        }
+    }
+}
+
+/// A driver of state pages that uses the shared memory alone: it writes numbers that grow, and the
+/// number that it reads must not fall.
+fn write_pages(
+    mut pages: Pages<Process>,
+    stop: &AtomicBool,
+    written: &AtomicU64,
+    seen: &AtomicU64,
+) {
+    let (input, output) = (pages.find("in").unwrap().unwrap(), pages.find("out").unwrap().unwrap());
+    let reader = pages.reader(&input, 0).unwrap();
+    let mut writer = pages.writer(&output, 0).unwrap();
+    let mut round = 0;
+    while !stop.load(Ordering::Relaxed) {
+        round += 1;
+        let mut value = [0; 16];
+        value[..8].copy_from_slice(&u64::to_le_bytes(round));
+        writer.write(&value);
+        written.store(round, Ordering::Release);
+        reader.read(&mut value).unwrap();
+        let now = u64::from_le_bytes(value[..8].try_into().unwrap());
+        let before = seen.swap(now, Ordering::Release);
+        assert!(now >= before, "the device's page fell from {before} to {now}");
+        std::thread::yield_now();
+    }
+    pages.finish(writer).unwrap();
+}
+
+#[test]
+fn drivers_at_work_go_on_after_many_kills() {
+    let bus = Kept::start(&[&nic(1), &nic(2), PAGES].concat());
+    let socket = |name: &str| bus.0.dir.join(format!("{name}.sock"));
+    let cards = [1, 2].map(|last| Card::open(socket(&format!("net{last}"))));
+    let process = Process::connect(socket("values"), MEMORY_BYTES).unwrap();
+    let pages = Pages::open(Function::probe(process).unwrap()).unwrap();
+    let (stop, both) = (AtomicBool::new(false), <[Shared; 2]>::default());
+    let [written, seen] = [const { AtomicU64::new(0) }; 2];
+    let count = kills(3);
+    let streams = std::thread::scope(|scope| {
+        let [one, two] = cards;
+        let threads =
+            [scope.spawn(|| run(one, 1, &stop, &both)), scope.spawn(|| run(two, 2, &stop, &both))];
+        let values = scope.spawn(|| write_pages(pages, &stop, &written, &seen));
+        let all = || both.each_ref().map(|card| card.received.load(Ordering::Relaxed));
+        let pass = |when: &str| {
+            let before = all();
+            wait_until(&format!("frames pass in both directions {when}: {}", bus.log()), || {
+                assert!(threads.iter().all(|card| !card.is_finished()), "a card has failed");
+                assert!(!values.is_finished(), "the driver of pages has failed");
+                let now = all();
+                now[0] > before[0] + 200 && now[1] > before[1] + 200
+            });
+        };
+        pass("at first");
+        for round in 1..=count {
+            let hex = format!("{round:02x}00000000000000");
+            bus.0.good(&["state", "set", "--hex", "values", "in", &hex]);
+            if count >= DEATHS_MAX {
+                // A bus that dies at once so many times in a row is given up.
+                std::thread::sleep(PROGRESS);
+            }
+            // The number of frames until the kill is a random one.
+            std::thread::sleep(Duration::from_micros(written.load(Ordering::Relaxed) % 50_000));
+            bus.kill();
+            pass(&format!("after kill {round}"));
+            wait_until("the page has its newest value", || {
+                seen.load(Ordering::Acquire) == round as u64
+            });
+            let before = written.load(Ordering::Acquire);
+            let text = bus.0.good(&["state", "get", "--hex", "values", "out"]);
+            let digits: String = text.chars().filter(char::is_ascii_hexdigit).take(16).collect();
+            let bytes: Vec<_> = (0..8)
+                .map(|at| u8::from_str_radix(&digits[2 * at..2 * at + 2], 16).unwrap())
+                .collect();
+            let out = u64::from_le_bytes(bytes.try_into().unwrap());
+            assert!(out >= before, "the bus reads {out}, and {before} was written before");
+        }
+        stop.store(true, Ordering::Relaxed);
+        values.join().unwrap();
+        threads.map(|card| card.join().unwrap())
+    });
+    println!("{count} kills: {streams:?}");
+    let most = count as u64 * 4 * u64::from(ENTRIES);
+    for Stream { missing, again, frames, .. } in streams {
+        assert!(missing <= most && again <= most, "lost {missing}, again {again}, of {frames}");
+        assert!(frames > 200 * count as u64);
+    }
+    for name in ["net1", "net2", "values"] {
+        let shown = bus.0.json(&["device", "show", name]);
+        assert_eq!(shown["counters"]["opens"], 1, "{name} was opened once");
+        assert_eq!(shown["counters"]["broken"], 0, "{name}");
+        assert_eq!(shown["connector"]["clients"], 1, "{name}");
+    }
+}
+
+/// A driver of state pages at work.
+struct Worker {
+    stop: Arc<AtomicBool>,
+    written: Arc<AtomicU64>,
+    seen: Arc<AtomicU64>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    fn start(bus: &Kept) -> Worker {
+        let process = Process::connect(bus.0.dir.join("values.sock"), MEMORY_BYTES).unwrap();
+        let pages = Pages::open(Function::probe(process).unwrap()).unwrap();
+        let (stop, written, seen) = <(Arc<AtomicBool>, Arc<AtomicU64>, Arc<AtomicU64>)>::default();
+        let thread = {
+            let (stop, written, seen) = (stop.clone(), written.clone(), seen.clone());
+            std::thread::spawn(move || write_pages(pages, &stop, &written, &seen))
+        };
+        Worker { stop, written, seen, thread: Some(thread) }
+    }
+
+    /// A value goes to the driver, and one comes from it.
+    fn exchanges(&self, bus: &Kept, number: u8, when: &str) {
+        let before = self.written.load(Ordering::Acquire);
+        let hex = format!("{number:02x}00000000000000");
+        bus.0.good(&["state", "set", "--hex", "values", "in", &hex]);
+        wait_until(&format!("the driver has the value {when}: {}", bus.log()), || {
+            self.seen.load(Ordering::Acquire) == u64::from(number)
+        });
+        let version =
+            || bus.0.json(&["device", "show", "values"])["device"]["pages"][1]["version"].clone();
+        let first = version();
+        wait_until(&format!("the bus has a new value {when}: {}", bus.log()), || {
+            bus.0.good(&["state", "get", "--hex", "values", "out"]);
+            version() != first
+        });
+        assert!(self.written.load(Ordering::Acquire) > before);
+    }
+
+    fn end(mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+/// What the bus says of its keeper.
+fn keeper(bus: &Kept) -> serde_json::Value {
+    let answer = exchange(&mut bus.0.control(), b"{\"op\":\"info\"}\n");
+    let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+    answer["ok"]["keeper"].clone()
+}
+
+#[test]
+fn a_bus_that_ends_in_order_ends_its_keeper() {
+    let mut bus = Kept::start(PAGES);
+    assert_eq!(keeper(&bus), serde_json::json!({ "present": true, "restarts": 0 }));
+    bus.kill();
+    assert_eq!(keeper(&bus), serde_json::json!({ "present": true, "restarts": 1 }));
+    bus.0.signal(Signal::TERM);
+    let status = bus.0.child.wait().unwrap();
+    assert!(status.success(), "{status} {}", bus.log());
+    assert_eq!(std::fs::read_dir(&bus.0.dir).unwrap().count(), 0, "no socket is left");
+    // The same if the bus itself is asked.
+    let mut bus = Kept::start(PAGES);
+    kill_process(Pid::from_raw(bus.process()).unwrap(), Signal::TERM).unwrap();
+    assert!(bus.0.child.wait().unwrap().success());
+}
+
+#[test]
+fn a_device_that_cannot_be_kept_is_refused_by_name() {
+    let card = "[[device]]\nname = \"card\"\nclass = \"virtio-net\"\nbackend = \"null\"\n";
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("bus.toml");
+    std::fs::write(&config, card).unwrap();
+    let mut command = vbus();
+    command.args(["serve", "--keep", "--config"]).arg(&config);
+    let output = command.arg("--dir").arg(folder.path().join("bus")).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("\"card\" of class \"virtio-net\" cannot be kept"), "{text}");
+    let bus = Kept::start(PAGES);
+    let text =
+        bus.0.bad(&["device", "add", "card", "--class", "virtio-net", "--set", "backend=null"]);
+    assert!(text.contains("cannot be kept"), "{text}");
+    assert_eq!(bus.0.devices(), ["values"], "it is not there by halves");
+    // What is added and removed later is kept too.
+    bus.0.good(&["device", "add", "late", "--class", "venet", "--set", "backend=null"]);
+    bus.kill();
+    assert_eq!(bus.0.devices(), ["late", "values"]);
+    bus.0.good(&["device", "remove", "late"]);
+    bus.kill();
+    assert_eq!(bus.0.devices(), ["values"]);
+}
+
+#[test]
+fn a_bus_that_dies_again_and_again_is_given_up() {
+    let mut bus = Kept::start(PAGES);
+    // As long as the keeper is there, it starts a bus.
+    let begun = Instant::now();
+    while bus.0.child.try_wait().unwrap().is_none() {
+        assert!(begun.elapsed() < TIMEOUT, "{}", bus.log());
+        bus.0.children().into_iter().for_each(kill);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(bus.0.child.wait().unwrap().code(), Some(1));
+    let log = bus.log();
+    assert!(log.contains("its keeper gives up"), "{log}");
+    assert_eq!(log.matches("the keeper starts it again").count(), DEATHS_MAX, "{log}");
+}
+
+#[test]
+fn a_bus_outlives_its_keeper_and_gets_another_one() {
+    let mut bus = Kept::start(PAGES);
+    let driver = Worker::start(&bus);
+    driver.exchanges(&bus, 1, "at first");
+    let process = bus.process();
+    bus.0.child.kill().unwrap();
+    bus.0.child.wait().unwrap();
+    driver.exchanges(&bus, 2, "without a keeper");
+    wait_until("the bus notices it", || {
+        bus.0.good(&["state", "set", "--hex", "values", "in", "02"]);
+        keeper(&bus)["present"] == false
+    });
+    let log = std::fs::OpenOptions::new().append(true).open(&bus.0.log).unwrap();
+    let mut command = vbus();
+    command
+        .args(["serve", "--keep", "--adopt", "--config"])
+        .arg(bus.0.log.with_file_name("bus.toml"));
+    bus.0.child = command.arg("--dir").arg(&bus.0.dir).stderr(log).spawn().unwrap();
+    wait_until("the bus is kept again", || keeper(&bus)["present"] == true);
+    // Another one is refused.
+    let output = command.stderr(std::process::Stdio::piped()).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && text.contains("has a keeper already"), "{text}");
+    kill(process);
+    wait_until("the next bus takes its place", || bus.restarts() == 1);
+    driver.exchanges(&bus, 3, "with another keeper");
+    // The bus moves to another process, and its keeper follows it.
+    let before = bus.process();
+    let mut command = vbus();
+    command.args(["serve", "--take-over", "--config"]).arg(bus.0.log.with_file_name("bus.toml"));
+    let log = std::fs::OpenOptions::new().append(true).open(&bus.0.log).unwrap();
+    let mut next = command.arg("--dir").arg(&bus.0.dir).stderr(log).spawn().unwrap();
+    wait_until("another process has taken over", || has_ended(before));
+    wait_until("the bus is kept again", || keeper(&bus)["present"] == true);
+    driver.exchanges(&bus, 4, "after a take-over");
+    next.kill().unwrap();
+    next.wait().unwrap();
+    wait_until("the next bus takes its place", || bus.restarts() == 2);
+    driver.exchanges(&bus, 5, "after the end of the bus that took over");
+    driver.end();
+}
