@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -46,7 +47,6 @@ struct State {
     silent: bool,
     /// How many frames have come.
     frames: u64,
-    last: u64,
     commands: HashMap<u64, Heard>,
 }
 
@@ -182,13 +182,11 @@ impl Guest {
     /// seconds after its own end. Redirect the output of such a process, or it still appears
     /// afterwards.
     pub fn start(&self, command: &str) -> Result<Running> {
-        let id = {
-            let mut state = lock(&self.state.0);
-            state.last += 1;
-            let id = state.last;
-            state.commands.insert(id, Heard::default());
-            id
-        };
+        // A guest that is restored or moved goes on with its agent and that agent's commands, but
+        // is another value here. So no two commands of this process have the same number.
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let id = LAST.fetch_add(1, Ordering::Relaxed) + 1;
+        lock(&self.state.0).commands.insert(id, Heard::default());
         let running = Running { guest: self.clone(), id, command: command.to_owned() };
         running.say("run", command.as_bytes())?;
         Ok(running)

@@ -35,9 +35,9 @@ pub enum Clock {
 /// processor time.
 const SILENCE: Duration = Duration::from_secs(90);
 
-/// The kernel modules for L1: KVM on AMD's SVM, the disk from which L1 reads QEMU, and virtio-net's
-/// other end in the kernel.
-const MODULES: [&str; 3] = ["kvm_amd", "virtio_blk", "vhost_net"];
+/// The kernel modules for L1: KVM on AMD's SVM, the disk from which L1 reads QEMU, virtio-net's
+/// other end in the kernel, and the bridge between the buses of a guest that moves.
+const MODULES: [&str; 4] = ["kvm_amd", "virtio_blk", "vhost_net", "bridge"];
 
 /// A running L1. Dropping it ends it.
 pub struct L1<'a> {

@@ -331,12 +331,16 @@ pub struct L1Bus<'a> {
 impl<'a> L1Bus<'a> {
     /// Serves the bus that `config` describes.
     pub fn start(l1: &'a L1<'a>, config: &str) -> Result<Self> {
-        let run = l1.run_dir();
-        let dir = format!("{run}/bus");
+        Self::start_named(l1, "bus", config)
+    }
+
+    /// The same beside other buses. `name` is that of its folder.
+    pub fn start_named(l1: &'a L1<'a>, name: &str, config: &str) -> Result<Self> {
+        let dir = format!("{}/{name}", l1.run_dir());
         ensure!(!config.contains('\''), "the configuration goes through a shell in quotes");
-        l1.guest.ok(&format!("echo '{config}' > {run}/bus.toml"))?;
+        l1.guest.ok(&format!("echo '{config}' > {dir}.toml"))?;
         let process =
-            l1.guest.start(&format!("exec vbus serve --config {run}/bus.toml --dir {dir}"))?;
+            l1.guest.start(&format!("exec vbus serve --config {dir}.toml --dir {dir}"))?;
         let bus = Self { l1, dir, process };
         let until = Instant::now() + START;
         while l1.guest.run(&format!("vbus device list --dir {}", bus.dir))?.code != 0 {

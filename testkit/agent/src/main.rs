@@ -5,7 +5,7 @@
 //! - `guest-agent serve PORT` runs commands for the host, over a serial port or a UNIX socket;
 //! - `guest-agent join SOCKET` joins a socket to its standard input and output: a test reaches the
 //!   agent of an L2 through it;
-//! - `guest-agent send|receive` moves a stream over TCP, and each end prints the hash;
+//! - `guest-agent send|send-until|receive` moves a stream over TCP, and each end prints the hash;
 //! - `guest-agent latency PERIOD COUNT` measures how late it wakes;
 //! - `guest-agent switches COUNT PRIORITY` measures what a switch between two tasks costs;
 //! - `guest-agent spin` uses processor time for ever;
@@ -58,6 +58,7 @@ fn main() -> ExitCode {
         ["join", socket] => join::join(socket),
         ["send", address, bytes, seed] => stream::send(address, bytes, seed, false),
         ["send", address, bytes, seed, "options"] => stream::send(address, bytes, seed, true),
+        ["send-until", address, end, seed] => stream::send_until(address, end, seed),
         ["receive", address] => stream::receive(address),
         ["latency", period, count] => latency::latency(period, count),
         ["accept", socket] => accept::accept(socket),
@@ -90,7 +91,8 @@ fn main() -> ExitCode {
         _ => {
             eprintln!(
                 "usage: guest-agent serve PORT | join SOCKET | \
-                 send ADDRESS:PORT BYTES SEED [options] | receive ADDRESS:PORT | \
+                 send ADDRESS:PORT BYTES SEED [options] | \
+                 send-until ADDRESS:PORT FILE SEED | receive ADDRESS:PORT | \
                  latency MICROSECONDS COUNT | accept SOCKET | clocks FILE | hold-kvm | spin | \
                  switches COUNT PRIORITY | fifo PRIORITY COMMAND | \
                  scribble PID COUNT SEED all|memory | map-read PATH COUNT | \

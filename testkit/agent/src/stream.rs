@@ -5,6 +5,9 @@
 use std::ffi::c_int;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use crate::option;
 
@@ -85,14 +88,40 @@ pub fn number(text: &str) -> io::Result<u64> {
 /// Sends `bytes` bytes that follow from `seed` and waits until the other end has read them all.
 /// Prints the length and the hash. With `options` each packet has long options of IPv6.
 pub fn send(address: &str, bytes: &str, seed: &str, options: bool) -> io::Result<()> {
-    let (bytes, seed) = (number(bytes)?, number(seed)?);
-    let mut stream = TcpStream::connect(address)?;
+    let bytes = number(bytes)?;
+    let stream = TcpStream::connect(address)?;
     if options {
         add_options(&stream)?;
     }
+    send_while(stream, number(seed)?, |sent| {
+        usize::try_from(bytes - sent).unwrap_or(BLOCK).min(BLOCK)
+    })
+}
+
+/// The same with as many bytes as pass until there is a file `end`, and with a pause after each
+/// block: an emulated machine has little time for all else that a test does beside the stream.
+pub fn send_until(address: &str, end: &str, seed: &str) -> io::Result<()> {
+    const PAUSE: Duration = Duration::from_millis(10);
+    let stream = TcpStream::connect(address)?;
+    send_while(stream, number(seed)?, |_| {
+        thread::sleep(PAUSE);
+        if Path::new(end).exists() { 0 } else { BLOCK }
+    })
+}
+
+/// Sends blocks, each of as many bytes as `next` says by what was sent before, until that is none.
+fn send_while(
+    mut stream: TcpStream,
+    seed: u64,
+    mut next: impl FnMut(u64) -> usize,
+) -> io::Result<()> {
     let (mut hash, mut sent, mut state) = (Hash::new(), 0u64, seed.wrapping_mul(ODD) | 1);
     let mut block = vec![0u8; BLOCK];
-    while sent < bytes {
+    loop {
+        let length = next(sent);
+        if length == 0 {
+            break;
+        }
         for word in block.chunks_exact_mut(8) {
             // xorshift64 has a period of 2^64 - 1, so no block repeats in a test.
             state ^= state << 13;
@@ -100,7 +129,6 @@ pub fn send(address: &str, bytes: &str, seed: &str, options: bool) -> io::Result
             state ^= state << 17;
             word.copy_from_slice(&state.to_le_bytes());
         }
-        let length = usize::try_from(bytes - sent).unwrap_or(BLOCK).min(BLOCK);
         stream.write_all(&block[..length])?;
         hash.add(&block[..length]);
         sent += length as u64;

@@ -281,6 +281,21 @@ pub const SCENARIOS: &[Scenario] = &[
         kvm::snapshot::snapshot,
     ),
     beside_kvm(
+        "kvm::moved_program",
+        "a guest with devices is saved alive, restored, and moved between two buses under TCP",
+        kvm::moved::program,
+    ),
+    beside_kvm(
+        "kvm::moved_driver",
+        "the same with the Linux driver; only with --times",
+        kvm::moved::driver,
+    ),
+    beside_kvm(
+        "kvm::moves_fail",
+        "receiver or sender dies or stalls in a move under TCP, a device leaves during a save",
+        kvm::moves_fail::moves,
+    ),
+    beside_kvm(
         "kvm::traffic",
         "TCP both ways with 2 CPUs, interrupts that move, a virtio card, reboot",
         kvm::devices::traffic,

@@ -9,6 +9,8 @@ pub(super) mod doorbells;
 pub(super) mod flat;
 pub(super) mod liars;
 pub(super) mod linux;
+pub(super) mod moved;
+pub(super) mod moves_fail;
 pub(super) mod pic;
 pub(super) mod pins;
 pub(super) mod processors;

@@ -12,7 +12,7 @@ use crate::l2::{L2, L2Spec};
 use crate::report::Figures;
 
 /// How long a snapshot or a move may take.
-const MOVE: Duration = Duration::from_secs(240);
+pub(super) const MOVE: Duration = Duration::from_secs(240);
 /// The longest time in milliseconds for which the clock of a guest may stand still to itself. The
 /// emulated machine shares two processors with others, so this shows only gross errors: a clock
 /// that has jumped has jumped by hours.
@@ -60,12 +60,12 @@ fn behind(l1: &L1, guest: &Guest) -> Result<i64> {
     Ok(seconds(guest)? - seconds(&l1.guest)?)
 }
 
-/// Saves the guest `name` to a file, and returns what the command tells.
-fn save(l1: &L1, l2: &L2, file: &str) -> Result<Value> {
+/// Saves the guest to a file, and returns what the command tells. `words` are more for it.
+pub(super) fn save(l1: &L1, l2: &L2, file: &str, words: &str) -> Result<Value> {
     let control = l2.control_socket();
     let told = l1
         .guest
-        .start(&format!("exec vbus-vmm snapshot --control {control} {file} --json"))?
+        .start(&format!("exec vbus-vmm snapshot --control {control} {file} --json {words}"))?
         .ok(MOVE)?;
     let told: Value = serde_json::from_str(&told)?;
     let bytes: u64 = l1.guest.ok(&format!("stat -c %s {file}"))?.trim().parse()?;
@@ -74,7 +74,7 @@ fn save(l1: &L1, l2: &L2, file: &str) -> Result<Value> {
 }
 
 /// Moves a guest to another process of `vbus-vmm`, and returns that and what the command tells.
-fn relocate<'a>(l1: &'a L1<'a>, l2: L2<'a>, to: &L2Spec) -> Result<(L2<'a>, Value)> {
+pub(super) fn relocate<'a>(l1: &'a L1<'a>, l2: L2<'a>, to: &L2Spec) -> Result<(L2<'a>, Value)> {
     let socket = format!("{}/{}.moved", l1.run_dir(), to.name);
     let there = to.restore(l1, &format!("--listen {socket}"))?;
     l1.guest.ok(&format!("until [ -S {socket} ]; do sleep 0.05; done"))?;
@@ -83,6 +83,9 @@ fn relocate<'a>(l1: &'a L1<'a>, l2: L2<'a>, to: &L2Spec) -> Result<(L2<'a>, Valu
         .guest
         .start(&format!("exec vbus-vmm migrate --control {control} --to {socket} --json"))?
         .ok(MOVE)?;
+    let said = l2.vmm.said().1;
+    let times = said.lines().find(|line| line.contains("stood still")).unwrap_or_default();
+    eprintln!("{times}");
     l2.moved().context("the machine that was moved")?;
     Ok((there.join()?, serde_json::from_str(&told)?))
 }
@@ -96,7 +99,7 @@ pub fn snapshot(l1: &L1, figures: &mut Figures) -> Result<()> {
     let l2 = spec.boot(l1)?;
     prepare(&l2.guest)?;
     let before = clocks(&l2.guest)?;
-    let told = save(l1, &l2, &file)?;
+    let told = save(l1, &l2, &file, "")?;
     eprintln!("a snapshot: {told}");
     figures.insert("snapshot".into(), told);
     check(&l2.guest, before).context("after the snapshot")?;
@@ -139,18 +142,26 @@ fn refuse(l1: &L1, file: &str) -> Result<()> {
     };
     let cut = format!("{file}.cut");
     l1.guest.ok(&format!("head -c 1000000 {file} > {cut}"))?;
+    // A byte more, and as many as a section has.
+    let more = [1, 16].map(|count| (format!("{file}.{count}"), count));
+    for (longer, count) in &more {
+        l1.guest.ok(&format!("cp {file} {longer}; head -c {count} /dev/zero >> {longer}"))?;
+    }
     for (words, reason) in [
         (format!("{file} --cpus 1"), "has 2 virtual CPUs, not 1"),
         (format!("{file} --memory 128"), "256 MiB of memory, not 128"),
         (format!("{file} --device net=/nowhere"), "no devices net"),
-        (cut, "cut off"),
+        (cut.clone(), "cut off"),
+        (more[0].0.clone(), "more after its end"),
+        (more[1].0.clone(), "more after its end"),
         ("/bin/vbus-vmm".into(), "no saved machine"),
         ("/nowhere".into(), "cannot restore /nowhere"),
     ] {
         let said = fault(&words)?;
         ensure!(said.contains(reason), "{words}: {said}");
     }
-    Ok(())
+    // They are in memory.
+    l1.guest.ok(&format!("rm {cut} {} {}", more[0].0, more[1].0)).map(drop)
 }
 
 /// Moves that fail leave the guest where it is: the receiver refuses, is not there, or is killed,
