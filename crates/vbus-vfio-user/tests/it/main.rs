@@ -9,6 +9,7 @@ mod device;
 mod echo;
 mod fairness;
 mod migration;
+mod migration_all;
 mod migration_net;
 mod pic;
 mod saved;

@@ -384,7 +384,7 @@ fn refused(result: Result<impl std::fmt::Debug, ClientError>) -> Errno {
 }
 
 /// Reads the stream of the device's state as far as it goes.
-fn read_all(client: &mut Client) -> Vec<u8> {
+pub fn read_all(client: &mut Client) -> Vec<u8> {
     let mut stream = Vec::new();
     loop {
         match client.migration_read().unwrap() {

@@ -25,14 +25,14 @@ use vbus_virtio::net::VirtioNetClass;
 use vfio_user_protocol::message::MigrationState;
 use vfio_user_protocol::{Client, ClientError, pci};
 
-use crate::migration::patiently;
+use crate::migration::{patiently, read_all};
 
 /// How long a test waits for what must happen.
 const BOUND: Duration = Duration::from_secs(60);
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 /// The machine's memory: from here on.
 const BASE: u64 = 1 << 30;
-const BYTES: u64 = 16 << 20;
+pub const BYTES: u64 = 16 << 20;
 const ENTRIES: u32 = 64;
 const BUFFER: usize = 4096;
 const SLOT: usize = FRAME_MAX.next_multiple_of(64);
@@ -71,16 +71,16 @@ impl Host {
 }
 
 /// The machine at one host: its memory, for the device and for the driver, and its client.
-struct Machine {
+pub struct Machine {
     /// `None`: the machine has left this host.
-    client: Mutex<Option<Client>>,
+    pub client: Mutex<Option<Client>>,
     file: OwnedFd,
     context: MemoryContext,
     memory: Window,
 }
 
 impl Machine {
-    fn new(path: &Path) -> Machine {
+    pub fn new(path: &Path) -> Machine {
         let file = memfd_create("machine", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&file, BYTES).unwrap();
         let context = MemoryContext::new();
@@ -92,24 +92,24 @@ impl Machine {
         Machine { client: Mutex::new(Some(client)), file, context, memory }
     }
 
-    fn ask<R>(&self, ask: impl FnOnce(&mut Client) -> Result<R, ClientError>) -> R {
+    pub fn ask<R>(&self, ask: impl FnOnce(&mut Client) -> Result<R, ClientError>) -> R {
         ask(lock(&self.client).as_mut().unwrap()).unwrap()
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; usize::try_from(BYTES).unwrap()];
         assert_eq!(rustix::io::pread(&self.file, &mut bytes, 0).unwrap(), bytes.len());
         bytes
     }
 
-    fn copy_page(&self, to: &Machine, page: u64) {
+    pub fn copy_page(&self, to: &Machine, page: u64) {
         let mut bytes = [0; 4096];
         assert_eq!(rustix::io::pread(&self.file, &mut bytes, page * PAGE).unwrap(), 4096);
         assert_eq!(rustix::io::pwrite(&to.file, &bytes, page * PAGE).unwrap(), 4096);
     }
 
     /// Copies the pages that the device has written, by the log. Returns their number.
-    fn copy_dirty(&self, to: &Machine) -> usize {
+    pub fn copy_dirty(&self, to: &Machine) -> usize {
         let bitmap = self.ask(|client| client.dma_logging_report(BASE, BYTES, PAGE));
         let pages = (0..BYTES / PAGE).filter(|page| {
             let word = usize::try_from(page / 64).unwrap();
@@ -121,10 +121,10 @@ impl Machine {
 
 /// The environment of the machine's driver, at whichever host the machine is.
 #[derive(Clone)]
-struct Guest(Arc<Inner>);
+pub struct Guest(pub Arc<Inner>);
 
 #[derive(Default)]
-struct Inner {
+pub struct Inner {
     machines: [OnceLock<Machine>; 8],
     now: AtomicUsize,
     /// The next free byte of the memory.
@@ -132,12 +132,12 @@ struct Inner {
 }
 
 impl Guest {
-    fn machine(&self) -> &Machine {
+    pub fn machine(&self) -> &Machine {
         self.0.machines[self.0.now.load(Ordering::Acquire)].get().unwrap()
     }
 
     /// The machine is at another host now. Its driver does nothing meanwhile.
-    fn moves_to(&self, turn: usize, machine: Machine) {
+    pub fn moves_to(&self, turn: usize, machine: Machine) {
         assert!(self.0.machines[turn].set(machine).is_ok());
         self.0.now.store(turn, Ordering::Release);
     }
@@ -205,7 +205,7 @@ impl Hal for Guest {
 
 /// A part of the machine's memory.
 #[derive(Clone, Debug)]
-struct Part {
+pub struct Part {
     guest: Guest,
     at: u64,
     len: usize,
@@ -547,7 +547,7 @@ impl Sender {
     }
 }
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
         assert!(begun.elapsed() < BOUND, "{what}");
@@ -612,13 +612,7 @@ fn moves(class: &str, open: impl Fn(Guest) -> Box<dyn Frames>) {
             copied >= usize::try_from(WINDOW).unwrap()
         });
         from.ask(|client| client.set_migration_state(MigrationState::StopCopy));
-        let mut stream = Vec::new();
-        loop {
-            match from.ask(Client::migration_read) {
-                bytes if bytes.is_empty() => break,
-                bytes => stream.extend(bytes),
-            }
-        }
+        let stream = read_all(lock(&from.client).as_mut().unwrap());
         from.copy_dirty(&to);
         assert!(from.bytes() == to.bytes(), "turn {turn}: the log has missed a page");
 
