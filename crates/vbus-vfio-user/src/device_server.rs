@@ -24,6 +24,7 @@ use vfio_user_protocol::migration::{ArcFailure, MigrationArc};
 use vfio_user_protocol::state::ServerState;
 use vfio_user_protocol::{
     DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, Peer, RegionInfo, Server, Stats, Target,
+    journal,
 };
 
 /// The server of a device's socket. Dropping it disconnects the client and removes the socket.
@@ -241,10 +242,17 @@ impl DeviceServer {
     /// The device is busy, or no device can go on like this; see
     /// [`Device::outlast`](vbus_core::Device::outlast).
     pub fn keep_with(&self, keep: Arc<dyn Keep>, by: Instant) -> Result<(), String> {
+        let mut journal = Ok(());
         self.with_held(by, |server| {
             server.target_mut().keep = Some(keep);
-            server.commit();
+            if server.has_journal() {
+                return server.commit();
+            }
+            // This commits, too.
+            let set = |file| server.set_journal(file, Instant::now());
+            journal = journal::create().and_then(set);
         })?;
+        journal.map_err(|error| format!("the journal of its messages: {error}"))?;
         self.check_kept()
     }
 
@@ -452,6 +460,18 @@ pub trait Keep: Send + Sync {
     /// # Errors
     /// The former state still holds. The text is for the log.
     fn keep(&self, endpoint: &Endpoint, saved: SavedServer) -> Result<(), String>;
+
+    /// Takes the descriptors of the client's message `number`, which the server receives next. They
+    /// replace those that this got before, and are of no use any more once [`keep`](Self::keep) got
+    /// the state after this message. The provided method takes none: if the process is killed
+    /// before that, the message fails.
+    ///
+    /// # Errors
+    /// They are not taken. The client's message fails.
+    fn hold(&self, endpoint: &Endpoint, number: u64, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        let _ = (endpoint, number, fds);
+        Ok(())
+    }
 }
 
 /// How long a commit waits for a call of the driver. QEMU waits 5 s for the reply.
@@ -726,6 +746,11 @@ impl Target for Served {
         // The next message tries again.
         self.changed = given.is_err();
         self.lag = given.err();
+    }
+
+    fn hold(&mut self, number: u64, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        let Some(keep) = &self.keep else { return Ok(()) };
+        keep.hold(&self.endpoint, number, fds)
     }
 }
 

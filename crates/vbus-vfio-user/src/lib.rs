@@ -58,6 +58,7 @@ mod saved;
 pub use device_server::{DeviceServer, HoldError, Keep};
 pub use saved::{SavedData, SavedServer};
 pub use vfio_user_protocol::bind_private;
+pub use vfio_user_protocol::state::Held;
 
 /// The examples of the README compile.
 #[cfg(doctest)]

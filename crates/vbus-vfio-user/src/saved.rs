@@ -12,7 +12,7 @@ use vbus_core::Endpoint;
 use vbus_core::memory::{PeerProcess, SavedMap, SavedMaps};
 use vbus_pci::{FunctionState, IrqIndex, Options, PciFunction, device_function};
 use vfio_user_protocol::is_eventfd;
-use vfio_user_protocol::state::{ServerData, ServerState};
+use vfio_user_protocol::state::{Held, ServerData, ServerState};
 
 use crate::device_server::Served;
 
@@ -27,6 +27,8 @@ pub struct SavedServer {
     /// In this order: those of the vfio-user server ([`ServerState`]); the files of the maps; the
     /// eventfds of the doorbells, of the interrupts, and those that unmask and mask INTx.
     pub descriptors: Vec<OwnedFd>,
+    /// What a process that was killed has given away for keeping (`Target::hold`).
+    pub held: Held,
 }
 
 /// What of a device and its server is no descriptor (spec/take-over.md, "Device"). For serde alone.
@@ -55,7 +57,7 @@ pub(crate) fn save(
     endpoint: &Endpoint,
 ) -> Result<SavedServer, String> {
     let text = |error: io::Error| format!("device {:?}: {error}", endpoint.name());
-    let ServerState { data: server, mut descriptors } = state;
+    let ServerState { data: server, mut descriptors, held } = state;
     let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
     let server_descriptors = count(descriptors.len());
     let SavedMaps { maps, files } = endpoint.memory().save().map_err(text)?;
@@ -89,7 +91,7 @@ pub(crate) fn save(
         irqs,
         masks: has_masks,
     };
-    Ok(SavedServer { data, descriptors })
+    Ok(SavedServer { data, descriptors, held })
 }
 
 /// As [`save`], for a state that outlasts this process. The device is quiesced for that.
@@ -110,7 +112,7 @@ pub(crate) fn restore(
     endpoint: &Arc<Endpoint>,
     options: Options,
 ) -> Result<(ServerState, Served), String> {
-    let SavedServer { data, descriptors } = saved;
+    let SavedServer { data, descriptors, held } = saved;
     let name = endpoint.name();
     let wrong = |what: &str| format!("the state of device {name:?} is wrong: {what}");
     let mut rest = descriptors.into_iter();
@@ -133,7 +135,7 @@ pub(crate) fn restore(
     if rest.next().is_some() {
         return Err(wrong("it has too many descriptors"));
     }
-    let state = ServerState { data: data.server, descriptors: of_server };
+    let state = ServerState { data: data.server, descriptors: of_server, held };
     // Before the maps, which its budget bounds.
     endpoint.memory().set_client(state.client().and_then(PeerProcess::of));
     let maps = SavedMaps { maps: data.maps, files };

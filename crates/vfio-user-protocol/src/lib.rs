@@ -75,6 +75,7 @@ mod closer;
 mod eventfd;
 mod failure;
 mod features;
+pub mod journal;
 mod listen;
 pub mod message;
 pub mod migration;

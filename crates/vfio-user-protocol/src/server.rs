@@ -18,7 +18,9 @@ use tracing::{debug, info, warn};
 
 use crate::candidate::{Candidate, Heard, has_hung_up, superfluous};
 use crate::closer::Closer;
+use crate::journal::{Journal, JournalSink, JournalSource, Prepared};
 use crate::listen::{self, SocketFile};
+use crate::message::command;
 use crate::poller::Poller;
 use crate::session::{Answer, Effort, Handling, Session};
 use crate::socket::{Broken, Received, Receiver, Sender, SocketSource};
@@ -136,6 +138,9 @@ struct Connection {
     session: Session,
     /// A message that waits for [`Server::ready_long`].
     handling: Option<Handling>,
+    /// The message was answered by a process that was killed: this reply, with so many descriptors,
+    /// which its handling makes again.
+    again: Option<(Vec<u8>, usize)>,
     /// The time limit of a message that has begun.
     message_by: Option<Instant>,
     /// The time until which the socket must take more of the queued replies.
@@ -185,6 +190,12 @@ pub struct Server<T: Target> {
     closed_at: Option<Instant>,
     /// Connections have come or gone since the last commit.
     uncommitted: bool,
+    /// What was received and sent, for the server that follows if this process is killed.
+    journal: Option<Journal>,
+    /// The server goes on from a journal, which may have a whole message: due since then.
+    resumes_at: Option<Instant>,
+    /// Then the connection ends, for this reason.
+    ends: Option<&'static str>,
 }
 
 const LISTENER: u64 = 0;
@@ -243,6 +254,9 @@ impl<T: Target> Server<T> {
             told_closing: false,
             closed_at: None,
             uncommitted: false,
+            journal: None,
+            resumes_at: None,
+            ends: None,
         })
     }
 
@@ -310,7 +324,8 @@ impl<T: Target> Server<T> {
             true => self.client.is_some().then_some(c.refuse_at),
             false => Some(c.until),
         });
-        client.chain(candidates).chain([self.paused_until, self.closed_at]).flatten().min()
+        let others = [self.paused_until, self.closed_at, self.resumes_at];
+        client.chain(candidates).chain(others).flatten().min()
     }
 
     /// Does the work that is due. It accepts clients, receives and handles messages, sends replies,
@@ -350,7 +365,8 @@ impl<T: Target> Server<T> {
         if closed {
             self.closed_at = None;
         }
-        if serve || closed || self.is_handling() {
+        let resumes = self.resumes_at.take().is_some();
+        if serve || closed || resumes || self.is_handling() {
             work += self.serve(now);
         }
         for token in speaking {
@@ -381,6 +397,7 @@ impl<T: Target> Server<T> {
             self.leaving = false;
             self.uncommitted = true;
             self.target.disconnected();
+            self.answered(Prepared::default());
         }
     }
 
@@ -594,12 +611,15 @@ impl<T: Target> Server<T> {
             sender: Sender::default(),
             session: Session::default(),
             handling: None,
+            again: None,
             message_by: None,
             reply_by: None,
             interest: EventFlags::empty(),
             others_refused: 0,
             closer,
         });
+        self.uncommitted = true;
+        self.answered(Prepared::default());
         self.serve(now)
     }
 
@@ -607,6 +627,11 @@ impl<T: Target> Server<T> {
     /// has done its most work. Returns the amount of work.
     fn serve(&mut self, now: Instant) -> u32 {
         let mut work = 0;
+        if let Some(why) = self.ends.take() {
+            let _ = self.send();
+            self.fail(why);
+            return work;
+        }
         while work < WORK_PER_CALL {
             let Some(client) = &mut self.client else { return work };
             if !client.sender.is_empty() && !self.flush(now) {
@@ -633,8 +658,7 @@ impl<T: Target> Server<T> {
                 self.closed_at = Some(now + CLOSE_PAUSE);
                 break;
             }
-            let mut source = SocketSource::new(client.socket.as_fd());
-            match client.receiver.next(&mut source, client.session.max_message(), MAX_MSG_FDS) {
+            match receive(client, &mut self.journal, &mut self.target) {
                 Ok(Received::Message(message)) => {
                     client.message_by = None;
                     self.stats.messages += 1;
@@ -677,39 +701,98 @@ impl<T: Target> Server<T> {
     fn handle(&mut self, mut handling: Handling, now: Instant) -> bool {
         let Some(client) = &mut self.client else { return false };
         let Connection { session, .. } = client;
+        let kind = handling.command();
         let answer = session.go_on(&mut self.target, &self.name, &mut handling, &mut self.effort);
         let Some(answer) = answer else {
             client.handling = Some(handling);
             return false;
         };
+        if let Some(before) = client.again.take() {
+            return self.answer_again(before, answer) && self.flush(now);
+        }
+        // The session has changed, as it does in a negotiation.
+        let maps = matches!(kind, command::DMA_MAP | command::DMA_UNMAP);
+        self.uncommitted |= maps && self.journal.is_some();
         match answer {
-            Answer::Silence => {}
-            Answer::Reply(bytes, fds) => client.sender.push(bytes, fds),
+            Answer::Silence => self.answered(Prepared::default()),
+            Answer::Reply(bytes, fds) => self.reply(bytes, fds),
             Answer::Negotiated(bytes) => {
-                client.sender.push(bytes, Vec::new());
                 self.stats.clients += 1;
                 info!(device = self.name, "client {} connected", client.number);
                 self.target.connected(client.socket.as_fd());
+                self.uncommitted = true;
+                self.reply(bytes, Vec::new());
             }
             Answer::End(reply, violation) => {
-                if let Some(bytes) = reply {
-                    client.sender.push(bytes, Vec::new());
-                    let _ = client.sender.flush(client.socket.as_fd());
+                let reply = reply.unwrap_or_default();
+                self.answered(Prepared { reply: &reply, ends: true, ..Prepared::default() });
+                if let Some(client) = self.client.as_mut().filter(|_| !reply.is_empty()) {
+                    client.sender.push(reply, Vec::new());
+                    let _ = self.send();
                 }
                 self.fail(&violation.to_string());
                 return false;
             }
         }
-        // The client must not be told what the next process does not know.
-        self.commit_if_due();
         self.flush(now)
+    }
+
+    /// Queues the reply to a message.
+    fn reply(&mut self, bytes: Vec<u8>, fds: Vec<OwnedFd>) {
+        self.answered(Prepared { reply: &bytes, fds: fds.len(), ..Prepared::default() });
+        if let Some(client) = &mut self.client {
+            client.sender.push(bytes, fds);
+        }
+    }
+
+    /// Queues the reply of a process that was killed, with the descriptors of this answer, to the
+    /// same message. Returns false if the connection has ended.
+    fn answer_again(&mut self, (reply, count): (Vec<u8>, usize), answer: Answer) -> bool {
+        match (answer, &mut self.client) {
+            (Answer::Reply(bytes, fds), Some(client))
+                if bytes.len() == reply.len() && fds.len() == count =>
+            {
+                client.sender.push(reply, fds);
+                true
+            }
+            _ => {
+                self.fail("after a restart, its reply cannot be sent with its descriptors");
+                false
+            }
+        }
+    }
+
+    /// A message has been carried out, or a client has come or gone. Commits what has changed: the
+    /// client must not be told what the next process does not know. With a journal, notes the
+    /// answer, which counts once the commit is complete.
+    fn answered(&mut self, answer: Prepared<'_>) {
+        if let Some(journal) = &mut self.journal {
+            journal.prepare(self.client.as_ref().map_or(0, |client| client.number), answer);
+        }
+        self.commit_if_due();
+        if let Some(journal) = &mut self.journal {
+            let moving = self.client.as_ref().is_some_and(|c| c.session.is_migrating());
+            // A commit that failed leaves something to commit.
+            journal.answer(moving || self.target.wants_commit());
+        }
+    }
+
+    /// Sends as much of the queued replies as the socket takes. Returns the number of bytes.
+    fn send(&mut self) -> Result<usize, Errno> {
+        let Some(client) = &mut self.client else { return Ok(0) };
+        let socket = client.socket.as_fd();
+        match &mut self.journal {
+            None => client.sender.flush(socket),
+            Some(journal) => client.sender.flush_to(&mut JournalSink { journal, socket }),
+        }
     }
 
     /// Sends the queued replies. Returns false if the connection has ended.
     fn flush(&mut self, now: Instant) -> bool {
-        let Some(client) = &mut self.client else { return false };
         let timeout = self.timeouts.reply;
-        match client.sender.flush(client.socket.as_fd()) {
+        let sent = self.send();
+        let Some(client) = &mut self.client else { return false };
+        match sent {
             Ok(_) if client.sender.is_empty() => client.reply_by = None,
             Ok(0) => {
                 client.reply_by.get_or_insert(now + timeout);
@@ -827,8 +910,26 @@ impl<T: Target> Server<T> {
         if client.session.negotiated().is_some() {
             self.leaving = true;
             self.leave();
+        } else {
+            self.answered(Prepared::default());
         }
     }
+}
+
+/// Receives a message of the client, or a part of one.
+fn receive<T: Target>(
+    client: &mut Connection,
+    journal: &mut Option<Journal>,
+    target: &mut T,
+) -> Result<Received, Broken> {
+    let max_size = client.session.max_message();
+    let socket = client.socket.as_fd();
+    let Some(journal) = journal else {
+        return client.receiver.next(&mut SocketSource::new(socket), max_size, MAX_MSG_FDS);
+    };
+    let hold = &mut |number, fds: &[BorrowedFd<'_>]| target.hold(number, fds);
+    let mut source = JournalSource::new(journal, socket, max_size, hold);
+    client.receiver.next(&mut source, max_size, MAX_MSG_FDS)
 }
 
 /// What the operator can do against an error of accepting.

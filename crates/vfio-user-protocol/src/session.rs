@@ -65,6 +65,13 @@ pub struct Handling {
     failure: Option<Failure>,
 }
 
+impl Handling {
+    /// The number of the command. 0: it has been handled.
+    pub(crate) fn command(&self) -> u16 {
+        self.message.as_ref().map_or(0, |message| message.header.command)
+    }
+}
+
 impl From<Message> for Handling {
     fn from(message: Message) -> Self {
         Handling { message: Some(message), written: 0, failure: None }

@@ -20,9 +20,12 @@ use rustix::net::{
 };
 
 use crate::closer::{Closer, PeerFds};
-use crate::message::{BadHeader, HEADER_LEN, Header};
+use crate::message::{BadHeader, HEADER_LEN, Header, REGION_ACCESS_LEN};
 use crate::state::{BadState, ReceivedData, UnsentData};
-use crate::version::KERNEL_MSG_FDS;
+use crate::version::{KERNEL_MSG_FDS, MAX_TRANSFER};
+
+/// The longest message of either direction, in bytes.
+pub(crate) const MESSAGE_MAX: usize = HEADER_LEN + REGION_ACCESS_LEN + MAX_TRANSFER;
 
 /// The receiver reads a body in steps of this many bytes. So it allocates memory for bytes that
 /// have arrived, and not for bytes that a header announces.
@@ -93,6 +96,30 @@ impl Source for SocketSource<'_> {
     }
 }
 
+/// Where messages go: a socket.
+pub(crate) trait Sink {
+    /// Sends as many of `bytes` as the socket takes, without waiting. The descriptors go with the
+    /// first byte. Returns the number of bytes.
+    ///
+    /// # Errors
+    /// [`Errno::AGAIN`] if the socket is full; [`Errno::INTR`].
+    fn send(&mut self, bytes: &[u8], fds: &[OwnedFd]) -> Result<usize, Errno>;
+}
+
+/// A socket as a [`Sink`].
+impl Sink for BorrowedFd<'_> {
+    fn send(&mut self, bytes: &[u8], fds: &[OwnedFd]) -> Result<usize, Errno> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_MSG_FDS))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        if !borrowed.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&borrowed)) {
+            return Err(Errno::TOOMANYREFS);
+        }
+        sendmsg(*self, &[IoSlice::new(bytes)], &mut ancillary, flags)
+    }
+}
+
 /// A received message.
 #[derive(Debug)]
 pub struct Message {
@@ -105,6 +132,15 @@ pub struct Message {
     pub fds: PeerFds,
     /// More descriptors came with it, and are lost: this process has as many as it may have.
     pub lost_fds: bool,
+}
+
+impl Message {
+    /// The message of these bytes, without descriptors. `None`: they are no whole message.
+    pub(crate) fn parse(bytes: &[u8]) -> Option<Message> {
+        let (head, body) = bytes.split_first_chunk::<HEADER_LEN>()?;
+        let header = Header::parse(head).ok().filter(|header| header.body_len() == body.len())?;
+        Some(Message { header, body: body.to_vec(), fds: PeerFds::default(), lost_fds: false })
+    }
 }
 
 /// The result of [`Receiver::next`].
@@ -229,20 +265,22 @@ impl Receiver {
         self.have > 0
     }
 
+    /// The part of a message that is there, its descriptors, and whether more are lost.
+    pub(crate) fn begun(&self) -> (Vec<u8>, &[OwnedFd], bool) {
+        ([&self.head[..self.have], &self.body].concat(), self.fds.as_slice(), self.lost_fds)
+    }
+
     /// The part of a message that is there, and duplicates of its descriptors.
     ///
     /// # Errors
     /// This process has as many descriptors as it may have.
     pub(crate) fn save(&self, descriptors: &mut Vec<OwnedFd>) -> std::io::Result<ReceivedData> {
-        let fds = self.fds.as_slice();
+        let (bytes, fds, lost) = self.begun();
         for fd in fds {
             descriptors.push(fd.try_clone()?);
         }
-        Ok(ReceivedData {
-            bytes: [&self.head[..self.have], &self.body].concat(),
-            descriptors: u32::try_from(fds.len()).unwrap_or(u32::MAX),
-            lost: self.lost_fds,
-        })
+        let descriptors = u32::try_from(fds.len()).unwrap_or(u32::MAX);
+        Ok(ReceivedData { bytes, descriptors, lost })
     }
 
     /// A receiver that has received this part of a message, with these descriptors. The limits are
@@ -320,6 +358,22 @@ impl Sender {
         self.queue.iter().map(one).collect()
     }
 
+    /// What remains to be sent, as one message from now on. `None`: descriptors go with it, or it
+    /// is longer than a message.
+    pub(crate) fn rest(&mut self) -> Option<Vec<u8>> {
+        let rest: Vec<&[u8]> =
+            self.queue.iter().map(|message| &message.bytes[message.sent..]).collect();
+        let bytes = rest.concat();
+        if self.queue.iter().any(|message| !message.fds.is_empty()) || bytes.len() > MESSAGE_MAX {
+            return None;
+        }
+        self.queue.clear();
+        if !bytes.is_empty() {
+            self.push(bytes.clone(), Vec::new());
+        }
+        Some(bytes)
+    }
+
     /// A sender that has these messages to send, each with its descriptors. A message has at most
     /// `max_size` bytes and `max_fds` descriptors.
     ///
@@ -350,20 +404,16 @@ impl Sender {
     ///
     /// # Errors
     /// The socket fails. A full socket is no error.
-    pub fn flush(&mut self, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    pub fn flush(&mut self, mut socket: BorrowedFd<'_>) -> Result<usize, Errno> {
+        self.flush_to(&mut socket)
+    }
+
+    /// As [`flush`](Self::flush), to any sink.
+    pub(crate) fn flush_to(&mut self, sink: &mut impl Sink) -> Result<usize, Errno> {
         let mut total = 0;
         while let Some(next) = self.queue.front_mut() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_MSG_FDS))];
-            let mut ancillary = SendAncillaryBuffer::new(&mut space);
-            let borrowed: Vec<BorrowedFd<'_>> = next.fds.iter().map(AsFd::as_fd).collect();
-            if !borrowed.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&borrowed)) {
-                return Err(Errno::TOOMANYREFS);
-            }
-            let parts = [IoSlice::new(&next.bytes[next.sent..])];
-            match sendmsg(socket, &parts, &mut ancillary, flags) {
+            match sink.send(&next.bytes[next.sent..], &next.fds) {
                 Ok(n) => {
-                    drop(borrowed);
                     // The descriptors have gone with the first byte.
                     next.fds.clear();
                     next.sent += n;

@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::candidate;
 use crate::server::Stats;
+#[cfg(doc)]
+use crate::target::Target;
 use crate::version::Negotiated;
 
 /// A server: its data, and the descriptors that belong to it.
@@ -24,8 +26,21 @@ pub struct ServerState {
     pub data: ServerData,
     /// In this order: the listening socket, the sockets of the connections of which none is the
     /// client yet, the client's socket, the descriptors that came with a message of which only a
-    /// part is there, and the descriptors of each message that is not sent yet.
+    /// part is there, the descriptors of each message that is not sent yet, and the journal, if
+    /// there is one.
     pub descriptors: Vec<OwnedFd>,
+    /// What a process that was killed has given away for keeping ([`Target::hold`]).
+    pub held: Held,
+}
+
+/// The descriptors of a message that was perhaps received before the process was killed. Which of
+/// them were, the [journal](crate::journal) knows.
+#[derive(Debug, Default)]
+pub struct Held {
+    /// The number of the message.
+    pub number: u64,
+    /// Its descriptors, in order. The client has chosen them.
+    pub fds: Vec<OwnedFd>,
 }
 
 /// What of a server is no descriptor. For serde alone.
@@ -38,6 +53,8 @@ pub struct ServerData {
     /// The number of connections of which none is the client.
     pub(crate) candidates: u32,
     pub(crate) client: Option<ClientData>,
+    /// The server has a journal: the number of the last message whose effects are in the state.
+    pub(crate) journal: Option<u64>,
 }
 
 /// The client's connection.
@@ -92,6 +109,9 @@ pub enum BadState {
     /// The state contradicts itself, or exceeds a limit of this crate.
     #[error("the state of the server is wrong: {0}")]
     Wrong(&'static str),
+    /// The journal contradicts itself or the state.
+    #[error("the journal is wrong: {0}")]
+    Journal(&'static str),
     /// The system refuses.
     #[error("the server cannot be made from its state: {0}")]
     Os(#[from] Errno),
@@ -135,7 +155,8 @@ impl ServerData {
             let unsent = client.unsent.iter().map(|unsent| u64::from(unsent.descriptors));
             1 + u64::from(client.received.descriptors) + unsent.sum::<u64>()
         });
-        1 + u64::from(self.candidates) + of_client.sum::<u64>()
+        let journal = u64::from(self.journal.is_some());
+        1 + u64::from(self.candidates) + of_client.sum::<u64>() + journal
     }
 }
 
@@ -144,6 +165,7 @@ pub(crate) struct Places {
     pub(crate) listener: OwnedFd,
     pub(crate) candidates: Vec<OwnedFd>,
     pub(crate) client: Option<ClientPlaces>,
+    pub(crate) journal: Option<OwnedFd>,
 }
 
 /// The descriptors of a client's connection.
@@ -187,7 +209,8 @@ pub(crate) fn place(data: &ServerData, descriptors: Vec<OwnedFd>) -> Result<Plac
             Some(ClientPlaces { socket, received, unsent })
         }
     };
-    Ok(Places { listener, candidates, client })
+    let journal = data.journal.and_then(|_| take(1).pop());
+    Ok(Places { listener, candidates, client, journal })
 }
 
 /// Checks that a descriptor is a UNIX stream socket that listens, or one that does not, and makes

@@ -387,6 +387,18 @@ pub trait Target {
         let _ = socket;
     }
 
+    /// Gives duplicates of `fds` to somebody who outlives this process. They are all descriptors so
+    /// far of the message `number`, which is not received yet. A later call replaces them, and so
+    /// does a [`commit`](Self::commit) of this message or a later one. Called only if the server
+    /// has a [journal](crate::journal). The descriptors may be of anything, as in [`Mapping`].
+    ///
+    /// # Errors
+    /// They cannot be kept. The client's command fails.
+    fn hold(&mut self, number: u64, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        let _ = (number, fds);
+        Ok(())
+    }
+
     /// The client that [`Target::connected`] announced has gone, for any reason. The target drops
     /// the client's mappings and eventfds, also those that the client did not take back. The next
     /// call, if any, is [`Target::connected`].

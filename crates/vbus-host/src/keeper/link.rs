@@ -184,7 +184,7 @@ impl Keeping {
 
 impl Keep for Keeping {
     fn keep(&self, endpoint: &Endpoint, saved: SavedServer) -> Result<(), String> {
-        let SavedServer { data, descriptors } = saved;
+        let SavedServer { data, descriptors, .. } = saved;
         self.device(endpoint, StatePart::Served(Box::new(data)), descriptors)
     }
 }

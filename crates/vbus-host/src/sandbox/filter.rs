@@ -65,6 +65,7 @@ const ANY: &[i64] = &[
     libc::SYS_membarrier,
     libc::SYS_memfd_create,
     libc::SYS_mincore,
+    libc::SYS_mlock,
     libc::SYS_mremap,
     libc::SYS_msync,
     libc::SYS_munmap,

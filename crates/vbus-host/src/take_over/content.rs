@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vbus_core::DeviceState;
 use vbus_pci::Options;
-use vbus_vfio_user::{SavedData, SavedServer};
+use vbus_vfio_user::{Held, SavedData, SavedServer};
 
 use super::steps::Parcel;
 use crate::access::SocketSpec;
@@ -225,7 +225,8 @@ pub fn read_state(parcel: Parcel) -> Result<(u64, Vec<DeviceParcel>)> {
         let of_server = take(descriptors as usize)?;
         let state = match state {
             StatePart::Served(data) => {
-                let saved = SavedServer { data: *data, descriptors: of_server };
+                let held = Held::default();
+                let saved = SavedServer { data: *data, descriptors: of_server, held };
                 DeviceContent::Served(Box::new(saved))
             }
             StatePart::Alone(state) if of_server.is_empty() => DeviceContent::Alone(state),

@@ -18,7 +18,7 @@ use vbus_driver::{Function, Hal, Memory};
 use vbus_process::{MEMORY_BYTES, Process};
 use vbus_test_driver::Random;
 use vbus_test_driver::saved::{Verdict, forge, try_out};
-use vbus_vfio_user::{DeviceServer, Keep, SavedData, SavedServer};
+use vbus_vfio_user::{DeviceServer, Held, Keep, SavedData, SavedServer};
 
 /// How long a test waits for what must happen.
 const BOUND: Duration = Duration::from_secs(60);
@@ -146,7 +146,7 @@ impl One {
 fn through_text(saved: SavedServer) -> SavedServer {
     let text = serde_json::to_string(&saved.data).unwrap();
     let data: SavedData = serde_json::from_str(&text).unwrap();
-    SavedServer { data, descriptors: saved.descriptors }
+    SavedServer { data, ..saved }
 }
 
 /// Calls, rings and waits without end, and checks every answer. Returns the number of rounds.
@@ -305,7 +305,7 @@ fn a_state_that_lies_leaves_the_first_bus_with_its_client() {
             std::thread::yield_now();
         }
         for lie in 0..8 {
-            let SavedServer { data, mut descriptors } = bus.stop();
+            let SavedServer { data, mut descriptors, held } = bus.stop();
             let mut value = serde_json::to_value(&data).unwrap();
             match lie {
                 0 => drop(descriptors.pop()),
@@ -319,7 +319,7 @@ fn a_state_that_lies_leaves_the_first_bus_with_its_client() {
                 _ => value["function"]["bars"][0]["state"]["device"]["class"] = json!("other"),
             }
             let Ok(data) = serde_json::from_value(value) else { panic!("lie {lie} is no state") };
-            let next = One::next(SavedServer { data, descriptors }, &path);
+            let next = One::next(SavedServer { data, descriptors, held }, &path);
             assert!(next.is_err(), "lie {lie} is believed");
             bus.go_on();
             let (before, begun) = (rounds.load(Ordering::Relaxed), Instant::now());
@@ -354,7 +354,7 @@ fn forged(value: Value, descriptors: &[OwnedFd], random: &mut Random) -> Option<
         }
         _ => {}
     }
-    Some(SavedServer { data, descriptors })
+    Some(SavedServer { data, descriptors, held: Held::default() })
 }
 
 /// Whatever a forged state says, the other bus refuses it, or is safe: its device can be tried and
@@ -366,7 +366,7 @@ fn forged_states_do_no_harm() {
     let bus = One::start(&path);
     let process = Process::connect(&path, MEMORY_BYTES).unwrap();
     let (mut function, _region) = driver(process);
-    let SavedServer { data, descriptors } = bus.stop();
+    let SavedServer { data, descriptors, .. } = bus.stop();
     let original = serde_json::to_value(&data).unwrap();
     forge(&original, 0..600, |seed, value| {
         let Some(saved) = forged(value, &descriptors, &mut Random(!seed)) else {
@@ -395,7 +395,7 @@ fn a_server_of_a_forged_state_serves_the_next_client() {
         let bus = One::start(&path);
         let process = Process::connect(&path, MEMORY_BYTES).unwrap();
         let client = driver(process.clone());
-        let SavedServer { data, descriptors } = bus.stop();
+        let SavedServer { data, descriptors, .. } = bus.stop();
         let mut value = serde_json::to_value(&data).unwrap();
         let mut random = Random(seed);
         for _ in 0..=random.below(3) {

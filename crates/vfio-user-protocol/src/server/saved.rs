@@ -2,7 +2,7 @@
 //! A server that another process goes on with.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,16 +12,29 @@ use rustix::io::Errno;
 
 use super::{CANDIDATE, Connection, Server};
 use crate::closer::Closer;
+use crate::journal::{Found, Journal, Prepared};
 use crate::listen::SocketFile;
-use crate::message::{HEADER_LEN, REGION_ACCESS_LEN};
 use crate::session::{Effort, Session};
-use crate::socket::{Receiver, Sender};
-use crate::state::{self, BadState, ClientData, ClientPlaces, Places, ServerData, ServerState};
+use crate::socket::{MESSAGE_MAX, Message, Receiver, Sender};
+use crate::state::{
+    self, BadState, ClientData, ClientPlaces, Held, Places, ReceivedData, ServerData, ServerState,
+    UnsentData,
+};
 use crate::target::Target;
-use crate::version::{MAX_MSG_FDS, MAX_TRANSFER};
+use crate::version::MAX_MSG_FDS;
 
-/// The longest reply, in bytes.
-const REPLY_MAX: usize = HEADER_LEN + REGION_ACCESS_LEN + MAX_TRANSFER;
+/// A message whose reply, with so many descriptors, has to be made again.
+struct Again {
+    message: Message,
+    reply: Vec<u8>,
+    fds: usize,
+}
+
+/// Closes descriptors of a client, without waiting.
+fn close(fds: Vec<OwnedFd>) {
+    let closer = Closer::new();
+    fds.into_iter().for_each(|fd| closer.close(fd));
+}
 
 impl<T: Target> Server<T> {
     /// The server as data, with duplicates of its descriptors. The target is not part of it. The
@@ -81,8 +94,54 @@ impl<T: Target> Server<T> {
             connections: self.connections,
             candidates: u32::try_from(self.candidates.len()).unwrap_or(u32::MAX),
             client,
+            journal: self.journal.as_ref().map(Journal::number),
         };
-        Ok(ServerState { data, descriptors })
+        if let Some(journal) = &self.journal {
+            descriptors.push(journal.duplicate()?);
+        }
+        Ok(ServerState { data, descriptors, held: Held::default() })
+    }
+
+    /// Whether the server has a [journal](crate::journal), by
+    /// [`set_journal`](Self::set_journal) or from the state that it goes on from.
+    #[must_use]
+    pub fn has_journal(&self) -> bool {
+        self.journal.is_some()
+    }
+
+    /// From now on the server notes what it receives and sends in a [journal](crate::journal),
+    /// which [`create`](crate::journal::create) has made and no server has used. It belongs to the
+    /// state of the server. Committed at once.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::ResourceBusy`]: a reply with descriptors waits until the client's socket
+    /// has room. Try again later. Otherwise the file is no such journal, or the system
+    /// refuses, for instance by `RLIMIT_MEMLOCK` (a journal locks one page). The server goes on
+    /// without a journal.
+    pub fn set_journal(&mut self, file: OwnedFd, now: Instant) -> io::Result<()> {
+        self.settle(now);
+        let unsent = match &mut self.client {
+            None => Vec::new(),
+            Some(client) => client.sender.rest().ok_or(io::ErrorKind::ResourceBusy)?,
+        };
+        let (journal, _) = Journal::open(file, 0, 0).map_err(io::Error::other)?;
+        if journal.number() > 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.journal = Some(journal);
+        self.uncommitted = true;
+        // They count as the reply to a message of the client.
+        self.answered(Prepared { reply: &unsent, ..Prepared::default() });
+        let (Some(journal), Some(client)) = (&mut self.journal, &self.client) else {
+            return Ok(());
+        };
+        let (bytes, fds, lost) = client.receiver.begun();
+        if !bytes.is_empty() {
+            let all: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            let held = all.is_empty() || self.target.hold(journal.number() + 1, &all).is_ok();
+            journal.adopt(&bytes, if held { fds.len() } else { 0 }, lost || !held);
+        }
+        Ok(())
     }
 
     /// Ends the operation that is under way, however long that takes. Afterwards no message is
@@ -110,16 +169,31 @@ impl<T: Target> Server<T> {
         target: T,
         now: Instant,
     ) -> Result<Self, BadState> {
-        let ServerState { data, descriptors } = state;
-        let Places { listener, candidates, client } = state::place(&data, descriptors)?;
+        let ServerState { data, descriptors, held } = state;
+        let Places { listener, candidates, client, journal } = state::place(&data, descriptors)?;
         let file = SocketFile::foreign(path.into());
         let started = Self::start(listener, file, name.into(), target);
         let mut server = started
             .map_err(|error| BadState::Os(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
         server.stats = data.stats;
         server.connections = data.connections;
-        let client = data.client.zip(client);
-        match server.adopt_all(candidates, client, now) {
+        let mut client = data.client.zip(client);
+        let resumed = match data.journal.zip(journal) {
+            None => {
+                close(held.fds);
+                Ok(None)
+            }
+            Some((committed, file)) => server.resume(committed, file, &mut client, held, now),
+        };
+        let adopted = resumed.and_then(|again| {
+            server.adopt_all(candidates, client, now)?;
+            if let (Some(client), Some(again)) = (&mut server.client, again) {
+                client.handling = Some(again.message.into());
+                client.again = Some((again.reply, again.fds));
+            }
+            Ok(())
+        });
+        match adopted {
             Ok(()) => Ok(server),
             Err(error) => {
                 // The other server goes on with its clients.
@@ -127,6 +201,52 @@ impl<T: Target> Server<T> {
                 Err(error)
             }
         }
+    }
+
+    /// Goes on from a journal: it says what was received of the client's next message, and what
+    /// was sent of the last reply.
+    fn resume(
+        &mut self,
+        committed: u64,
+        file: OwnedFd,
+        client: &mut Option<(ClientData, ClientPlaces)>,
+        held: Held,
+        now: Instant,
+    ) -> Result<Option<Again>, BadState> {
+        let number = client.as_ref().map_or(0, |(data, _)| data.number);
+        let (journal, found) = Journal::open(file, committed, number)?;
+        self.journal = Some(journal);
+        self.resumes_at = Some(now);
+        self.ends = match found {
+            Found { stale: true, .. } => Some("the state of the device was lost with its process"),
+            Found { ends: true, .. } => Some("it broke the protocol, before a restart"),
+            _ => None,
+        };
+        let Some((data, places)) = client else {
+            close(held.fds);
+            return Ok(None);
+        };
+        let mut fds = held.fds;
+        if found.answered.checked_add(1) != Some(held.number) {
+            // They are those of a message that was committed. A server that handed itself over has
+            // those of the next one in its state.
+            close(std::mem::replace(&mut fds, std::mem::take(&mut places.received)));
+        }
+        // They were held, but their bytes not received: they will come again.
+        close(fds.split_off(found.received_fds.min(fds.len())));
+        data.received = ReceivedData {
+            bytes: found.received,
+            descriptors: 0,
+            lost: found.lost || fds.len() < found.received_fds,
+        };
+        close(std::mem::replace(&mut places.received, fds));
+        places.unsent = vec![Vec::new()];
+        let unsent = UnsentData { bytes: found.unsent, descriptors: 0 };
+        data.unsent = Vec::from_iter((!unsent.bytes.is_empty()).then_some(unsent));
+        let Some((message, fds)) = found.again else { return Ok(None) };
+        let message = Message::parse(&message).ok_or(BadState::Journal("no whole message"))?;
+        let reply = data.unsent.pop().map(|unsent| unsent.bytes).unwrap_or_default();
+        Ok(Some(Again { message, reply, fds }))
     }
 
     fn adopt_all(
@@ -161,7 +281,7 @@ impl<T: Target> Server<T> {
         let limits = (session.max_message(), MAX_MSG_FDS);
         let receiver = Receiver::restore(data.received, places.received, limits, closer.clone())?;
         let peer_fds = session.negotiated().map_or(0, |with| with.peer_fds);
-        let sender = Sender::restore(data.unsent, places.unsent, (REPLY_MAX, peer_fds))?;
+        let sender = Sender::restore(data.unsent, places.unsent, (MESSAGE_MAX, peer_fds))?;
         let token = self.token();
         let interest = if sender.is_empty() { EventFlags::IN } else { EventFlags::OUT };
         self.poller.add(&places.socket, token, interest)?;
@@ -175,6 +295,7 @@ impl<T: Target> Server<T> {
             sender,
             session,
             handling: None,
+            again: None,
             interest,
             others_refused: data.others_refused,
             closer,
@@ -187,6 +308,7 @@ impl<T: Target> Server<T> {
     /// drops it.
     pub fn give_up(&mut self) {
         self.leaving = false;
+        self.journal = None;
         self.file.give_up();
         self.poller.remove(&self.listener);
         for candidate in self.candidates.drain(..) {

@@ -10,8 +10,8 @@ use std::time::Instant;
 use proptest::prelude::*;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vfio_user_protocol::state::{ServerData, ServerState};
-use vfio_user_protocol::{Server, pci};
+use vfio_user_protocol::state::{Held, ServerData, ServerState};
+use vfio_user_protocol::{Server, journal, pci};
 
 use crate::support::{Device, NO_REPLY, framed, send_with, version};
 
@@ -79,20 +79,28 @@ struct Relay {
 
 impl Relay {
     fn new() -> Relay {
+        Relay::with(false)
+    }
+
+    /// `journal`: the servers have one.
+    fn with(journal: bool) -> Relay {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
-        let server = Server::bind(&path, "test", Device::new()).unwrap();
+        let mut server = Server::bind(&path, "test", Device::new()).unwrap();
+        if journal {
+            server.set_journal(journal::create().unwrap(), Instant::now()).unwrap();
+        }
         Relay { _folder: folder, path, server, turns: 0 }
     }
 
     /// The next server takes over. The data pass through a text, as between two processes.
     fn turn(&mut self) {
-        let ServerState { data, descriptors } = self.server.save(Instant::now()).unwrap();
+        let ServerState { data, descriptors, held } = self.server.save(Instant::now()).unwrap();
         let text = serde_json::to_string(&data).unwrap();
         let data: ServerData = serde_json::from_str(&text).unwrap();
         let device = std::mem::replace(self.server.target_mut(), Device::new());
         self.server.give_up();
-        let state = ServerState { data, descriptors };
+        let state = ServerState { data, descriptors, held };
         self.server = Server::restore(state, &self.path, "test", device, Instant::now()).unwrap();
         self.turns += 1;
     }
@@ -106,7 +114,15 @@ impl Relay {
 /// Sends the script. After each number of bytes of which `stops` says so, the next server takes
 /// over. Returns all that the server sent, and what became of the device.
 fn play(stops: impl Fn(usize) -> bool) -> (Vec<u8>, String, u32) {
-    let mut relay = Relay::new();
+    play_with(Relay::new(), stops, |_| false)
+}
+
+/// As [`play`]. The server of that turn gets a journal where `begins` says so.
+fn play_with(
+    mut relay: Relay,
+    stops: impl Fn(usize) -> bool,
+    begins: impl Fn(usize) -> bool,
+) -> (Vec<u8>, String, u32) {
     let mut client = UnixStream::connect(&relay.path).unwrap();
     let mut replies = Vec::new();
     let mut at = 0;
@@ -124,6 +140,11 @@ fn play(stops: impl Fn(usize) -> bool) -> (Vec<u8>, String, u32) {
             rest = &rest[len..];
             at += len;
             relay.work();
+            if begins(at) && !relay.server.has_journal() {
+                let journal = journal::create().unwrap();
+                relay.server.set_journal(journal, Instant::now()).unwrap();
+                relay.work();
+            }
             if stops(at) {
                 relay.turn();
                 relay.work();
@@ -165,6 +186,26 @@ fn a_stream_may_be_cut_at_every_place() {
     }
 }
 
+/// A server that hands itself over has its journal with it, or gets one at any time.
+#[test]
+fn a_stream_may_be_cut_with_a_journal() {
+    let (replies, device, _) = play(|_| false);
+    let total: usize = script().iter().map(|said| said.bytes.len()).sum();
+    for cut in 1..=total {
+        let (other, then, turns) = play_with(Relay::with(true), |at| at == cut, |_| false);
+        assert_eq!(turns, 1);
+        assert!(other == replies, "cut after {cut} bytes: other replies");
+        assert_eq!(then, device, "cut after {cut} bytes");
+    }
+    for cut in (1..=total).step_by(7) {
+        let (other, then, turns) =
+            play_with(Relay::new(), |at| at == cut || at == cut + 20, |at| at == cut);
+        assert!(turns > 0);
+        assert!(other == replies, "a journal after {cut} bytes: other replies");
+        assert_eq!(then, device, "a journal after {cut} bytes");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
 
@@ -181,7 +222,12 @@ proptest! {
 /// The client does not read, until the server cannot send any more.
 #[test]
 fn a_reply_that_the_socket_did_not_take_is_sent_by_the_next_server() {
-    let mut relay = Relay::new();
+    for journal in [false, true] {
+        fill_socket(Relay::with(journal));
+    }
+}
+
+fn fill_socket(mut relay: Relay) {
     let mut client = UnixStream::connect(&relay.path).unwrap();
     client.write_all(&framed(0, 1, 0, &version())).unwrap();
     client.set_nonblocking(true).unwrap();
@@ -283,7 +329,7 @@ fn a_state_that_lies_is_refused() {
         || state.descriptors.iter().map(|fd| fd.try_clone().unwrap()).collect::<Vec<_>>();
     let attempt = |data: &serde_json::Value, descriptors: Vec<OwnedFd>| {
         let data = serde_json::from_value(data.clone()).map_err(|error| error.to_string())?;
-        let state = ServerState { data, descriptors };
+        let state = ServerState { data, descriptors, held: Held::default() };
         Server::restore(state, Path::new("x"), "test", Device::new(), Instant::now())
             .map(|mut server| server.give_up())
             .map_err(|error| error.to_string())

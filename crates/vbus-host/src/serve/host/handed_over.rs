@@ -88,7 +88,7 @@ impl Host {
         Ok(match &member.served {
             Some(served) => {
                 let saved = served.server.save()?;
-                let SavedServer { data, descriptors } = saved;
+                let SavedServer { data, descriptors, .. } = saved;
                 (opened, descriptors, StatePart::Served(Box::new(data)))
             }
             None => (opened, Vec::new(), StatePart::Alone(Box::new(endpoint.save()?))),
