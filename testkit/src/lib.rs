@@ -92,6 +92,7 @@ pub mod soak;
 pub mod system;
 pub mod tap;
 pub mod template;
+pub mod testpmd;
 pub mod trial;
 pub mod vm;
 pub mod wire;

@@ -23,11 +23,16 @@ does.
 NICs by the Linux driver, without traffic and with TCP both ways, and prints a histogram of how long
 the devices paused. The last line is one JSON object.
 
+`bench testpmd` lets DPDK's testpmd send frames from one vhost-user device to another and back, by
+the bus and by DPDK's own back end. It takes --rounds and --seconds. Its keys that end in `_vs_dpdk`
+are above 1 if vbus is ahead.
+
 Examples:
   cargo xtask bench take-over --upgrades 50
   cargo xtask bench net                       some 20 minutes
   cargo xtask bench net --quick               a first look
-  cargo xtask bench net --queues 1 --rounds 9 --seconds 5";
+  cargo xtask bench net --queues 1 --rounds 9 --seconds 5
+  cargo xtask bench testpmd --rounds 9";
 
 /// The heading of the options that go with `bench net`.
 const NET: &str = "Options of `bench net`";
@@ -95,6 +100,9 @@ enum What {
     Net,
     /// How long the devices of a guest pause when the bus is upgraded
     TakeOver,
+    /// Frames a second between two vhost-user devices with DPDK's testpmd as their front end, and
+    /// the same with DPDK's own back end
+    Testpmd,
     /// What a small frame costs on a TAP interface each way: in the back end, and in bare loops of
     /// system calls and of io_uring
     Tap,
@@ -109,12 +117,13 @@ pub fn run(args: &Args) -> Result<bool> {
         || args.no_exits
         || args.no_iommu;
     ensure!(
-        !options_of_net || matches!(args.what, Some(What::Net)),
+        !options_of_net || matches!(args.what, Some(What::Net | What::Testpmd)),
         "--rounds, --seconds, --queues and --no-... go with `bench net`"
     );
     ensure!(
-        !args.quick || matches!(args.what, None | Some(What::Net | What::TakeOver)),
-        "--quick goes with `bench`, `bench net` and `bench take-over`"
+        !args.quick
+            || matches!(args.what, None | Some(What::Net | What::TakeOver | What::Testpmd)),
+        "--quick goes with `bench`, `bench net`, `bench take-over` and `bench testpmd`"
     );
     ensure!(
         args.upgrades.is_none() || matches!(args.what, Some(What::TakeOver)),
@@ -128,6 +137,7 @@ pub fn run(args: &Args) -> Result<bool> {
         let (package, example) = match what {
             What::Net => return net(args),
             What::TakeOver => return take_over(args),
+            What::Testpmd => return testpmd(args),
             What::Fairness => ("vbus-vfio-user", "fairness"),
             What::Bystanders => ("vbus-devices", "bystanders"),
             What::Tap => ("vbus-devices", "tap"),
@@ -171,6 +181,19 @@ fn take_over(args: &Args) -> Result<bool> {
     }
     let all: Vec<_> = all.iter().map(pauses::Pauses::json).collect();
     println!("{}", serde_json::json!({ "take_over": all }));
+    Ok(true)
+}
+
+/// Compares the back ends of testpmd.
+fn testpmd(args: &Args) -> Result<bool> {
+    let lab = trial::open(&args.guests)?;
+    let seconds = args.seconds.unwrap_or(if args.quick { 1 } else { 5 });
+    let rounds = args.rounds.unwrap_or(if args.quick { 1 } else { 5 });
+    match testkit::testpmd::bench(&lab, seconds, rounds) {
+        Ok(figures) => println!("{figures}"),
+        Err(error) if error.is::<Skip>() => eprintln!("skipped: {error:#}"),
+        Err(error) => return Err(error),
+    }
     Ok(true)
 }
 

@@ -9,10 +9,11 @@
 //!
 //! What only some scenarios need is in parts of their own, which are fetched when they are first
 //! needed: [other kernels](kernels), [more tools](Kit::tools), [firmware](Kit::firmware),
-//! [compilers](toolchain), and [kernels that check themselves](debug_kernel).
+//! [compilers](toolchain), [DPDK](dpdk), and [kernels that check themselves](debug_kernel).
 
 pub mod apt;
 pub mod debug_kernel;
+pub mod dpdk;
 pub mod kernels;
 pub mod part;
 pub mod toolchain;
@@ -175,6 +176,15 @@ impl Kit {
         let ovmf =
             ["CODE", "VARS"].map(|name| root.join(format!("usr/share/OVMF/OVMF_{name}_4M.fd")));
         Ok(Firmware { ipxe: root.join("usr/lib/ipxe/ipxe.lkrn"), ovmf })
+    }
+
+    /// DPDK. It is fetched if it is not here yet.
+    ///
+    /// # Errors
+    /// apt cannot fetch it. The error is a [`Skip`](crate::report::Skip) if the mirror lacks it.
+    pub fn dpdk(&self) -> Result<dpdk::Dpdk> {
+        let target = self.dir.parent().unwrap_or(&self.dir);
+        dpdk::Dpdk::get(target, self.mirror.as_deref())
     }
 
     /// The version of QEMU.

@@ -27,7 +27,8 @@ use crate::vm::{Iommu, Processor};
 use chart::Bar;
 use contender::{Contender, Rig};
 use exits::Costs;
-use figures::{Rounds, Spread, round};
+use figures::Rounds;
+pub use figures::{Spread, round};
 use traffic::{Traffic, measure};
 
 /// The streams that an IOMMU may slow down.

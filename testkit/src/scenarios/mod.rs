@@ -76,6 +76,11 @@ pub const SCENARIOS: &[Scenario] = &[
         vm::vhost_user::net,
     ),
     in_guests(
+        "vm::testpmd",
+        "DPDK's testpmd as the front end of two vhost-user devices, split and packed; no guest",
+        vm::testpmd::passes,
+    ),
+    in_guests(
         "vm::vhost_migrate",
         "QEMU moves a guest with that card to another QEMU, under streams both ways",
         vm::vhost_migrate::moves,

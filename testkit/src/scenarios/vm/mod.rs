@@ -15,6 +15,7 @@ pub(super) mod snapshot_qmp;
 pub(super) mod state;
 pub(super) mod take_over;
 pub(super) mod template;
+pub(super) mod testpmd;
 pub(super) mod traffic;
 pub(super) mod vfio_user;
 pub(super) mod vhost_migrate;
