@@ -435,9 +435,9 @@ impl Backend {
         log: Option<u64>,
     ) -> Result<(), Failure> {
         let at = self.ring(ring)?;
-        self.rings[at].log = log;
+        let before = std::mem::replace(&mut self.rings[at].log, log);
         if let Some(layout) = self.layout(at).ok().flatten().filter(|_| self.rings[at].runs) {
-            self.check_log(at, &layout)?;
+            self.check_log(at, &layout).inspect_err(|_| self.rings[at].log = before)?;
         }
         if self.rings[at].addresses == Some(addresses) {
             return Ok(());
