@@ -121,8 +121,7 @@ pub fn run(args: &Args) -> Result<bool> {
         "--rounds, --seconds, --queues and --no-... go with `bench net`"
     );
     ensure!(
-        !args.quick
-            || matches!(args.what, None | Some(What::Net | What::TakeOver | What::Testpmd)),
+        !args.quick || matches!(args.what, None | Some(What::Net | What::TakeOver | What::Testpmd)),
         "--quick goes with `bench`, `bench net`, `bench take-over` and `bench testpmd`"
     );
     ensure!(

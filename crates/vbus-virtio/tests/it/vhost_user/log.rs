@@ -175,6 +175,10 @@ fn a_log_is_replaced_begins_and_ends_while_frames_pass() {
     let far = one_region((1 << 30, PAGE as u64, 1 << 30, 0));
     assert!(!second.tell(request::ADD_MEM_REG, &far, &[file.as_fd()]));
     assert!(second.tell_number(request::SET_FEATURES, all));
+    // A task that began to write before may mark its pages after the reply. A change of the memory
+    // stops the rings for a moment: then it has.
+    assert!(second.tell(request::SET_MEM_TABLE, &table(&memory), &[file.as_fd()]));
+    bitmaps.iter().for_each(|bitmap| _ = bitmap.take());
     let addr = second.post(&mut rx, 2048);
     first.send(&mut tx, &frame(1, 0, &[9; 40]));
     second.receive(&mut rx, addr);
