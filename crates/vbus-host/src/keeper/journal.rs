@@ -7,7 +7,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::take_over::{Frame, Offer, Parcel, now, pack};
+use crate::take_over::{Frame, HeldPart, Offer, Parcel, now, pack};
 
 /// The kinds of messages of a bus to its keeper.
 pub mod kind {
@@ -25,6 +25,9 @@ pub mod kind {
     pub const MOVED: u8 = 21;
     /// The process of the supervisor, as a descriptor. It cleans up when the bus has ended.
     pub const SUPERVISOR: u8 = 22;
+    /// The descriptors of a client's message that the bus is about to receive. The body is the name
+    /// of the device and the number of the message.
+    pub const HELD: u8 = 23;
 }
 
 /// The most devices that a keeper keeps.
@@ -40,6 +43,8 @@ pub struct Journal {
     /// `None`: the bus has sent no offer yet.
     bus: Option<(Offer, Vec<OwnedFd>)>,
     devices: HashMap<String, Parcel>,
+    /// By device, the last message that came with descriptors.
+    held: HashMap<String, (u64, Vec<OwnedFd>)>,
     /// The process that cleans up behind the bus.
     supervisor: Option<OwnedFd>,
 }
@@ -78,7 +83,18 @@ impl Journal {
                 self.devices.insert(name, Parcel { body, descriptors });
                 ensure!(self.devices.len() <= DEVICES_MAX, "it has too many devices");
             }
-            kind::GONE => drop(self.devices.remove(std::str::from_utf8(&body)?)),
+            kind::GONE => {
+                let name = std::str::from_utf8(&body)?;
+                self.devices.remove(name);
+                self.held.remove(name);
+            }
+            kind::HELD => {
+                let name = name(&body)?.to_owned();
+                let number = body.get(NAME_LEN + name.len()..).unwrap_or_default();
+                let number = number.try_into().context("the number of a message")?;
+                ensure!(self.devices.contains_key(&name), "a message of no device");
+                self.held.insert(name, (u64::from_le_bytes(number), descriptors));
+            }
             kind::SUPERVISOR => self.supervisor = descriptors.pop(),
             kind::WHOLE => return Ok(News::Whole),
             kind::ENDS => return Ok(News::Ends),
@@ -118,7 +134,19 @@ impl Journal {
             body.extend_from_slice(&device.body);
             descriptors.extend(duplicates(&device.descriptors)?);
         }
-        body.extend_from_slice(b"]}");
+        body.extend_from_slice(b"],\"held\":");
+        let mut held = Vec::new();
+        let is_given = |name: &str| {
+            let mut names = offer.devices.iter().map(|device| &*device.name);
+            self.devices.contains_key(name) && names.any(|given| given == name)
+        };
+        for (name, (number, fds)) in self.held.iter().filter(|(name, _)| is_given(name)) {
+            let count = u32::try_from(fds.len()).unwrap_or(u32::MAX);
+            held.push(HeldPart { name: name.clone(), number: *number, descriptors: count });
+            descriptors.extend(duplicates(fds)?);
+        }
+        body.extend(serde_json::to_vec(&held)?);
+        body.push(b'}');
         Ok(Parcel { body, descriptors })
     }
 
@@ -213,6 +241,18 @@ mod tests {
         let state: Value = serde_json::from_slice(&body).unwrap();
         assert_eq!(state["devices"], json!([{ "n": 2 }, { "n": 3 }]));
         assert_eq!(descriptors.iter().map(inode).collect::<Vec<_>>(), [inodes[1], inodes[0]]);
+        // The descriptors of the last message that came with some.
+        let (one, two) = (file(), file());
+        let inodes = [inodes[1], inodes[0], inode(&two)];
+        for (number, fd) in [(7_u64, one), (8, two)] {
+            let body = device("a", &number.to_le_bytes()).unwrap();
+            journal.take(frame(kind::HELD, body, vec![fd])).unwrap();
+        }
+        let Parcel { body, descriptors } = journal.state().unwrap();
+        let state: Value = serde_json::from_slice(&body).unwrap();
+        let expected = json!([{ "name": "a", "number": 8, "descriptors": 1 }]);
+        assert_eq!(state["held"], expected);
+        assert_eq!(descriptors.iter().map(inode).collect::<Vec<_>>(), inodes);
         journal.take(frame(kind::GONE, b"b".to_vec(), vec![])).unwrap();
         let state: Value = serde_json::from_slice(&journal.state().unwrap().body).unwrap();
         assert_eq!(state["devices"], json!([{ "n": 3 }]));
@@ -224,6 +264,7 @@ mod tests {
             ("another kind", 1, Vec::new()),
             ("no offer", kind::BUS, b"{}".to_vec()),
             ("no name", kind::DEVICE, Vec::new()),
+            ("a message of nobody", kind::HELD, b"\x01a\0\0\0\0\0\0\0\0".to_vec()),
             ("half a name", kind::DEVICE, b"\x05net0".to_vec()),
             ("no text", kind::DEVICE, b"\x01\xff{}".to_vec()),
             ("no process", kind::MOVED, b"x".to_vec()),

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use rustix::io::Errno;
 use serde_json::Value;
 use vbus_core::{DeviceState, Endpoint, lock};
 use vbus_vfio_user::{Keep, SavedServer};
@@ -186,5 +187,14 @@ impl Keep for Keeping {
     fn keep(&self, endpoint: &Endpoint, saved: SavedServer) -> Result<(), String> {
         let SavedServer { data, descriptors, .. } = saved;
         self.device(endpoint, StatePart::Served(Box::new(data)), descriptors)
+    }
+
+    fn hold(&self, endpoint: &Endpoint, number: u64, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        let body = journal::device(endpoint.name(), &number.to_le_bytes());
+        let held = body.and_then(|body| match self.is_open() {
+            true => self.link.send(kind::HELD, &body, fds),
+            false => Ok(()),
+        });
+        held.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
     }
 }

@@ -102,6 +102,19 @@ pub struct State {
     pub stopped: u64,
     /// As many as the offer has, in the same order.
     pub devices: Vec<DevicePart>,
+    /// Of a bus that has died: the descriptors of messages, behind those of all devices. A bus that
+    /// leaves has none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub held: Vec<HeldPart>,
+}
+
+/// The descriptors of a message of a device's client that a bus was about to receive.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeldPart {
+    pub name: String,
+    pub number: u64,
+    pub descriptors: u32,
 }
 
 /// A device. Descriptors: those of its back end, then those of its server.
@@ -211,7 +224,7 @@ fn check_socket(socket: &OwnedFd, families: &[AddressFamily], listens: bool) -> 
 /// # Errors
 /// It is none, or its descriptors are not those that it counts.
 pub fn read_state(parcel: Parcel) -> Result<(u64, Vec<DeviceParcel>)> {
-    let State { stopped, devices } = read(&parcel.body)?;
+    let State { stopped, devices, held } = read(&parcel.body)?;
     let mut rest = parcel.descriptors.into_iter();
     let mut take = |count: usize| -> Result<Vec<OwnedFd>> {
         let taken: Vec<_> = rest.by_ref().take(count).collect();
@@ -234,6 +247,16 @@ pub fn read_state(parcel: Parcel) -> Result<(u64, Vec<DeviceParcel>)> {
         };
         let opened = opened.into_iter().zip(of_back_end).collect();
         parcels.push(DeviceParcel { name, settled, opened, state });
+    }
+    for HeldPart { name, number, descriptors } in held {
+        let fds = take(descriptors as usize)?;
+        let mut parcels = parcels.iter_mut();
+        let Some(parcel) = parcels.find(|parcel| parcel.name == name) else {
+            bail!("the state has a message of {name:?}, which is no device");
+        };
+        if let DeviceContent::Served(saved) = &mut parcel.state {
+            saved.held = Held { number, fds };
+        }
     }
     if rest.next().is_some() {
         bail!("the state has too many descriptors");

@@ -199,7 +199,7 @@ impl Leaves for Leaving<'_> {
             descriptors.extend(of_back_end);
             descriptors.extend(of_server);
         }
-        content::pack(&State { stopped, devices }, descriptors)
+        content::pack(&State { stopped, devices, held: Vec::new() }, descriptors)
     }
 
     fn go_on(&mut self) {

@@ -15,7 +15,8 @@ mod steps;
 mod wire;
 
 pub use content::{
-    DeviceContent, DeviceParcel, DevicePart, FORMAT, Handed, Offer, Spec, StatePart, now, pack,
+    DeviceContent, DeviceParcel, DevicePart, FORMAT, Handed, HeldPart, Offer, Spec, StatePart, now,
+    pack,
 };
 pub use joining::{Joining, adopt};
 pub use leaving::Departure;

@@ -155,8 +155,8 @@ fn run(mut card: Card, own: u8, stop: &AtomicBool, both: &[Shared; 2]) -> Stream
     }
 }
 
-/// A driver of state pages that uses the shared memory alone: it writes numbers that grow, and the
-/// number that it reads must not fall.
+/// A driver of state pages: it writes numbers that grow, the number that it reads must not fall,
+/// and each message has its reply.
 fn write_pages(
     mut pages: Pages<Process>,
     stop: &AtomicBool,
@@ -177,6 +177,8 @@ fn write_pages(
         let now = u64::from_le_bytes(value[..8].try_into().unwrap());
         let before = seen.swap(now, Ordering::Release);
         assert!(now >= before, "the device's page fell from {before} to {now}");
+        // A register, by a message that must have exactly one reply.
+        pages.function().check().unwrap();
         std::thread::yield_now();
     }
     pages.finish(writer).unwrap();
