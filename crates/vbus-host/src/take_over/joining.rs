@@ -33,7 +33,7 @@ impl Joining {
     /// # Errors
     /// No bus serves there, it is that of another user, or it cannot be handed over.
     pub fn connect(dir: &Path) -> Result<(Joining, Handed)> {
-        let (socket, _) = ask(dir, "take-over", "taken over")?;
+        let (socket, _) = ask(dir, "take-over", ("take over", "taken over"))?;
         Joining::over(socket)
     }
 
@@ -99,20 +99,22 @@ impl Joining {
 /// # Errors
 /// As for [`Joining::connect`].
 pub fn adopt(dir: &Path) -> Result<(OwnedFd, i32)> {
-    let (socket, pid) = ask(dir, "keep", "kept")?;
+    let (socket, pid) = ask(dir, "keep", ("keep", "kept"))?;
     Ok((socket.into(), pid))
 }
 
 /// Sends the request `op` to the bus that serves in `dir`, which then speaks the messages of
-/// `wire`. Returns the connection and the bus's process. `done` says what is asked for.
-fn ask(dir: &Path, op: &str, done: &str) -> Result<(UnixStream, i32)> {
+/// `wire`. Returns the connection and the bus's process. `what` says what is
+/// asked for, and what is then done.
+fn ask(dir: &Path, op: &str, what: (&str, &str)) -> Result<(UnixStream, i32)> {
+    let (what, done) = what;
     rundir::check(dir)?;
     let path = dir.join(CONTROL);
     rundir::check_socket_path(&path)?;
     let mut socket = UnixStream::connect(&path).with_context(|| {
         format!(
-            "no bus to be {done} serves in {}; start one without --take-over and --adopt, or name \
-             its directory with --dir",
+            "no bus to {what} serves in {}; start one without --take-over and --adopt, or name its \
+             directory with --dir",
             dir.display()
         )
     })?;
