@@ -26,8 +26,8 @@
 //! # Descriptors
 //! Descriptors that are received belong to the process, and die with it. So the server looks before
 //! it takes: `MSG_PEEK` gives duplicates, and leaves bytes and descriptors in the socket. The
-//! target gives the duplicates to somebody who outlives the process ([`Target::hold`]). Only then the
-//! bytes are received, exactly as many as were peeked. The kernel gives the descriptors of one
+//! target gives the duplicates to somebody who outlives the process ([`Target::hold`]). Only then
+//! the bytes are received, exactly as many as were peeked. The kernel gives the descriptors of one
 //! `sendmsg` with its first byte, and a receipt ends behind the first bytes that have some. So a
 //! receipt of as many bytes as were peeked has the same descriptors.
 //!
