@@ -19,9 +19,9 @@
 //!   the kernel gives back fewer bytes or `EFAULT`, and has taken no more than it says.
 //! - Only one thread at a time has the server. So its stores have one order, and a kill leaves a
 //!   beginning of it. The compiler keeps this order because each record counts by one `Release`
-//!   store ([`Memory::count`](memory::Memory::count)). The processor keeps it because an interrupt
-//!   is precise: all instructions before it are done, none after it has begun. The end of the
-//!   process, which the successor waits for, orders all that before the successor's loads.
+//!   store (`Memory::count`). The processor keeps it because an interrupt is precise: all
+//!   instructions before it are done, none after it has begun. The end of the process, which the
+//!   successor waits for, orders all that before the successor's loads.
 //!
 //! # Descriptors
 //! Descriptors that are received belong to the process, and die with it. So the server looks before
