@@ -27,7 +27,7 @@ use vbus_core::{ErrorCode, View};
 
 use super::chain::{Chain, Head};
 use super::indirect;
-use super::layout::{Format, Layout, RingFeatures};
+use super::layout::{Format, Layout, PARTS_MAX, RingFeatures};
 use super::memory::{Areas, Descriptor};
 use super::packed::Cursor;
 use super::split::{self, Split};
@@ -70,6 +70,10 @@ mod entry {
 const VERSION: u16 = 1;
 /// Where a region begins is a multiple of this.
 const ALIGN: usize = 64;
+/// The most parts that all buffers in flight may have, when a queue is taken up. A queue of 1024
+/// descriptors may have as many, each a table of its own. A longer one that is forged would take
+/// much more memory than its front end has.
+const PARTS_OF_ALL: usize = 1024 * PARTS_MAX;
 
 /// Bytes before the entries, and of each entry.
 const fn sizes(format: Format) -> (usize, usize) {
@@ -87,6 +91,25 @@ pub struct InFlightRegion {
     base: u64,
     format: Format,
     size: u16,
+}
+
+/// What was in flight, while it is read.
+struct Reading {
+    in_flight: Vec<InFlight>,
+    /// Parts that more buffers may have.
+    left: usize,
+}
+
+impl Reading {
+    fn new() -> Reading {
+        Reading { in_flight: Vec::new(), left: PARTS_OF_ALL }
+    }
+
+    fn add(&mut self, buffer: InFlight) -> Result<(), BadState> {
+        self.left = self.left.checked_sub(buffer.parts.len()).ok_or(BadState::Region)?;
+        self.in_flight.push(buffer);
+        Ok(())
+    }
 }
 
 /// A region in its memory, for a moment.
@@ -309,18 +332,18 @@ impl Tracker {
         words.set(at::USED, used);
         let (entries, counter) = Tracker::in_order(words, 0..size);
         let ring = Split::new(size, features, Position::default(), false);
-        let mut in_flight = Vec::with_capacity(entries.len());
+        let mut reading = Reading::new();
         for &id in &entries {
             let mut chain = Chain::new();
             ring.walk(areas, tables, &mut chain, id)?;
-            in_flight.push(InFlight::of(id, 1, &chain));
+            reading.add(InFlight::of(id, 1, &chain))?;
         }
         let taken = u16::try_from(entries.len()).unwrap_or(u16::MAX);
         let available = used.wrapping_add(taken);
         let position = Position { available, used, ..Position::default() };
         let known = Known::Split { last, batch: Vec::new() };
         let tracker = Tracker { region, counter, known };
-        Ok(Found { position, in_flight, entries, tracker })
+        Ok(Found { position, in_flight: reading.in_flight, entries, tracker })
     }
 
     fn of_packed(
@@ -346,7 +369,7 @@ impl Tracker {
         // Each entry is free, or of one buffer. What belongs to nothing is free at the end.
         let mut next = vec![size; usize::from(size)];
         let mut owner: Vec<Option<bool>> = vec![None; usize::from(size)];
-        let after = |number: u16| words.get::<u16>(words.entry(number, entry::NEXT));
+        let after = |number: u16| words.get::<u16>(words.entry(number, entry::NEXT)).min(size);
         let mut claim = |number: u16, is_free: bool| match owner.get_mut(usize::from(number)) {
             Some(place @ None) => {
                 *place = Some(is_free);
@@ -360,11 +383,11 @@ impl Tracker {
                 return Err(BadState::Region);
             }
             words.set_in_flight(number, false);
-            next[usize::from(number)] = after(number).min(size);
-            number = after(number);
+            next[usize::from(number)] = after(number);
+            number = next[usize::from(number)];
         }
         let (entries, counter) = Tracker::in_order(words, 0..size);
-        let (mut in_flight, mut last_of) = (Vec::new(), vec![0; usize::from(size)]);
+        let (mut reading, mut last_of) = (Reading::new(), vec![0; usize::from(size)]);
         let mut slots_of_all = 0_u16;
         for &head in &entries {
             let count = words.get::<u16>(words.entry(head, entry::COUNT));
@@ -394,11 +417,11 @@ impl Tracker {
                 }
                 last_of[usize::from(head)] = number;
                 if left > 0 {
-                    next[usize::from(number)] = after(number).min(size);
-                    number = after(number);
+                    next[usize::from(number)] = after(number);
+                    number = next[usize::from(number)];
                 }
             }
-            in_flight.push(InFlight::of(id, count, &chain));
+            reading.add(InFlight::of(id, count, &chain))?;
         }
         let mut free = free.min(size);
         for number in (0..size).filter(|number| owner[usize::from(*number)].is_none()) {
@@ -421,7 +444,7 @@ impl Tracker {
             Position { available: slot, used: used_slot, available_wrap: wrap, used_wrap };
         let known = Known::Packed { next, free, batch: Vec::new(), last: last_of, used };
         let tracker = Tracker { region, counter, known };
-        Ok(Found { position, in_flight, entries, tracker })
+        Ok(Found { position, in_flight: reading.in_flight, entries, tracker })
     }
 
     /// A buffer was taken: a split queue's with head `id`, a packed queue's of these descriptors.

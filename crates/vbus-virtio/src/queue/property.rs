@@ -3,7 +3,9 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
@@ -16,7 +18,8 @@ use vbus_core::{Access, MemoryContext, View};
 use super::driver::{Driver, INDIRECT, Raw, WRITE};
 use super::memory::Areas;
 use super::{
-    Chain, Format, InFlightRegion, Layout, Part, Position, Queue, RingFeatures, State, Violation,
+    BadState, Chain, Format, InFlightRegion, Layout, Part, Position, Queue, RingFeatures, State,
+    Violation,
 };
 
 const PAGES: u64 = 64;
@@ -717,6 +720,98 @@ fn a_queue_whose_areas_go_away_is_retired_once() {
             }
         }
     }
+}
+
+/// Buffers in flight are taken up only as long as their parts fit in a bounded memory: a forged
+/// region may have all of a long queue in flight, each with a whole table.
+#[test]
+fn forged_buffers_in_flight_have_a_bounded_number_of_parts() {
+    let layout = Layout {
+        format: Format::Split,
+        size: 2048,
+        descriptors: DESCRIPTORS,
+        driver_area: DRIVER_AREA,
+        device_area: DEVICE_AREA,
+    };
+    let features = RingFeatures { indirect: true, ..RingFeatures::default() };
+    let start = Position::start(layout.format);
+    let memory = memory(false);
+    let view = memory.view();
+    let parts = u32::try_from(super::PARTS_MAX).unwrap();
+    let descriptor = |addr: u64, len: u32, flags: u16, next: u16| {
+        let word = Raw { addr, len, flags }.second_word((next != 0).then_some(next));
+        [addr, word].map(u64::to_le_bytes).concat()
+    };
+    for number in 0..parts {
+        let next = u16::try_from((number + 1) % parts).unwrap();
+        view.write(TABLES + 16 * u64::from(number), &descriptor(1, 1, 0, next)).unwrap();
+    }
+    for head in 0..u64::from(layout.size) {
+        let table = descriptor(TABLES, 16 * parts, INDIRECT, 0);
+        view.write(DESCRIPTORS + 16 * head, &table).unwrap();
+    }
+    let region = region(&layout);
+    let recover = |in_flight: u64| {
+        region.write(16 + 16 * (in_flight - 1), &[1]);
+        Queue::recover(layout, features, region.clone(), start, &view)
+    };
+    recover(1).unwrap();
+    for head in 0..1023 {
+        region.write(16 + 16 * head, &[1]);
+    }
+    let (_, chains) = recover(1024).unwrap();
+    assert_eq!(chains.len(), 1024, "a queue of 1024 descriptors may have that");
+    assert_eq!(chains[1023].readable().len(), super::PARTS_MAX);
+    assert!(matches!(recover(1025), Err(BadState::Region)));
+}
+
+/// The owner of a region may write to it while a queue is taken up. The queue has a free entry for
+/// each buffer nevertheless.
+#[test]
+fn a_region_that_changes_while_it_is_read_is_borne() {
+    // Nothing lies behind the entries of this one.
+    let layout = Layout {
+        format: Format::Packed,
+        size: 3,
+        descriptors: DESCRIPTORS,
+        driver_area: DRIVER_AREA,
+        device_area: DEVICE_AREA,
+    };
+    let (features, start) = (RingFeatures::default(), Position::start(Format::Packed));
+    let memory = memory(false);
+    let view = memory.view();
+    for slot in 0..3_u16 {
+        let word = Raw { addr: 1, len: 1, flags: 0x80 }.second_word(None);
+        let descriptor = [1, word | u64::from(slot) << 32].map(u64::to_le_bytes).concat();
+        view.write(DESCRIPTORS + 16 * u64::from(slot), &descriptor).unwrap();
+        view.write(DESCRIPTORS + 16 * u64::from(slot) + 14, &0x80_u16.to_le_bytes()).unwrap();
+    }
+    let region = region(&layout);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                for next in [1_u16, 3, 2] {
+                    region.write(32 + 2, &next.to_le_bytes());
+                }
+            }
+        });
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            for _ in 0..5000 {
+                region.settle();
+                Queue::recover(layout, features, region.clone(), start, &view).unwrap();
+                let again = Queue::recover(layout, features, region.clone(), start, &view);
+                let Ok((mut queue, chains)) = again else { continue };
+                assert!(chains.is_empty());
+                let mut turn = queue.turn(&view).unwrap();
+                for _ in 0..3 {
+                    assert!(turn.next(&mut Chain::new()).unwrap());
+                }
+            }
+        }));
+        done.store(true, Ordering::Relaxed);
+        assert!(outcome.is_ok());
+    });
 }
 
 /// The most that a thread waits for the other.
