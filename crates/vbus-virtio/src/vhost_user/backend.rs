@@ -526,10 +526,9 @@ impl Backend {
     fn reset(&mut self) {
         for at in 0..self.rings.len() {
             self.stop(at);
-            if let Some(region) = self.region(at) {
-                region.settle();
-            }
         }
+        // Those of a back end that has died too, whose rings have not begun again.
+        self.kept.iter().for_each(Kept::settle);
         self.end_session();
         self.host().doorbells().forget_eventfds();
         self.endpoint.memory().stop_log();

@@ -65,6 +65,13 @@ impl Kept {
         Ok(Kept { memory: Arc::new(context), format, rings, size })
     }
 
+    /// Nothing is in flight in any ring.
+    pub fn settle(&self) {
+        let regions =
+            (0..self.rings.into()).filter_map(|at| self.region(at, self.format, self.size));
+        regions.for_each(|region| region.settle());
+    }
+
     /// The region of ring `at`, if there is one for a ring of this format and size.
     pub fn region(&self, at: usize, format: Format, size: u16) -> Option<InFlightRegion> {
         let is_there = at < usize::from(self.rings) && (format, size) == (self.format, self.size);

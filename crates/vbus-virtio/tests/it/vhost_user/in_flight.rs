@@ -147,6 +147,45 @@ fn a_base_counts_after_a_stop_and_the_region_after_a_death() {
     assert_eq!(second.stop(0), 2);
 }
 
+/// A front end resets the device before it has said anything of a ring. What a process that died
+/// had in flight is another driver's.
+#[test]
+fn a_reset_forgets_what_a_process_that_died_had_in_flight() {
+    let lab = Lab::new();
+    let (one, two) = (lab.serve(0, json!({})), lab.serve(1, json!({})));
+    let (mut first, _rx, mut tx) = FrontEnd::card(&one, 0);
+    let mut second = FrontEnd::connect(&two);
+    second.agree(VERSION_1);
+    assert!(second.share());
+    let (told, file) = second.get_in_flight(2, 64);
+    assert!(second.tell(SET_INFLIGHT_FD, &told, &[file.as_fd()]));
+    let mut old = second.ring(0, 64);
+    second.start(&old, 0);
+    let addr = second.post(&mut old, 2048);
+    first.send(&mut tx, &frame(1, 0, b"old"));
+    second.receive(&mut old, addr);
+    let FrontEnd { memory, socket, .. } = second;
+    drop(socket);
+    let mut second = FrontEnd::connect_with(&two, memory);
+    second.agree(VERSION_1);
+    assert!(second.share());
+    let mut version = [0; 2];
+    rustix::io::pread(&file, &mut version, 8).unwrap();
+    assert_eq!(version, [1, 0], "it was left in use");
+    assert!(second.tell(SET_INFLIGHT_FD, &told, &[file.as_fd()]));
+    assert!(second.tell(request::RESET_DEVICE, &[], &[]));
+    rustix::io::pread(&file, &mut version, 8).unwrap();
+    assert_eq!(version, [0, 0]);
+    // Its driver begins anew.
+    assert!(second.tell_number(request::SET_FEATURES, VERSION_1 | PROTOCOL_FEATURES));
+    let mut rx = second.ring(0, 64);
+    second.start(&rx, 0);
+    let addr = second.post(&mut rx, 2048);
+    first.send(&mut tx, &frame(1, 0, b"new"));
+    assert_eq!(second.receive(&mut rx, addr), frame(1, 0, b"new"));
+    assert_eq!(second.stop(0), 1);
+}
+
 #[test]
 fn regions_that_cannot_be_are_refused_and_lost_ones_harm_nobody() {
     let lab = Lab::new();
