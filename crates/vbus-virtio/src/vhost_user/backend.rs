@@ -436,10 +436,10 @@ impl Backend {
     ) -> Result<(), Failure> {
         let at = self.ring(ring)?;
         let before = std::mem::replace(&mut self.rings[at].log, log);
-        if let Some(layout) = self.layout(at).ok().flatten().filter(|_| self.rings[at].runs) {
-            self.check_log(at, &layout).inspect_err(|_| self.rings[at].log = before)?;
-        }
         if self.rings[at].addresses == Some(addresses) {
+            if let Some(layout) = self.layout(at).ok().flatten().filter(|_| self.rings[at].runs) {
+                self.check_log(at, &layout).inspect_err(|_| self.rings[at].log = before)?;
+            }
             return Ok(());
         }
         self.stop(at);
