@@ -233,7 +233,7 @@ impl Backend {
                 if !fds.as_slice().iter().all(is_socket) {
                     return Err(Failure::NoSocket);
                 }
-                self.shared.set_channel(fds.into_harmless().pop());
+                self.shared.set_channel(Some(fds));
             }
             Request::SetMtu(wants) => self.set_mtu(wants)?,
             Request::GetConfig { offset, size, flags } => {

@@ -8,6 +8,7 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{SendFlags, send};
 use vbus_core::{ConnectionState, Endpoint, ErrorCode, Host, lock};
 use vbus_eventfd::PeerEventfd;
+use vfio_user_protocol::PeerFds;
 
 use super::failure::Failure;
 use super::message;
@@ -49,8 +50,9 @@ pub struct Shared {
     errors: Box<[Signal]>,
     /// The device configuration.
     pub config: Mutex<Vec<u8>>,
-    /// The front end's socket for what the device has to say.
-    channel: Mutex<Option<OwnedFd>>,
+    /// The front end's socket for what the device has to say. Its close may wait: the front end can
+    /// have sent descriptors there, which nobody has received.
+    channel: Mutex<Option<PeerFds>>,
     pub running: Mutex<Running>,
 }
 
@@ -90,7 +92,7 @@ impl Shared {
     }
 
     /// Sets the socket for what the device has to say.
-    pub fn set_channel(&self, socket: Option<OwnedFd>) {
+    pub fn set_channel(&self, socket: Option<PeerFds>) {
         *lock(&self.channel) = socket;
     }
 
@@ -150,7 +152,9 @@ impl Transport for Shared {
         let differs = *now != config;
         *now = config;
         drop(now);
-        if let Some(socket) = lock(&self.channel).as_ref().filter(|_| tell && differs) {
+        let channel = lock(&self.channel);
+        let sockets = channel.iter().filter(|_| tell && differs).flat_map(PeerFds::as_slice);
+        for socket in sockets {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             let _ = retry_on_intr(|| send(socket, &message::config_changed(), flags));
         }

@@ -282,6 +282,39 @@ fn a_change_of_the_link_is_told_on_the_socket_for_it() {
     assert_eq!(rest.len() % 12, 0);
 }
 
+/// A socket for the device's messages may have descriptors in it whose close waits. The next
+/// messages do not wait for it.
+#[test]
+fn a_socket_for_messages_that_cannot_be_closed_at_once_keeps_nobody_waiting() {
+    let lab = Lab::new();
+    let served = lab.serve(0, json!({}));
+    let (mut front_end, _rx, _tx) = FrontEnd::card(&served, 0);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (lingers, peer) = lingering();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let fds = [lingers.as_fd()];
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+    sendmsg(&ours, &[IoSlice::new(b"x")], &mut ancillary, SendFlags::empty()).unwrap();
+    assert!(front_end.tell(SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]));
+    drop((theirs, lingers));
+    let (_other, next) = UnixStream::pair().unwrap();
+    assert!(front_end.tell(SET_BACKEND_REQ_FD, &[], &[next.as_fd()]));
+    drop(peer);
+}
+
+/// A TCP socket whose close waits: it lingers, its peer reads nothing, and its data is not sent.
+fn lingering() -> (std::net::TcpStream, std::net::TcpStream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while socket.write(&[0; 65536]).is_ok() {}
+    socket.set_nonblocking(false).unwrap();
+    rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::from_secs(24 * 3600))).unwrap();
+    (socket, peer)
+}
+
 /// The frames of a ring that was disabled are taken and dropped.
 #[test]
 fn what_a_disabled_ring_sends_goes_nowhere() {
