@@ -30,6 +30,8 @@ pub struct Qmp {
     lines: Lines,
     deadline: Instant,
     events: VecDeque<Value>,
+    /// Commands that QEMU has not answered: the time of all but the last one was up. It answers in order, so theirs come first.
+    unanswered: u64,
 }
 
 impl Qmp {
@@ -55,6 +57,7 @@ impl Qmp {
             lines: Lines::new(LINE_MAX),
             deadline: now + timeout,
             events: VecDeque::new(),
+            unanswered: 0,
         };
         let greeting = qmp.message(qmp.deadline.min(now + GREETING)).context(
             "no greeting; does another client hold this QMP socket? (QEMU can have several)",
@@ -69,11 +72,12 @@ impl Qmp {
         self.deadline = Instant::now() + timeout;
     }
 
-    /// Runs a command and returns its value.
+    /// Runs a command and returns its value. An answer to a former command, whose time was up, is
+    /// not taken for its own.
     ///
     /// # Errors
     /// [`QemuError`](crate::QemuError) if QEMU refuses the command. Another error if QEMU has gone,
-    /// or does not answer in time.
+    /// or does not answer in time: then QEMU may carry the command out nevertheless.
     pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
@@ -82,11 +86,13 @@ impl Qmp {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => anyhow!("QEMU did not read in time"),
             _ => anyhow!("QEMU has gone"),
         })?;
+        self.unanswered += 1;
         loop {
             let message = self
                 .message(self.deadline)
                 .with_context(|| format!("waiting for the answer to {command}"))?;
             match message {
+                Message::Return(_) | Message::Error(_) if self.is_late() => {}
                 Message::Return(value) => return Ok(value),
                 Message::Error(error) => return Err(error.into()),
                 Message::Event(event) => {
@@ -110,6 +116,7 @@ impl Qmp {
         loop {
             match self.message(self.deadline) {
                 Ok(Message::Event(event)) => return Ok(Some(event)),
+                Ok(Message::Return(_) | Message::Error(_)) => _ = self.is_late(),
                 Ok(_) => {}
                 Err(error) if Instant::now() >= self.deadline => {
                     tracing::debug!("no event: {error:#}");
@@ -118,6 +125,12 @@ impl Qmp {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// An answer has come. Whether it is that of a former command.
+    fn is_late(&mut self) -> bool {
+        self.unanswered = self.unanswered.saturating_sub(1);
+        self.unanswered > 0
     }
 
     /// Discards the events that have arrived so far.
@@ -231,6 +244,28 @@ mod tests {
         assert_eq!(qmp.event().unwrap().unwrap()["event"], "D");
         qmp.set_timeout(Duration::ZERO);
         assert!(qmp.event().unwrap().is_none());
+    }
+
+    #[test]
+    fn a_late_answer_is_not_taken_for_that_of_the_next_command() {
+        let done = json!({ "return": {} });
+        let (socket, mut theirs) = qemu(&[json!({ "QMP": {} }), done.clone()]);
+        let mut qmp = Qmp::over(socket, LONG).unwrap();
+        let mut say = |message: Value| theirs.write_all(format!("{message}\n").as_bytes()).unwrap();
+        for _ in 0..2 {
+            qmp.set_timeout(Duration::from_millis(1));
+            assert!(qmp.run("slow", json!({})).is_err());
+        }
+        // One of them answers while somebody waits for events, the other one before the next.
+        say(done);
+        say(json!({ "event": "A", "data": {} }));
+        say(json!({ "return": 1 }));
+        say(json!({ "error": { "class": "GenericError", "desc": "no" } }));
+        say(json!({ "return": 2 }));
+        qmp.set_timeout(LONG);
+        assert_eq!(qmp.event().unwrap().unwrap()["event"], "A");
+        assert!(format!("{:#}", qmp.run("next", json!({})).unwrap_err()).ends_with("QEMU: no"));
+        assert_eq!(qmp.run("last", json!({})).unwrap(), 2);
     }
 
     #[test]
