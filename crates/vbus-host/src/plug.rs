@@ -172,6 +172,11 @@ pub fn under_way(error: &anyhow::Error) -> bool {
         .is_some_and(|e| e.description.contains("already in the process of unplug"))
 }
 
+/// Whether QEMU has answered that it does not unplug the device.
+pub fn is_refused(error: &anyhow::Error) -> bool {
+    error.is::<QemuError>() && !under_way(error)
+}
+
 /// Whether this event of QEMU tells what became of `device_del` for the device `id`.
 pub fn released(event: &Value, id: &str) -> Option<Result<()>> {
     let device = event.pointer("/data/device").and_then(Value::as_str);

@@ -190,11 +190,17 @@ impl Machine {
     fn release(&mut self, devices: &[Plugged]) -> Result<()> {
         for device in devices {
             self.qmp.set_timeout(self.until.saturating_duration_since(Instant::now()));
-            match self.qmp.run("device_del", json!({ "id": device.id })) {
+            let outcome = self.qmp.run("device_del", json!({ "id": device.id }));
+            let refused = outcome.as_ref().err().is_some_and(plug::is_refused);
+            if !refused {
+                // Without an answer, QEMU may carry it out nevertheless.
+                self.pending.push(device.clone());
+            }
+            match outcome {
                 Err(error) if !plug::under_way(&error) => {
                     return Err(error.context(format!("cannot unplug {:?}", device.id)));
                 }
-                _ => self.pending.push(device.clone()),
+                _ => {}
             }
         }
         self.await_release(true)

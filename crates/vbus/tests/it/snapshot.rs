@@ -147,6 +147,13 @@ fn a_guest_that_does_not_release_is_named_with_what_to_do() {
     let command = json!({ "execute": "device_add", "arguments": device() }).to_string();
     assert!(err.contains(&command), "{err}");
     assert_eq!(changes(&silent), ["device_del"]);
+    // QEMU is busy, and may unplug the device later.
+    let busy = Qemu::start(|name, arguments| match name {
+        "device_del" => Some(Vec::new()),
+        _ => GOOD(name, arguments),
+    });
+    let (code, _, err) = snapshot(&busy, &["second", "--timeout", "1"]);
+    assert!(code == Some(1) && err.contains(&command) && !err.contains("as before"), "{err}");
 }
 
 #[test]
