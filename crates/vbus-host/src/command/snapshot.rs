@@ -124,7 +124,7 @@ pub fn run(args: &Args) -> Result<()> {
                     "name": args.name,
                     "action": what,
                     "devices": ids,
-                    "absent-seconds": absent.as_secs_f64(),
+                    "absent_ms": u64::try_from(absent.as_millis()).unwrap_or(u64::MAX),
                 }));
                 return Ok(());
             }

@@ -77,6 +77,7 @@ fn devices_are_unplugged_before_and_plugged_in_after() {
     let said: Value = serde_json::from_str(&out).unwrap();
     assert_eq!((&said["name"], &said["action"]), (&json!("second"), &json!("saved")));
     assert_eq!(said["devices"], json!(["vbus-net0"]));
+    assert!(said["absent_ms"].is_u64(), "{said}");
     assert_eq!(changes(&qemu), ["device_del", "savevm second", "device_add"]);
     let (code, out, err) = snapshot(&qemu, &["first", "--load"]);
     assert_eq!(code, Some(0), "{err}");

@@ -178,8 +178,8 @@ fn by_the_command(bus: &Bus, a: &mut Vm, b: &Vm) -> Result<()> {
         done["action"] == "saved" && done["devices"] == json!(["dev0"]),
         "vbus snapshot says {done}"
     );
-    let absent = done["absent-seconds"].as_f64();
-    eprintln!("vbus snapshot: the devices were away for {absent:.1?} s");
+    let absent = done["absent_ms"].as_u64().context("no absent_ms")?;
+    eprintln!("vbus snapshot: the devices were away for {absent} ms");
     up(&a.guest)?;
     exchange(a, b, ADDRESS).context("after vbus snapshot")?;
     a.guest.ok("rm /tmp/before")?;
