@@ -603,6 +603,8 @@ impl PciFunction {
         for (handler, bar) in self.handlers().zip(&state.bars) {
             handler.restore(&bar.state)?;
         }
+        // A reset before this was for the sake of the state: its driver has lost nothing.
+        self.after_reset = None;
         Ok(())
     }
 

@@ -30,6 +30,23 @@ fn text_of(rig: &mut Rig) -> String {
     rig.function.save().unwrap().to_text().unwrap()
 }
 
+/// A VMM that restores a machine in place, with the devices' states, resets each device first.
+#[test]
+fn a_function_that_gets_its_state_was_not_set_back() {
+    let mut rig = Rig::new(OPTIONS);
+    rig.function.write(region::CONFIG, 4, &6u16.to_le_bytes());
+    rig.open().unwrap();
+    let state = FunctionState::from_text(&text_of(&mut rig)).unwrap();
+    let mut next = Rig::beside(&rig, OPTIONS);
+    next.open().unwrap();
+    next.function.reset();
+    next.endpoint.quiesce().unwrap();
+    next.function.restore(&state, Peer::Other).unwrap();
+    next.function.write(region::CONFIG, 0x10, &0xfeb0_0000u32.to_le_bytes());
+    assert_eq!(next.endpoint.counters().set_back.get(), 0);
+    next.endpoint.resume();
+}
+
 #[test]
 fn another_function_goes_on_with_the_driver() {
     let mut rig = Rig::new(OPTIONS);
