@@ -30,7 +30,8 @@ pub struct Qmp {
     lines: Lines,
     deadline: Instant,
     events: VecDeque<Value>,
-    /// Commands that QEMU has not answered: the time of all but the last one was up. It answers in order, so theirs come first.
+    /// Commands that QEMU has not answered: the time of all but the last one was up. It answers in
+    /// order, so theirs come first.
     unanswered: u64,
 }
 
