@@ -462,9 +462,10 @@ pub trait Keep: Send + Sync {
     fn keep(&self, endpoint: &Endpoint, saved: SavedServer) -> Result<(), String>;
 
     /// Takes the descriptors of the client's message `number`, which the server receives next. They
-    /// replace those that this got before, and are of no use any more once [`keep`](Self::keep) got
-    /// the state after this message. The provided method takes none: if the process is killed
-    /// before that, the message fails.
+    /// replace those that this got before. None: those are of no use any more, because
+    /// [`keep`](Self::keep) got the state after their message. They may be of anything, and a close
+    /// can wait for the client. The provided method takes none: if the process is killed before
+    /// that state, the message fails.
     ///
     /// # Errors
     /// They are not taken. The client's message fails.

@@ -192,6 +192,8 @@ pub struct Server<T: Target> {
     uncommitted: bool,
     /// What was received and sent, for the server that follows if this process is killed.
     journal: Option<Journal>,
+    /// The target was given descriptors to [hold](Target::hold), and has them still.
+    holds: bool,
     /// The server goes on from a journal, which may have a whole message: due since then.
     resumes_at: Option<Instant>,
     /// Then the connection ends, for this reason.
@@ -255,6 +257,7 @@ impl<T: Target> Server<T> {
             closed_at: None,
             uncommitted: false,
             journal: None,
+            holds: false,
             resumes_at: None,
             ends: None,
         })
@@ -406,7 +409,7 @@ impl<T: Target> Server<T> {
         // Without a client that has gone, the target must not be one that has it.
         let is_whole = !self.leaving && !self.is_handling();
         if is_whole && (self.uncommitted || self.target.wants_commit()) {
-            self.commit();
+            self.give();
         }
     }
 
@@ -658,7 +661,7 @@ impl<T: Target> Server<T> {
                 self.closed_at = Some(now + CLOSE_PAUSE);
                 break;
             }
-            match receive(client, &mut self.journal, &mut self.target) {
+            match receive(client, &mut self.journal, &mut self.target, &mut self.holds) {
                 Ok(Received::Message(message)) => {
                     client.message_by = None;
                     self.stats.messages += 1;
@@ -921,13 +924,17 @@ fn receive<T: Target>(
     client: &mut Connection,
     journal: &mut Option<Journal>,
     target: &mut T,
+    holds: &mut bool,
 ) -> Result<Received, Broken> {
     let max_size = client.session.max_message();
     let socket = client.socket.as_fd();
     let Some(journal) = journal else {
         return client.receiver.next(&mut SocketSource::new(socket), max_size, MAX_MSG_FDS);
     };
-    let hold = &mut |number, fds: &[BorrowedFd<'_>]| target.hold(number, fds);
+    let hold = &mut |number, fds: &[BorrowedFd<'_>]| {
+        *holds = true;
+        target.hold(number, fds)
+    };
     let mut source = JournalSource::new(journal, socket, max_size, hold);
     client.receiver.next(&mut source, max_size, MAX_MSG_FDS)
 }

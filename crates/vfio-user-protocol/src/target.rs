@@ -388,8 +388,8 @@ pub trait Target {
     }
 
     /// Gives duplicates of `fds` to somebody who outlives this process. They are all descriptors so
-    /// far of the message `number`, which is not received yet. A later call replaces them, and so
-    /// does a [`commit`](Self::commit) of this message or a later one. Called only if the server
+    /// far of the message `number`, which is not received yet. A later call replaces them. It may
+    /// have none: then the former ones are of no use any more. Called only if the server
     /// has a [journal](crate::journal). The descriptors may be of anything, as in [`Mapping`].
     ///
     /// # Errors

@@ -58,13 +58,34 @@ impl<T: Target> Server<T> {
     /// Lets the target [commit](Target::commit), whether or not something has changed. No message
     /// is handled in part, as after [`settle`](Self::settle).
     pub fn commit(&mut self) {
+        self.give();
+        // Who has the state now may be another than the one that was given these.
+        let Some(journal) = &self.journal else { return };
+        let begun = self.client.as_ref().map_or(&[][..], |client| client.receiver.begun().1);
+        if !begun.is_empty() {
+            let fds: Vec<_> = begun.iter().map(AsFd::as_fd).collect();
+            // If they are not taken, the message fails after a kill: they are missing then.
+            let _ = self.target.hold(journal.number().wrapping_add(1), &fds);
+            self.holds = true;
+        }
+    }
+
+    /// Lets the target commit, and then drop the descriptors of a message that is in the state.
+    pub(super) fn give(&mut self) {
         self.uncommitted = false;
         // A reply that was sent must not be sent again, and one that was not is lost.
         let state = self.state(false);
         self.target.commit(state);
+        let begun = self.client.as_ref().is_some_and(|client| client.receiver.within_message());
+        if let (Some(journal), true) = (&self.journal, self.holds && !begun) {
+            self.holds = false;
+            let _ = self.target.hold(journal.number().wrapping_add(1), &[]);
+        }
     }
 
-    /// The server as data, with its replies or without them.
+    /// The server as data, with its replies or without them. What a journal has is not in a state
+    /// without replies. Nor are the descriptors of a message that has begun: they may be of
+    /// anything, and to close a duplicate can take as long as the client likes.
     fn state(&self, with_replies: bool) -> io::Result<ServerState> {
         if self.is_migrating() {
             return Err(io::ErrorKind::ResourceBusy.into());
@@ -81,7 +102,10 @@ impl<T: Target> Server<T> {
                     number: client.number,
                     others_refused: client.others_refused,
                     session: client.session.save(),
-                    received: client.receiver.save(&mut descriptors)?,
+                    received: match with_replies || self.journal.is_none() {
+                        true => client.receiver.save(&mut descriptors)?,
+                        false => ReceivedData::default(),
+                    },
                     unsent: match with_replies {
                         true => client.sender.save(&mut descriptors)?,
                         false => Vec::new(),
@@ -139,6 +163,7 @@ impl<T: Target> Server<T> {
         if !bytes.is_empty() {
             let all: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             let held = all.is_empty() || self.target.hold(journal.number() + 1, &all).is_ok();
+            self.holds |= !all.is_empty();
             journal.adopt(&bytes, if held { fds.len() } else { 0 }, lost || !held);
         }
         Ok(())

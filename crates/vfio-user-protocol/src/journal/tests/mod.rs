@@ -6,6 +6,7 @@
 
 mod client;
 mod device;
+mod held;
 mod hostile;
 mod keeper;
 
