@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use rustix::io::Errno;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, retry_on_intr};
 use serde_json::Value;
 use vbus_core::{DeviceState, Endpoint, lock};
 use vbus_vfio_user::{Keep, SavedServer};
@@ -40,11 +41,7 @@ impl Link {
             // A part of the message may be on its way, so nothing can follow it.
             wire.close();
             *socket = None;
-            tracing::error!(
-                %error,
-                "the bus has no keeper any more: if it is killed, its clients lose their \
-                 connections"
-            );
+            tell_lost(error);
         }
         sent
     }
@@ -54,10 +51,39 @@ impl Link {
         self.send(kind, &parcel.body, &descriptors)
     }
 
-    /// Whether the keeper is there, as far as the bus knows.
+    /// Whether the keeper is there. A bus that has nothing to send learns of its end here.
     pub fn is_open(&self) -> bool {
-        lock(&self.socket).is_some()
+        let mut socket = lock(&self.socket);
+        let has_gone = socket.as_ref().is_some_and(has_gone);
+        if has_gone {
+            *socket = None;
+            tell_lost(&io::Error::other("the keeper has gone"));
+        }
+        socket.is_some()
     }
+
+    /// Ends the connection: the keeper has not got all, and must not go on with what it has.
+    fn close(&self) {
+        if let Some(socket) = lock(&self.socket).take() {
+            Wire::new(socket.as_fd()).close();
+        }
+    }
+}
+
+/// Whether the other end of a connection is closed.
+fn has_gone(socket: &OwnedFd) -> bool {
+    let ends = PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR;
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
+    let polled = retry_on_intr(|| poll(&mut fds, Some(&at_once)));
+    polled.is_ok() && fds[0].revents().intersects(ends)
+}
+
+fn tell_lost(error: &io::Error) {
+    tracing::error!(
+        %error,
+        "the bus has no keeper any more: if it is killed, its clients lose their connections"
+    );
 }
 
 /// What gives the keeper the states of devices.
@@ -86,9 +112,14 @@ impl Keeping {
         self.restarts
     }
 
-    /// Whether the keeper is there, as far as the bus knows.
+    /// Whether the keeper is there.
     pub fn is_open(&self) -> bool {
         self.link.is_open()
+    }
+
+    /// Gives the keeper nothing more, because it has not got all.
+    pub fn close(&self) {
+        self.link.close();
     }
 
     /// The settings of a device are these from now on. Before the first state of a device.
@@ -196,5 +227,36 @@ impl Keep for Keeping {
             false => Ok(()),
         });
         held.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_bus_that_says_nothing_learns_of_its_keepers_end() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let link = Link::new(ours.into());
+        assert!(link.is_open());
+        drop(theirs);
+        assert!(!link.is_open());
+    }
+
+    #[test]
+    fn a_keeper_that_has_not_got_all_sees_the_end() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        // As the bus has it at its standard input.
+        let _other = ours.try_clone().unwrap();
+        let link = Link::new(ours.into());
+        link.send(kind::WHOLE, &[], &[]).unwrap();
+        link.close();
+        assert!(!link.is_open() && link.send(kind::WHOLE, &[], &[]).is_err());
+        let wire = Wire::new(theirs.as_fd());
+        let soon = || Instant::now() + PATIENCE;
+        assert_eq!(wire.receive(soon()).unwrap().unwrap().kind, kind::WHOLE);
+        assert!(wire.receive(soon()).unwrap().is_none());
     }
 }

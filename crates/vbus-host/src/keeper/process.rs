@@ -291,6 +291,8 @@ impl Keeper {
                 Ok(Some(frame)) => frame,
                 // It was killed within a message, which then does not count, or closed the socket.
                 Ok(None) | Err(_) => {
+                    // A bus that lives must not take this for its keeper any more.
+                    wire.close();
                     let is_whole = coming.is_none();
                     let has_died = ends(&bus.process, END);
                     return (if has_died { Followed::Died } else { Followed::Lost }, is_whole);

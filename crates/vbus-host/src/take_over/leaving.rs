@@ -125,7 +125,8 @@ impl Departure {
     pub fn keep(self: &Arc<Self>, keeping: &Arc<Keeping>) -> Result<()> {
         let this = Arc::downgrade(self);
         keeping.set_offer(move || this.upgrade().context("the bus has gone")?.offer());
-        self.host.keep(keeping)
+        // Otherwise the keeper would go on with what a former bus had, or with a part.
+        self.host.keep(keeping).inspect_err(|_| keeping.close())
     }
 
     /// Hands the bus over to process `pid` at the other end of `socket`. `accepted` tells it that
