@@ -7,7 +7,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::take_over::{Frame, HeldPart, Offer, Parcel, now, pack};
+use crate::take_over::{Frame, HeldPart, Offer, Parcel, let_go, now, pack, read};
 
 /// The kinds of messages of a bus to its keeper.
 pub mod kind {
@@ -44,9 +44,22 @@ pub struct Journal {
     bus: Option<(Offer, Vec<OwnedFd>)>,
     devices: HashMap<String, Parcel>,
     /// By device, the last message that came with descriptors.
-    held: HashMap<String, (u64, Vec<OwnedFd>)>,
+    held: HashMap<String, Message>,
     /// The process that cleans up behind the bus.
     supervisor: Option<OwnedFd>,
+}
+
+/// The descriptors of a message of a client's. They may be of anything, and to close one can take
+/// as long as the client likes: the keeper does not wait for it.
+struct Message {
+    number: u64,
+    fds: Vec<OwnedFd>,
+}
+
+impl Drop for Message {
+    fn drop(&mut self) {
+        let_go(std::mem::take(&mut self.fds));
+    }
 }
 
 /// What a message means for whoever follows the bus.
@@ -71,7 +84,7 @@ impl Journal {
         let Frame { kind, mut body, mut descriptors } = frame;
         match kind {
             kind::BUS => {
-                let offer: Offer = serde_json::from_slice(&body).context("its offer")?;
+                let offer: Offer = read(&body).context("its offer")?;
                 self.bus = Some((offer, descriptors));
             }
             kind::DEVICE => {
@@ -93,7 +106,11 @@ impl Journal {
                 let number = body.get(NAME_LEN + name.len()..).unwrap_or_default();
                 let number = number.try_into().context("the number of a message")?;
                 ensure!(self.devices.contains_key(&name), "a message of no device");
-                self.held.insert(name, (u64::from_le_bytes(number), descriptors));
+                let number = u64::from_le_bytes(number);
+                match descriptors.is_empty() {
+                    true => drop(self.held.remove(&name)),
+                    false => drop(self.held.insert(name, Message { number, fds: descriptors })),
+                }
             }
             kind::SUPERVISOR => self.supervisor = descriptors.pop(),
             kind::WHOLE => return Ok(News::Whole),
@@ -140,7 +157,7 @@ impl Journal {
             let mut names = offer.devices.iter().map(|device| &*device.name);
             self.devices.contains_key(name) && names.any(|given| given == name)
         };
-        for (name, (number, fds)) in self.held.iter().filter(|(name, _)| is_given(name)) {
+        for (name, Message { number, fds }) in self.held.iter().filter(|(name, _)| is_given(name)) {
             let count = u32::try_from(fds.len()).unwrap_or(u32::MAX);
             held.push(HeldPart { name: name.clone(), number: *number, descriptors: count });
             descriptors.extend(duplicates(fds)?);
@@ -253,16 +270,48 @@ mod tests {
         let expected = json!([{ "name": "a", "number": 8, "descriptors": 1 }]);
         assert_eq!(state["held"], expected);
         assert_eq!(descriptors.iter().map(inode).collect::<Vec<_>>(), inodes);
+        // None: the state has their message.
+        let body = device("a", &9_u64.to_le_bytes()).unwrap();
+        journal.take(frame(kind::HELD, body, vec![])).unwrap();
+        let Parcel { body, descriptors } = journal.state().unwrap();
+        let state: Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!((&state["held"], descriptors.len()), (&json!([]), 2));
         journal.take(frame(kind::GONE, b"b".to_vec(), vec![])).unwrap();
         let state: Value = serde_json::from_slice(&journal.state().unwrap().body).unwrap();
         assert_eq!(state["devices"], json!([{ "n": 3 }]));
     }
 
+    /// A socket that lingers waits for its peer, as a file system of the client's would.
+    #[test]
+    fn the_keeper_does_not_wait_for_the_close_of_what_a_client_has_sent() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (peer, _) = listener.accept().unwrap();
+        rustix::io::ioctl_fionbio(&socket, true).unwrap();
+        while rustix::io::write(&socket, &[0; 1 << 16]).is_ok() {}
+        rustix::io::ioctl_fionbio(&socket, false).unwrap();
+        let long = Duration::from_secs(120);
+        rustix::net::sockopt::set_socket_linger(&socket, Some(long)).unwrap();
+        let mut journal = Journal::default();
+        journal.take(frame(kind::DEVICE, device("a", b"{}").unwrap(), vec![])).unwrap();
+        let body = device("a", &1_u64.to_le_bytes()).unwrap();
+        journal.take(frame(kind::HELD, body, vec![socket.into()])).unwrap();
+        let begun = Instant::now();
+        journal.take(frame(kind::GONE, b"a".to_vec(), vec![])).unwrap();
+        assert!(begun.elapsed() < long / 2, "it waits");
+        drop(peer);
+    }
+
     #[test]
     fn what_is_no_message_of_a_bus_is_refused() {
+        let mut heavy: Value = serde_json::from_slice(&offer(&["a"])).unwrap();
+        heavy["devices"][0]["settings"] = vec![json!({ "": 0 }); 1 << 18].into();
+        let heavy = heavy.to_string().into_bytes();
+        assert!(serde_json::from_slice::<Offer>(&heavy).is_ok());
         for (what, kind, body) in [
             ("another kind", 1, Vec::new()),
             ("no offer", kind::BUS, b"{}".to_vec()),
+            ("an offer that takes much memory", kind::BUS, heavy),
             ("no name", kind::DEVICE, Vec::new()),
             ("a message of nobody", kind::HELD, b"\x01a\0\0\0\0\0\0\0\0".to_vec()),
             ("half a name", kind::DEVICE, b"\x05net0".to_vec()),

@@ -170,7 +170,11 @@ pub fn pack(content: &impl Serialize, descriptors: Vec<OwnedFd>) -> Result<Parce
     Ok(Parcel { body: serde_json::to_vec(content)?, descriptors })
 }
 
-fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
+/// Reads a message, if it does not take much more memory than its length.
+///
+/// # Errors
+/// It does, or it is another one.
+pub fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
     vbus_core::state::check_weight(body)?;
     Ok(serde_json::from_slice(body)?)
 }

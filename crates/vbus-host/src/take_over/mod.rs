@@ -16,12 +16,12 @@ mod wire;
 
 pub use content::{
     DeviceContent, DeviceParcel, DevicePart, FORMAT, Handed, HeldPart, Offer, Spec, StatePart, now,
-    pack,
+    pack, read,
 };
 pub use joining::{Joining, adopt};
 pub use leaving::Departure;
 pub use steps::{LIMITS, Leaves, Parcel, leave};
-pub use wire::{Frame, Wire};
+pub use wire::{Frame, Wire, let_go};
 
 /// The descriptors that a bus with so many devices may have during a hand-over: more than it ever
 /// needs with the usual numbers of queues.

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::wire::{Frame, Wire};
+use super::wire::{Frame, Wire, let_go};
 
 /// The kinds of frames.
 mod kind {
@@ -93,7 +93,10 @@ pub fn leave(socket: BorrowedFd<'_>, bus: &mut impl Leaves, limits: &Limits) -> 
     let state = catch_unwind(AssertUnwindSafe(|| bus.stop(by)))
         .unwrap_or_else(|_| Err(anyhow!("a device panicked; see the log")));
     let taken = state.and_then(|state| {
-        send(&wire, kind::STATE, &state, by).context("the state could not be sent")?;
+        let sent = send(&wire, kind::STATE, &state, by).context("the state could not be sent");
+        // A client may have sent some, and the devices stand still until this bus goes on.
+        let_go(state.descriptors);
+        sent?;
         expect(&wire, kind::TAKEN, by).context("the other bus did not take over").map(drop)
     });
     let Err(error) = taken else { return Ok(()) };
