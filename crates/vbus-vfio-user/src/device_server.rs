@@ -461,6 +461,11 @@ pub trait Keep: Send + Sync {
     /// The former state still holds. The text is for the log.
     fn keep(&self, endpoint: &Endpoint, saved: SavedServer) -> Result<(), String>;
 
+    /// Nobody takes states any more. The provided method says no.
+    fn has_gone(&self) -> bool {
+        false
+    }
+
     /// Takes the descriptors of the client's message `number`, which the server receives next. They
     /// replace those that this got before. None: those are of no use any more, because
     /// [`keep`](Self::keep) got the state after their message. They may be of anything, and a close
@@ -474,6 +479,9 @@ pub trait Keep: Send + Sync {
         Ok(())
     }
 }
+
+/// Why nothing is kept of a device whose keeper has gone.
+const KEEPER_GONE: &str = "its keeper has gone";
 
 /// How long a commit waits for a call of the driver. QEMU waits 5 s for the reply.
 const COMMIT_WAIT: Duration = Duration::from_secs(2);
@@ -511,6 +519,9 @@ impl Served {
     /// Gives the device and its server away, to outlast this process.
     fn give(&mut self, server: io::Result<ServerState>) -> Result<(), String> {
         let Some(keep) = self.keep.clone() else { return Ok(()) };
+        if keep.has_gone() {
+            return Err(KEEPER_GONE.into());
+        }
         let server = server.map_err(|error| match error.kind() {
             io::ErrorKind::ResourceBusy => HoldError::Migrating.to_string(),
             _ => error.to_string(),
@@ -728,10 +739,12 @@ impl Target for Served {
         self.changed && self.keep.is_some()
     }
 
+    fn is_committed(&self) -> bool {
+        self.keep.is_none() || (!self.changed && self.lag.is_none())
+    }
+
     fn commit(&mut self, server: io::Result<ServerState>) {
-        if self.keep.is_none() {
-            return;
-        }
+        let Some(keep) = self.keep.clone() else { return };
         let given = self.give(server);
         let device = self.endpoint.name();
         match (&given, &self.lag) {
@@ -744,8 +757,8 @@ impl Target for Served {
             }
             _ => {}
         }
-        // The next message tries again.
-        self.changed = given.is_err();
+        // The next message tries again, if somebody is there.
+        self.changed = given.is_err() && !keep.has_gone();
         self.lag = given.err();
     }
 

@@ -775,8 +775,7 @@ impl<T: Target> Server<T> {
         self.commit_if_due();
         if let Some(journal) = &mut self.journal {
             let moving = self.client.as_ref().is_some_and(|c| c.session.is_migrating());
-            // A commit that failed leaves something to commit.
-            journal.answer(moving || self.target.wants_commit());
+            journal.answer(moving || !self.target.is_committed());
         }
     }
 

@@ -410,6 +410,13 @@ pub trait Target {
         false
     }
 
+    /// Whether whoever goes on from the last [`commit`](Self::commit) has all that the client was
+    /// told. Otherwise the client's connection ends there. The call must be cheap. The provided
+    /// method says so unless the target [wants to commit](Self::wants_commit).
+    fn is_committed(&self) -> bool {
+        !self.wants_commit()
+    }
+
     /// Puts the target and its server where they outlast this process: whoever goes on from there
     /// has all that the client was told. The server calls it if
     /// [`wants_commit`](Self::wants_commit), or if its own connections have changed, between two

@@ -191,10 +191,6 @@ impl Keeping {
         state: StatePart,
         of_server: Vec<OwnedFd>,
     ) -> Result<(), String> {
-        if !self.is_open() {
-            // Nobody misses it, and the log has it.
-            return Ok(());
-        }
         let text = |error: io::Error| error.to_string();
         let name = endpoint.name();
         let settings = lock(&self.settings).get(name).cloned().unwrap_or_default();
@@ -218,6 +214,10 @@ impl Keep for Keeping {
     fn keep(&self, endpoint: &Endpoint, saved: SavedServer) -> Result<(), String> {
         let SavedServer { data, descriptors, .. } = saved;
         self.device(endpoint, StatePart::Served(Box::new(data)), descriptors)
+    }
+
+    fn has_gone(&self) -> bool {
+        !self.is_open()
     }
 
     fn hold(&self, endpoint: &Endpoint, number: u64, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {

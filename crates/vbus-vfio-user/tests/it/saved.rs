@@ -223,6 +223,7 @@ struct Keeper {
     last: Mutex<Option<SavedServer>>,
     states: AtomicU64,
     fails: AtomicBool,
+    gone: AtomicBool,
 }
 
 impl Keep for Keeper {
@@ -234,6 +235,10 @@ impl Keep for Keeper {
         *self.last.lock().unwrap() = Some(saved);
         self.states.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn has_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
     }
 }
 
@@ -289,6 +294,12 @@ fn a_bus_goes_on_from_what_was_kept_while_the_driver_worked() {
     assert_eq!(device["connection"]["open"]["state"]["sum"], 1);
     let interrupts = &kept["function"]["interrupts"];
     assert_eq!((&interrupts["masked"], &interrupts["raised"]), (&json!(false), &json!(false)));
+    // One that has gone is given nothing more, and no state is said to be complete.
+    keeper.gone.store(true, Ordering::Relaxed);
+    let before = keeper.states.load(Ordering::Relaxed);
+    assert_eq!(function.call(1, 0, &mut [1]), Ok(2));
+    assert!(bus.server.commit(soon()).unwrap_err().contains("has gone"));
+    assert_eq!(keeper.states.load(Ordering::Relaxed), before);
 }
 
 #[test]

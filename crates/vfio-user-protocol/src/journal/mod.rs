@@ -285,6 +285,18 @@ impl Journal {
         (self.have, self.given, self.fds, self.lost) = (0, 0, 0, false);
     }
 
+    /// Nobody could be given the state that belongs to the last answer, and now somebody was.
+    pub(crate) fn catch_up(&mut self) {
+        if self.flags & flag::STALE == 0 {
+            return;
+        }
+        self.flags &= !flag::STALE;
+        let next = self.answered.wrapping_add(1);
+        self.write_answer(next);
+        (self.answered, self.inherited) = (next, false);
+        self.memory.count(Line::Answered, next);
+    }
+
     /// Writes a slot for the rest of the reply.
     fn write_answer(&self, number: u64) {
         let memory = &self.memory;

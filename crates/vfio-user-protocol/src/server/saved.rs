@@ -76,6 +76,12 @@ impl<T: Target> Server<T> {
         // A reply that was sent must not be sent again, and one that was not is lost.
         let state = self.state(false);
         self.target.commit(state);
+        // A connection that is about to end was told what no state has.
+        if let (Some(journal), None) = (&mut self.journal, self.ends) {
+            if self.target.is_committed() {
+                journal.catch_up();
+            }
+        }
         let begun = self.client.as_ref().is_some_and(|client| client.receiver.within_message());
         if let (Some(journal), true) = (&self.journal, self.holds && !begun) {
             self.holds = false;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Whose descriptors somebody else has, and for how long.
+//! What the target is given for somebody else: descriptors, and states.
 
 use std::io::{self, IoSlice, Write};
 use std::mem::MaybeUninit;
@@ -11,6 +11,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
+use crate::journal::Journal;
 use crate::message::{Kind, command, message};
 use crate::state::ServerState;
 use crate::{IrqAction, IrqInfo, RegionInfo, Server, Target};
@@ -28,6 +29,10 @@ enum Event {
 struct Notes {
     events: Vec<Event>,
     changed: bool,
+    /// Nobody takes states.
+    lost: bool,
+    /// The last state was taken by nobody.
+    lags: bool,
 }
 
 impl Target for Notes {
@@ -55,9 +60,15 @@ impl Target for Notes {
         self.changed
     }
     fn commit(&mut self, server: io::Result<ServerState>) {
-        self.changed = false;
+        (self.changed, self.lags) = (false, self.lost);
+        if self.lost {
+            return;
+        }
         let ServerState { data, descriptors, .. } = server.unwrap();
         self.events.push(Event::Commit(data.journal.unwrap(), descriptors.len()));
+    }
+    fn is_committed(&self) -> bool {
+        !self.changed && !self.lags
     }
     fn hold(&mut self, number: u64, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
         self.events.push(Event::Hold(number, fds.len()));
@@ -103,4 +114,38 @@ fn descriptors_of_a_message_are_in_no_state_and_are_held_until_the_state_has_the
     );
     client.write_all(rest).unwrap();
     assert_eq!(run(&mut server), [Event::Commit(number, 4), Event::Hold(number + 1, 0)]);
+}
+
+/// Also by a message that changes nothing.
+#[test]
+fn a_client_that_was_told_what_no_state_has_is_known_until_a_state_has_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Server::bind(folder.path().join("s"), "test", Notes::default()).unwrap();
+    let file = crate::journal::create().unwrap();
+    let copy = file.try_clone().unwrap();
+    server.set_journal(file, Instant::now()).unwrap();
+    let mut client = UnixStream::connect(server.path()).unwrap();
+    let mut say = |server: &mut Server<Notes>, number, words: &[u32]| {
+        let body: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let kind = Kind::Command { no_reply: false };
+        client.write_all(&message(7, number, kind, &body)).unwrap();
+        while server.ready(Instant::now()).work > 0 {}
+        // What a successor finds that has the state of this moment.
+        let number = server.save(Instant::now()).unwrap().data.journal.unwrap();
+        Journal::open(copy.try_clone().unwrap(), number, 1).unwrap().1.stale
+    };
+    // VFIO_IRQ_SET_DATA_NONE and VFIO_IRQ_SET_ACTION_TRIGGER of one interrupt.
+    let (change, reset) = ([20, 1 | 32, 2, 0, 1], command::DEVICE_RESET);
+    assert!(!say(&mut server, command::VERSION, &[0]));
+    assert!(!say(&mut server, command::DEVICE_SET_IRQS, &change));
+    server.target_mut().lost = true;
+    assert!(!say(&mut server, reset, &[]), "it changes nothing here");
+    assert!(say(&mut server, command::DEVICE_SET_IRQS, &change));
+    assert!(say(&mut server, reset, &[]));
+    server.target_mut().lost = false;
+    server.commit();
+    let number = server.save(Instant::now()).unwrap().data.journal.unwrap();
+    let found = Journal::open(copy.try_clone().unwrap(), number, 1).unwrap().1;
+    assert!(!found.stale && found.unsent.is_empty());
+    assert!(!say(&mut server, reset, &[]));
 }
