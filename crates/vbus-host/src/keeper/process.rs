@@ -31,6 +31,9 @@ const MESSAGE: Duration = Duration::from_secs(10);
 /// How long a bus takes to end that has closed its socket, and its supervisor, which then cleans
 /// up.
 const END: Duration = Duration::from_secs(3);
+/// Half the pause before the keeper tries again to start a process that the system did not start.
+/// Each further pause is twice as long, 13 s in all.
+const START_PAUSE: Duration = Duration::from_millis(50);
 /// The pause before the keeper asks again for a bus that has dropped it.
 const ADOPT_PAUSE: Duration = Duration::from_secs(1);
 /// How many times it asks.
@@ -188,7 +191,16 @@ impl Keeper {
                     );
                 }
                 tracing::error!("the bus (process {}) {how}; the keeper starts it again", bus.pid);
-                let mut next = self.start(true)?;
+                let mut next = match self.start(true) {
+                    Ok(next) => next,
+                    // What has ended the bus may be a lack of memory, and it passes.
+                    Err(error) if deaths < DEATHS_MAX => {
+                        tracing::error!("the bus cannot be started now: {error:#}");
+                        std::thread::sleep(START_PAUSE * (1 << deaths));
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
                 self.restarts += 1;
                 match leave(next.socket.as_fd(), &mut Heritage(&journal), &LIMITS) {
                     Ok(()) => break next,

@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use vbus_driver::{Function, state::Pages};
 use vbus_process::{MEMORY_BYTES, Process};
 
-use crate::support::{Served, TIMEOUT, exchange, has_ended, vbus, wait_until};
+use crate::support::{Served, TIMEOUT, exchange, has_ended, program, vbus, wait_until};
 use crate::take_over_net::{Card, ENTRIES, frame};
 
 /// How many times a bus may die in a row that has not served for [`PROGRESS`].
@@ -358,6 +358,46 @@ fn a_bus_that_dies_again_and_again_is_given_up() {
     let log = bus.log();
     assert!(log.contains("its keeper gives up"), "{log}");
     assert_eq!(log.matches("the keeper starts it again").count(), DEATHS_MAX, "{log}");
+}
+
+/// As without memory for a process: it is tried again.
+#[test]
+fn a_bus_that_cannot_be_started_now_is_started_later() {
+    let folder = tempfile::tempdir().unwrap();
+    let [path, aside] = ["vbus", "aside"].map(|name| folder.path().join(name));
+    std::fs::copy(vbus().get_program(), &path).unwrap();
+    let bus = Kept(Served::start_kept_by(program(&path), PAGES));
+    let process = bus.process();
+    std::fs::rename(&path, &aside).unwrap();
+    kill(process);
+    wait_until("the keeper cannot start a bus", || bus.log().contains("cannot be started now"));
+    std::fs::rename(&aside, &path).unwrap();
+    wait_until("the next bus takes its place", || bus.restarts() == 1);
+    assert_eq!(bus.0.devices(), ["values"]);
+}
+
+/// A keeper that stands still is dropped. When it goes on and the bus has died, it must not give a
+/// client a device that does not know what the client was told meanwhile.
+#[test]
+fn a_keeper_that_stood_still_ends_the_clients_of_a_bus_that_went_on_without_it() {
+    let bus = Kept::start(PAGES);
+    let driver = Worker::start(&bus);
+    driver.exchanges(&bus, 1, "at first");
+    let keeper_process = Pid::from_raw(i32::try_from(bus.0.child.id()).unwrap()).unwrap();
+    kill_process(keeper_process, Signal::STOP).unwrap();
+    wait_until("the bus has no keeper", || {
+        bus.0.good(&["state", "set", "--hex", "values", "in", "02"]);
+        keeper(&bus)["present"] == false
+    });
+    // A change of its connection that nobody keeps, and then messages that change nothing.
+    bus.0.good(&["device", "reincarnate", "values"]);
+    let process = bus.process();
+    kill(process);
+    kill_process(keeper_process, Signal::CONT).unwrap();
+    wait_until("the next bus takes its place", || bus.restarts() == 1);
+    wait_until("the connection has ended", || {
+        bus.log().contains("the state of the device was lost with its process")
+    });
 }
 
 #[test]

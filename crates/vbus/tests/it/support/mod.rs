@@ -56,7 +56,7 @@ pub fn vbus_guest() -> Command {
     }))
 }
 
-fn program(path: &Path) -> Command {
+pub fn program(path: &Path) -> Command {
     let mut command = Command::new(path);
     command.env_remove("NOTIFY_SOCKET").env("VBUS_LOG", "info").stdin(Stdio::null());
     command
@@ -128,9 +128,14 @@ impl Served {
 
     /// Starts a bus with this configuration and a keeper, which `child` is then.
     pub fn start_kept(config: &str) -> Served {
+        Served::start_kept_by(vbus(), config)
+    }
+
+    /// As [`start_kept`](Self::start_kept), by another copy of the program.
+    pub fn start_kept_by(program: Command, config: &str) -> Served {
         let temporary = tempfile::tempdir().unwrap();
         let dir = temporary.path().join("bus");
-        Served::start_at(temporary, dir, config, &["--keep"])
+        Served::start_by(program, temporary, dir, config, &["--keep"])
     }
 
     /// Starts a bus in the directory `dir`.
@@ -139,9 +144,19 @@ impl Served {
     }
 
     fn start_at(temporary: tempfile::TempDir, dir: PathBuf, config: &str, more: &[&str]) -> Served {
+        Served::start_by(vbus(), temporary, dir, config, more)
+    }
+
+    fn start_by(
+        mut program: Command,
+        temporary: tempfile::TempDir,
+        dir: PathBuf,
+        config: &str,
+        more: &[&str],
+    ) -> Served {
         let (log, file) = (temporary.path().join("log"), temporary.path().join("bus.toml"));
         std::fs::write(&file, config).unwrap();
-        let mut child = vbus()
+        let mut child = program
             .args(["serve", "--ready-fd", "1", "--config"])
             .arg(&file)
             .args(more)
