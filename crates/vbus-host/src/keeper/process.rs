@@ -154,8 +154,11 @@ impl Keeper {
                     return Ok(Ended { status: None });
                 }
                 Followed::Moved => {
-                    // It is this process's child only if this process has started it.
-                    let _ = wait(&mut bus);
+                    // It is this process's child only if this process has started it. What a client
+                    // has sent can keep it from its end, and the other bus is to be kept.
+                    if ends(&bus.process, END) {
+                        let _ = wait(&mut bus);
+                    }
                     journal = Journal::default();
                     bus = self.adopt_again()?;
                     continue;

@@ -182,10 +182,19 @@ fn serve(
 ) -> Result<()> {
     let inherited = Inherited::of_environment(keeping.is_some());
     let (config, source) = match &args.config {
-        Some(path) => {
-            let (config, source) = config::read(path)?;
-            (config, Some(source))
-        }
+        Some(path) => match config::read(path) {
+            Ok((config, source)) => (config, Some(source)),
+            // Whoever edits the file while a bus dies must not end its clients' connections. The
+            // devices are those of the former bus, and without a file the bus allows less.
+            Err(error) if taking.is_some() && keeping.is_some() => {
+                tracing::error!(
+                    "{error:#}\nthe bus goes on with its devices, and without what else the file \
+                     says; mend it, and start a bus with --take-over"
+                );
+                (Config::default(), None)
+            }
+            Err(error) => return Err(error.into()),
+        },
         None => (Config::default(), None),
     };
     if let Some(level) = &config.log {

@@ -360,6 +360,23 @@ fn a_bus_that_dies_again_and_again_is_given_up() {
     assert_eq!(log.matches("the keeper starts it again").count(), DEATHS_MAX, "{log}");
 }
 
+#[test]
+fn a_file_that_is_being_edited_when_the_bus_dies_ends_no_connection() {
+    let bus = Kept::start(PAGES);
+    let driver = Worker::start(&bus);
+    driver.exchanges(&bus, 1, "at first");
+    let file = bus.0.log.with_file_name("bus.toml");
+    std::fs::write(&file, "[[device").unwrap();
+    bus.kill();
+    driver.exchanges(&bus, 2, "without the file");
+    assert!(bus.log().contains("the bus goes on with its devices"), "{}", bus.log());
+    std::fs::write(&file, PAGES).unwrap();
+    bus.0.good(&["reload"]);
+    bus.kill();
+    driver.exchanges(&bus, 3, "with the file");
+    driver.end();
+}
+
 /// As without memory for a process: it is tried again.
 #[test]
 fn a_bus_that_cannot_be_started_now_is_started_later() {
