@@ -16,7 +16,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vbus_cli::{log, rundir, signals};
 
 use super::journal::{Journal, News};
-use crate::take_over::{LIMITS, Leaves, Parcel, Wire, adopt, leave};
+use crate::take_over::{AFTER_DEATH, Leaves, Parcel, Wire, adopt, leave};
 
 /// The option that tells a bus that its standard input leads to a keeper, and how often that has
 /// started it because it had died.
@@ -205,7 +205,7 @@ impl Keeper {
                     Err(error) => return Err(error),
                 };
                 self.restarts += 1;
-                match leave(next.socket.as_fd(), &mut Heritage(&journal), &LIMITS) {
+                match leave(next.socket.as_fd(), &mut Heritage(&journal), &AFTER_DEATH) {
                     Ok(()) => break next,
                     Err(error) => {
                         tracing::error!("process {} has not taken the bus up: {error:#}", next.pid);

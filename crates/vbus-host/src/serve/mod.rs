@@ -428,7 +428,7 @@ fn take_over(
     let (stopped, parcels) = joining.ready()?;
     let past = || Duration::from_nanos(take_over::now().saturating_sub(stopped));
     let arrived = past();
-    let taken = restore(host, &specs, (stopped, parcels)).and_then(|made| {
+    let taken = restore(joining, host, &specs, (stopped, parcels)).and_then(|made| {
         joining.taken()?;
         Ok(made)
     });
@@ -463,6 +463,7 @@ fn take_over(
 /// Makes all devices of the other bus, which has stopped at `stopped`. Those that carry the
 /// interrupts of others come last.
 fn restore(
+    joining: &Joining,
     host: &Host,
     specs: &[Spec],
     (stopped, parcels): (u64, Vec<DeviceParcel>),
@@ -473,7 +474,7 @@ fn restore(
     let (last, first): (Vec<_>, Vec<_>) = both.partition(|(spec, _)| carries(&spec.name));
     let mut made = Vec::new();
     for (spec, parcel) in first.into_iter().chain(last) {
-        Joining::check_time(stopped)?;
+        joining.check_time(stopped)?;
         made.push((spec.clone(), host.restore(spec.device(), parcel)?));
     }
     Ok(made)

@@ -14,7 +14,7 @@ use vbus_cli::rundir::{self, CONTROL};
 use vbus_control::Peer;
 
 use super::content::{self, DeviceParcel, FORMAT, Handed};
-use super::steps::{LIMITS, RESERVE, Taking};
+use super::steps::{AFTER_DEATH, LIMITS, Limits, RESERVE, Taking};
 
 /// How long the bus that is there may take to answer the request.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -24,6 +24,7 @@ const ANSWER_MAX: usize = 64 << 10;
 /// A bus that is about to take another's place.
 pub struct Joining {
     socket: UnixStream,
+    limits: Limits,
 }
 
 impl Joining {
@@ -34,7 +35,7 @@ impl Joining {
     /// No bus serves there, it is that of another user, or it cannot be handed over.
     pub fn connect(dir: &Path) -> Result<(Joining, Handed)> {
         let (socket, _) = ask(dir, "take-over", ("take over", "taken over"))?;
-        Joining::over(socket)
+        Joining::begin(socket, LIMITS)
     }
 
     /// Takes what a keeper has at the other end of `socket`, as from a bus.
@@ -42,13 +43,17 @@ impl Joining {
     /// # Errors
     /// It has nothing that this bus can go on with.
     pub fn over(socket: UnixStream) -> Result<(Joining, Handed)> {
-        let joining = Joining { socket };
+        Joining::begin(socket, AFTER_DEATH)
+    }
+
+    fn begin(socket: UnixStream, limits: Limits) -> Result<(Joining, Handed)> {
+        let joining = Joining { socket, limits };
         let handed = joining.taking().offer().and_then(content::read_offer)?;
         Ok((joining, handed))
     }
 
     fn taking(&self) -> Taking<'_> {
-        Taking::new(self.socket.as_fd(), LIMITS)
+        Taking::new(self.socket.as_fd(), self.limits)
     }
 
     /// Makes room for the descriptors of so many devices before they come.
@@ -70,10 +75,10 @@ impl Joining {
     ///
     /// # Errors
     /// It is too late: the other bus may go on before the device is made.
-    pub fn check_time(stopped: u64) -> Result<()> {
+    pub fn check_time(&self, stopped: u64) -> Result<()> {
         let past = Duration::from_nanos(content::now().saturating_sub(stopped));
         ensure!(
-            past + RESERVE < LIMITS.pause,
+            past + RESERVE < self.limits.pause,
             "the devices have paused for {past:.1?} already, which is too long"
         );
         Ok(())
@@ -190,8 +195,13 @@ mod tests {
     #[test]
     fn a_bus_that_is_late_begins_no_device_before_the_other_one_goes_on() {
         let ago = |millis: u64| content::now() - millis * 1_000_000;
-        assert!(Joining::check_time(ago(0)).is_ok() && Joining::check_time(u64::MAX).is_ok());
-        let error = Joining::check_time(ago(2500)).unwrap_err().to_string();
+        let with = |limits| Joining { socket: UnixStream::pair().unwrap().0, limits };
+        let joining = with(LIMITS);
+        assert!(joining.check_time(ago(0)).is_ok() && joining.check_time(u64::MAX).is_ok());
+        let error = joining.check_time(ago(2500)).unwrap_err().to_string();
         assert!(error.contains("paused for 2.5"), "{error}");
+        // One that has died does not go on.
+        let joining = with(AFTER_DEATH);
+        assert!(joining.check_time(ago(2500)).is_ok() && joining.check_time(ago(29_500)).is_err());
     }
 }

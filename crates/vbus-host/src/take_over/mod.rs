@@ -20,7 +20,7 @@ pub use content::{
 };
 pub use joining::{Joining, adopt};
 pub use leaving::Departure;
-pub use steps::{LIMITS, Leaves, Parcel, leave};
+pub use steps::{AFTER_DEATH, Leaves, Parcel, leave};
 pub use wire::{Frame, Wire, let_go};
 
 /// The descriptors that a bus with so many devices may have during a hand-over: more than it ever

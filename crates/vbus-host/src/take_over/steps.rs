@@ -54,6 +54,10 @@ pub struct Limits {
 pub const LIMITS: Limits =
     Limits { prepare: Duration::from_secs(60), pause: Duration::from_secs(3) };
 
+/// The limits after the death of a bus: nobody goes on if the new one is slow.
+pub const AFTER_DEATH: Limits =
+    Limits { prepare: Duration::from_secs(60), pause: Duration::from_secs(30) };
+
 /// How long before the end of the pause the new bus begins no device any more. To resume a ring, it
 /// writes to the driver's memory: it must not do so when the leaving bus goes on.
 pub const RESERVE: Duration = Duration::from_millis(500);
