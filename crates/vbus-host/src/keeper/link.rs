@@ -37,7 +37,11 @@ impl Link {
         let Some(open) = &*socket else { return Err(io::Error::other("the keeper has gone")) };
         let wire = Wire::new(open.as_fd());
         let sent = wire.send(kind, body, descriptors, Instant::now() + PATIENCE);
-        if let Err(error) = &sent {
+        let is_too_large = |error: &&io::Error| {
+            error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none()
+        };
+        // One device that is too large must not take the keeper from the others.
+        if let Some(error) = sent.as_ref().err().filter(|error| !is_too_large(error)) {
             // A part of the message may be on its way, so nothing can follow it.
             wire.close();
             *socket = None;
@@ -235,6 +239,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
+    use crate::take_over::DESCRIPTORS_MAX;
 
     #[test]
     fn a_bus_that_says_nothing_learns_of_its_keepers_end() {
@@ -243,6 +248,17 @@ mod tests {
         assert!(link.is_open());
         drop(theirs);
         assert!(!link.is_open());
+    }
+
+    #[test]
+    fn a_device_that_is_too_large_leaves_the_others_their_keeper() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let link = Link::new(ours.into());
+        let many = vec![theirs.as_fd(); DESCRIPTORS_MAX + 1];
+        assert!(link.send(kind::DEVICE, b"", &many).is_err());
+        link.send(kind::WHOLE, &[], &[]).unwrap();
+        let frame = Wire::new(theirs.as_fd()).receive(Instant::now() + PATIENCE).unwrap();
+        assert_eq!(frame.unwrap().kind, kind::WHOLE);
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub use content::{
 pub use joining::{Joining, adopt};
 pub use leaving::Departure;
 pub use steps::{AFTER_DEATH, Leaves, Parcel, leave};
+#[cfg(test)]
+pub use wire::DESCRIPTORS_MAX;
 pub use wire::{Frame, Wire, let_go};
 
 /// The descriptors that a bus with so many devices may have during a hand-over: more than it ever

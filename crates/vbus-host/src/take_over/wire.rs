@@ -20,8 +20,8 @@ use vbus_vfio_user::Closer;
 
 /// The most descriptors in one packet (the kernel's `SCM_MAX_FD`).
 const BATCH: usize = 253;
-/// The most descriptors in a frame.
-const DESCRIPTORS_MAX: usize = 16 << 10;
+/// The most descriptors in a frame: more than a process usually may have.
+pub const DESCRIPTORS_MAX: usize = 1 << 20;
 /// The longest body, in bytes.
 const BODY_MAX: usize = 256 << 20;
 /// Bytes of a head.
@@ -57,7 +57,8 @@ impl<'a> Wire<'a> {
     /// Sends a frame. `by`: the time at which all of it must be on its way.
     ///
     /// # Errors
-    /// [`io::ErrorKind::TimedOut`]; the other end has gone; or the frame is too large.
+    /// [`io::ErrorKind::TimedOut`]; the other end has gone; or the frame is too large
+    /// ([`io::ErrorKind::InvalidInput`]): then nothing of it was sent.
     pub fn send(
         &self,
         kind: u8,
@@ -66,7 +67,8 @@ impl<'a> Wire<'a> {
         by: Instant,
     ) -> io::Result<()> {
         if body.len() > BODY_MAX || descriptors.len() > DESCRIPTORS_MAX {
-            return Err(io::Error::other("the state of the bus is too large to be handed over"));
+            let text = "the state of the bus is too large to be handed over";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         let head = head(kind, body.len(), descriptors.len());
         let first = descriptors.len().min(BATCH);
