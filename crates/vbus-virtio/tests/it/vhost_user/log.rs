@@ -255,6 +255,14 @@ fn a_change_of_the_link_is_told_on_the_socket_for_it() {
     let lab = Lab::new();
     let served = lab.serve(0, json!({}));
     let (mut front_end, _rx, _tx) = FrontEnd::card(&served, 0);
+    let mut read = [6, 2, 0].map(u32::to_le_bytes).concat();
+    read.extend([0; 2]);
+    // The device's task has seen the carrier. Otherwise a link that goes down changes nothing.
+    let began = Instant::now();
+    while front_end.ask(request::GET_CONFIG, &read)[12..] != [1, 0] {
+        assert!(began.elapsed() < TIMEOUT);
+        std::thread::yield_now();
+    }
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     assert!(!front_end.tell(SET_BACKEND_REQ_FD, &[], &[new_eventfd().as_fd()]));
     assert!(front_end.tell(SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]));
@@ -266,8 +274,6 @@ fn a_change_of_the_link_is_told_on_the_socket_for_it() {
         let mut message = [0; 12];
         ours.read_exact(&mut message).unwrap();
         assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
-        let mut read = [6, 2, 0].map(u32::to_le_bytes).concat();
-        read.extend([0; 2]);
         assert_eq!(front_end.ask(request::GET_CONFIG, &read)[12..], status);
     }
     // One that does not read its messages is not waited for.
