@@ -585,14 +585,14 @@ impl Endpoint {
             self.host.doorbells().detach_all();
             open.task.stop();
             self.contain(|| drop(open.connection));
+            // Counted before it shows. NOT_OPEN: the driver has left.
+            if matches!(inner, Inner::Broken(code) if *code != ErrorCode::NOT_OPEN) {
+                self.counters().broken.one();
+            }
             self.publish(inner, 0);
             // The events first: a driver that is woken by its routes looks at them.
             let vector = self.events.add(events);
             self.host.outlet().close(events != 0);
-            // NOT_OPEN: the driver has left.
-            if matches!(inner, Inner::Broken(code) if *code != ErrorCode::NOT_OPEN) {
-                self.counters().broken.one();
-            }
             tracing::info!(device = self.name(), "closed");
             return vector;
         }

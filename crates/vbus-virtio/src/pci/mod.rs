@@ -251,8 +251,8 @@ impl Shared {
             self.host().set_state(ConnectionState::Broken(ErrorCode::NOT_OPEN));
             return;
         }
-        self.host().set_state(ConnectionState::Broken(code));
         self.host().counters().broken.one();
+        self.host().set_state(ConnectionState::Broken(code));
         if self.host().memory().is_lost() {
             tracing::debug!(device, "{}", vbus_core::MEMORY_LOST);
         } else {

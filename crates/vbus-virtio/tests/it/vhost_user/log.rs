@@ -3,6 +3,7 @@
 //! move needs.
 
 use std::collections::BTreeSet;
+use std::time::Instant;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::{pread, pwrite};
