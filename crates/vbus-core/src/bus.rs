@@ -105,10 +105,7 @@ impl Bus {
         class: &str,
         config: &Value,
     ) -> Result<Arc<Endpoint>, BusError> {
-        let maker = self.class(class)?;
-        self.check_new(name)?;
-        let device = maker.create(name, config).map_err(|e| BusError::Create(name.into(), e))?;
-        self.add(name, device)
+        self.join(name, self.make(name, class, config)?, false)
     }
 
     /// As [`create`](Self::create), of a device that goes on from a state
@@ -119,10 +116,14 @@ impl Bus {
         class: &str,
         config: &Value,
     ) -> Result<Arc<Endpoint>, BusError> {
+        self.join(name, self.make(name, class, config)?, true)
+    }
+
+    /// Makes a device that is not on the bus yet.
+    fn make(&self, name: &str, class: &str, config: &Value) -> Result<Arc<dyn Device>, BusError> {
         let maker = self.class(class)?;
         self.check_new(name)?;
-        let device = maker.create(name, config).map_err(|e| BusError::Create(name.into(), e))?;
-        self.join(name, device, true)
+        maker.create(name, config).map_err(|e| BusError::Create(name.into(), e))
     }
 
     /// Checks whether [`create`](Self::create) could add a device of class `class` as `name`. It
