@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use vbus_core::{ConnectionCounters, Doorbell, ErrorCode, Executor, MemoryContext};
+use vbus_core::{ConnectionCounters, Doorbell, ErrorCode, Executor, Host, MemoryContext};
 
 use crate::queue::{Chain, Position, Queue, State};
 
@@ -100,6 +100,24 @@ pub struct Driver {
     pub counters: Arc<ConnectionCounters>,
     /// Ends the session when one of its tasks fails. The device then needs a reset.
     pub fail: Arc<dyn Fn(ErrorCode) + Send + Sync>,
+}
+
+impl Driver {
+    /// The driver of the device at `host`.
+    pub fn new(
+        host: &Host,
+        features: u64,
+        fail: impl Fn(ErrorCode) + Send + Sync + 'static,
+    ) -> Driver {
+        Driver {
+            features,
+            memory: host.memory().clone(),
+            executor: host.executor().clone(),
+            worker: host.worker(),
+            counters: host.counters().clone(),
+            fail: Arc::new(fail),
+        }
+    }
 }
 
 /// A device at work for one driver. Its methods are called one at a time, and do not block.

@@ -401,21 +401,13 @@ impl VirtioFunction {
 
     /// What the next session gets.
     fn driver(&self, running: &mut Running) -> Driver {
-        let host = self.shared.host();
         running.number += 1;
         let (number, weak) = (running.number, Arc::downgrade(&self.shared));
-        Driver {
-            features: self.registers.features(),
-            memory: host.memory().clone(),
-            executor: host.executor().clone(),
-            worker: host.worker(),
-            counters: host.counters().clone(),
-            fail: Arc::new(move |code| {
-                if let Some(shared) = weak.upgrade() {
-                    shared.fail(number, code);
-                }
-            }),
-        }
+        Driver::new(self.shared.host(), self.registers.features(), move |code| {
+            if let Some(shared) = weak.upgrade() {
+                shared.fail(number, code);
+            }
+        })
     }
 
     /// Makes the session of `saved`, with the queues of the registers.

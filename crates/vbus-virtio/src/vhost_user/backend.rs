@@ -610,18 +610,11 @@ impl Backend {
         running.number += 1;
         let (number, weak) = (running.number, Arc::downgrade(shared));
         let features = self.features & !feature::PROTOCOL_FEATURES;
-        let driver = Driver {
-            features,
-            memory: host.memory().clone(),
-            executor: host.executor().clone(),
-            worker: host.worker(),
-            counters: host.counters().clone(),
-            fail: Arc::new(move |code| {
-                if let Some(shared) = weak.upgrade() {
-                    shared.fail(number, code);
-                }
-            }),
-        };
+        let driver = Driver::new(host, features, move |code| {
+            if let Some(shared) = weak.upgrade() {
+                shared.fail(number, code);
+            }
+        });
         match self.device.clone().start(driver) {
             Ok(session) => running.session = Some(session),
             Err(code) => return Err(shared.broken(running, code)),
