@@ -4,6 +4,7 @@
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
 use vbus_tap::{BROADCAST, Mac, is_group};
 
 use crate::frame::Packet;
@@ -35,6 +36,17 @@ struct Rules {
 /// address do.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Addresses {
+    /// The rules that list no address.
+    pub modes: Modes,
+    /// These addresses.
+    pub listed: Vec<Mac>,
+}
+
+/// The rules of a filter that list no address, also as plain data (spec/state-format.md,
+/// "Modes").
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Modes {
     /// All addresses, whatever the other rules are.
     pub promiscuous: bool,
     /// All unicast addresses.
@@ -48,8 +60,13 @@ pub struct Addresses {
     pub no_multicast: bool,
     /// Not the broadcast address.
     pub no_broadcast: bool,
-    /// These addresses.
-    pub listed: Vec<Mac>,
+}
+
+impl From<Modes> for Addresses {
+    /// These rules, and no address.
+    fn from(modes: Modes) -> Addresses {
+        Addresses { modes, listed: Vec::new() }
+    }
 }
 
 impl Filter {
@@ -131,13 +148,14 @@ impl Filter {
 impl Addresses {
     /// Whether frames to `mac` pass, if the driver's own address is `own`.
     fn pass(&self, mac: Mac, own: Mac) -> bool {
-        if self.promiscuous {
+        let modes = &self.modes;
+        if modes.promiscuous {
             return true;
         }
         let (none, all) = match is_group(mac) {
-            _ if mac == BROADCAST => return !self.no_broadcast,
-            true => (self.no_multicast, self.all_multicast),
-            false => (self.no_unicast, self.all_unicast || mac == own),
+            _ if mac == BROADCAST => return !modes.no_broadcast,
+            true => (modes.no_multicast, modes.all_multicast),
+            false => (modes.no_unicast, modes.all_unicast || mac == own),
         };
         !none && (all || self.listed.contains(&mac))
     }
@@ -188,20 +206,20 @@ mod tests {
         assert_eq!(passes(&filter), [true, true, false, true]);
         filter.set_addresses(listed(GROUP));
         assert_eq!(passes(&filter), [true, true, true, false]);
-        filter.set_addresses(Addresses { all_multicast: true, ..Addresses::default() });
+        filter.set_addresses(Modes { all_multicast: true, ..Modes::default() }.into());
         assert_eq!(passes(&filter), [true, true, true, false]);
-        filter.set_addresses(Addresses { promiscuous: true, ..Addresses::default() });
+        filter.set_addresses(Modes { promiscuous: true, ..Modes::default() }.into());
         assert_eq!(passes(&filter), [true; 4]);
-        let all_unicast = Addresses { all_unicast: true, ..Addresses::default() };
-        filter.set_addresses(all_unicast.clone());
+        let all_unicast = Modes { all_unicast: true, ..Modes::default() };
+        filter.set_addresses(all_unicast.into());
         assert_eq!(passes(&filter), [true, true, false, true]);
-        let no_unicast = Addresses { no_unicast: true, ..all_unicast };
-        filter.set_addresses(no_unicast.clone());
+        let no_unicast = Modes { no_unicast: true, ..all_unicast };
+        filter.set_addresses(no_unicast.into());
         assert_eq!(passes(&filter), [false, true, false, false]);
-        filter.set_addresses(Addresses { promiscuous: true, ..no_unicast });
+        filter.set_addresses(Modes { promiscuous: true, ..no_unicast }.into());
         assert_eq!(passes(&filter), [true; 4]);
-        let no_groups = Addresses { no_multicast: true, no_broadcast: true, ..listed(GROUP) };
-        filter.set_addresses(no_groups);
+        let modes = Modes { no_multicast: true, no_broadcast: true, ..Modes::default() };
+        filter.set_addresses(Addresses { modes, ..listed(GROUP) });
         assert_eq!(passes(&filter), [true, false, false, false]);
         filter.set_addresses(Addresses::default());
         filter.set_mac(OTHER);

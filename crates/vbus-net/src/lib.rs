@@ -60,7 +60,7 @@ mod uplink;
 pub use backend::{Backend, Done, Plug, Port, Queue, Sent, TxDrop};
 pub use capture::Captured;
 pub use config::BackendConfig;
-pub use filter::{Addresses, Filter, Vlans};
+pub use filter::{Addresses, Filter, Modes, Vlans};
 pub use frame::{
     Body, CHAIN_MAX, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Hash, Header, PIECES_MAX, Packet,
     TAG_BYTES, flag,

@@ -240,7 +240,8 @@ impl TapPlug {
     fn addresses(&self) -> Option<KernelFilter> {
         let filter = &self.port.filter;
         let rules = filter.addresses();
-        let all = rules.promiscuous || rules.all_unicast && !rules.no_unicast;
+        let modes = &rules.modes;
+        let all = modes.promiscuous || modes.all_unicast && !modes.no_unicast;
         if all || !self.in_kernel.load(Ordering::Relaxed) {
             return None;
         }
@@ -248,7 +249,7 @@ impl TapPlug {
         let own = [Mac::default(), filter.mac(), BROADCAST].into_iter();
         let passes = |mac: &Mac| *mac == Mac::default() || filter.accepts(*mac);
         let addresses = own.chain(rules.listed).filter(passes).collect();
-        let all_multicast = rules.all_multicast && !rules.no_multicast;
+        let all_multicast = modes.all_multicast && !modes.no_multicast;
         Some(KernelFilter { addresses, all_multicast })
     }
 }

@@ -23,7 +23,7 @@ use vbus_tap::{HEADER_BYTES, Mac, Offloads};
 
 use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
 use crate::config::BackendConfig;
-use crate::filter::{Addresses, Filter};
+use crate::filter::{Filter, Modes};
 use crate::frame::{ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Header, Packet};
 use crate::front::{check_outlasts, forget_frames};
 use crate::inbound::ReadFrame;
@@ -229,7 +229,7 @@ impl Uplink {
         let port = |lanes| {
             // Everything that is on its way to the outside passes.
             let filter = Filter::new(Mac::default());
-            filter.set_addresses(Addresses { promiscuous: true, ..Addresses::default() });
+            filter.set_addresses(Modes { promiscuous: true, ..Modes::default() }.into());
             let shared = (Arc::new(filter), Arc::new(Steering::new(1)));
             Arc::new(Port::new(&self.name, mtu, 1, shared, lanes))
         };

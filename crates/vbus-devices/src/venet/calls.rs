@@ -7,7 +7,7 @@ use vbus_core::shm::abi::venet::{
     RSS_KEY_BYTES, RSS_TABLE_MAX, VLAN_MAP_BYTES, complete, hash_kind,
 };
 use vbus_net::rss::{self, Rss};
-use vbus_net::{Addresses, Mac, Offloads, Vlans, is_group};
+use vbus_net::{Addresses, Mac, Modes, Offloads, Vlans, is_group};
 
 const _: () = assert!(RSS_KEY_BYTES == rss::KEY_BYTES && VLAN_MAP_BYTES == size_of::<Vlans>());
 // The kinds of the ABI pass to vbus-net as they are.
@@ -148,12 +148,12 @@ pub fn filter(mut buffer: &[u8]) -> Result<Addresses, ErrorCode> {
         mac.copy_from_slice(chunk);
         mac
     };
-    Ok(Addresses {
+    let modes = Modes {
         promiscuous: flags & FILTER_PROMISCUOUS != 0,
         all_multicast: flags & FILTER_ALL_MULTICAST != 0,
-        listed: bytes.chunks_exact(6).map(mac).collect(),
-        ..Addresses::default()
-    })
+        ..Modes::default()
+    };
+    Ok(Addresses { modes, listed: bytes.chunks_exact(6).map(mac).collect() })
 }
 
 #[cfg(test)]
@@ -177,8 +177,8 @@ mod tests {
         };
         let listed = parse(0, &[OTHER, GROUP]);
         assert_eq!(listed, Addresses { listed: vec![OTHER, GROUP], ..Addresses::default() });
-        assert!(parse(FILTER_ALL_MULTICAST, &[]).all_multicast);
-        assert!(parse(FILTER_PROMISCUOUS, &[]).promiscuous);
+        assert!(parse(FILTER_ALL_MULTICAST, &[]).modes.all_multicast);
+        assert!(parse(FILTER_PROMISCUOUS, &[]).modes.promiscuous);
         assert_eq!(parse(0, &[]), Addresses::default());
     }
 

@@ -26,5 +26,5 @@ pub use nic::Nic;
 pub use pairs::{Pairs, Setup};
 pub use ring::{Ring, RxRing, TxRing};
 pub use rx::{Choices, HEAD_MAX, Receiver};
-pub use saved::{ModesState, NicState, PairsState, ReceiverState};
+pub use saved::{NicState, PairsState, ReceiverState};
 pub(crate) use saved::{check_outlasts, forget_frames};

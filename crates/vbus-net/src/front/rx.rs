@@ -18,8 +18,8 @@ use super::backpressure::Backpressure;
 use super::coalesce::{Held, Setting};
 use super::counters::{PairCounters, RxCounters};
 use super::ring::RxRing;
-use super::saved::{Address, ModesState, ReceiverState, RssState, VlanMap};
-use crate::filter::{Filter, Vlans};
+use super::saved::{Address, ReceiverState, RssState, VlanMap};
+use crate::filter::{Addresses, Filter, Vlans};
 use crate::frame::{
     Body, CHAIN_MAX, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Hash, Header, PIECES_MAX, Packet,
     TAG_BYTES,
@@ -128,7 +128,7 @@ impl Receiver {
         });
         ReceiverState {
             mac: self.filter.mac(),
-            modes: ModesState::of(&addresses),
+            modes: addresses.modes,
             listed: addresses.listed.into_iter().map(Address).collect(),
             vlans,
             offloads: self.offloads().bits(),
@@ -179,7 +179,7 @@ impl Receiver {
             ));
         }
         let listed = state.listed.iter().map(|Address(mac)| *mac).collect();
-        self.filter.set_addresses(state.modes.with(listed));
+        self.filter.set_addresses(Addresses { modes: state.modes, listed });
         self.filter.set_vlans(vlans);
         self.set_offloads(Offloads::from_bits(state.offloads));
         Ok(())

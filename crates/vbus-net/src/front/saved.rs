@@ -6,7 +6,7 @@ use serde_json::Value;
 use vbus_core::state::Counts;
 use vbus_tap::Mac;
 
-use crate::filter::Addresses;
+use crate::filter::Modes;
 use crate::rss::KEY_BYTES;
 
 /// What a device has beside its settings and its driver.
@@ -41,7 +41,7 @@ pub struct ReceiverState {
     /// The driver's address.
     #[serde(with = "hex::serde")]
     pub(super) mac: Mac,
-    pub(super) modes: ModesState,
+    pub(super) modes: Modes,
     /// The other addresses that pass.
     pub(super) listed: Vec<Address>,
     /// The VLANs that pass; null: all.
@@ -51,49 +51,6 @@ pub struct ReceiverState {
     /// The queue pairs in use.
     pub(super) queues: u16,
     pub(super) rss: Option<RssState>,
-}
-
-/// The modes of a filter: its rules that list no address.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ModesState {
-    promiscuous: bool,
-    all_unicast: bool,
-    all_multicast: bool,
-    no_unicast: bool,
-    no_multicast: bool,
-    no_broadcast: bool,
-}
-
-impl ModesState {
-    /// The modes of these rules.
-    pub fn of(addresses: &Addresses) -> ModesState {
-        let Addresses { promiscuous, all_unicast, all_multicast, .. } = *addresses;
-        let Addresses { no_unicast, no_multicast, no_broadcast, .. } = *addresses;
-        ModesState {
-            promiscuous,
-            all_unicast,
-            all_multicast,
-            no_unicast,
-            no_multicast,
-            no_broadcast,
-        }
-    }
-
-    /// Rules with these modes, and with these addresses.
-    pub fn with(&self, listed: Vec<Mac>) -> Addresses {
-        let ModesState { promiscuous, all_unicast, all_multicast, .. } = *self;
-        let ModesState { no_unicast, no_multicast, no_broadcast, .. } = *self;
-        Addresses {
-            promiscuous,
-            all_unicast,
-            all_multicast,
-            no_unicast,
-            no_multicast,
-            no_broadcast,
-            listed,
-        }
-    }
 }
 
 impl ReceiverState {

@@ -323,7 +323,7 @@ fn count_down(counts: &mut HashMap<u64, usize>, port: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::filter::{Addresses, Filter};
+    use crate::filter::{Addresses, Filter, Modes};
     use crate::steering::Steering;
     use crate::switch::vlan::Vlan;
 
@@ -343,7 +343,7 @@ mod tests {
 
     fn uplink() -> Arc<Seat> {
         let seat = seat(Mac::default(), PortRules { uplink: true, ..learning() });
-        let all = Addresses { promiscuous: true, ..Addresses::default() };
+        let all = Addresses::from(Modes { promiscuous: true, ..Modes::default() });
         seat.port.filter.set_addresses(all);
         seat
     }
@@ -495,7 +495,7 @@ mod tests {
         assert_eq!(to(&table, &a, 10, B), Vec::<u64>::new(), "an unknown address there");
         // The same address may be behind different ports in different VLANs.
         let far = [2, 8, 8, 8, 8, 8];
-        let all = Addresses { promiscuous: true, ..Addresses::default() };
+        let all = Addresses::from(Modes { promiscuous: true, ..Modes::default() });
         a.port.filter.set_addresses(all.clone());
         b.port.filter.set_addresses(all);
         table.learn((10, far), a.id(), None, now);

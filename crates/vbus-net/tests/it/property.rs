@@ -11,9 +11,9 @@ use vbus_core::{
     ConnectionCounters, ErrorCode, Executor, Progress, Task, TaskHandle, Tuning, lock,
 };
 use vbus_net::{
-    Addresses, BROADCAST, Backend, Body, Delivery, Filter, Header, Link, Mac, Medium, Offloads,
-    OnFull, Opener, Packet, Plug, Port, PortRules, Queue, Read, Reserved, RxDrop, RxSink, Sent,
-    SharedSink, Steering, SwitchPort, Switches, TxDrop, Vlan, Waiter, flag,
+    BROADCAST, Backend, Body, Delivery, Filter, Header, Link, Mac, Medium, Modes, Offloads, OnFull,
+    Opener, Packet, Plug, Port, PortRules, Queue, Read, Reserved, RxDrop, RxSink, Sent, SharedSink,
+    Steering, SwitchPort, Switches, TxDrop, Vlan, Waiter, flag,
 };
 
 /// What a receive queue has done with a frame, and the frame.
@@ -226,7 +226,7 @@ impl Rig {
             }
             let filter = Arc::new(Filter::new(own));
             let promiscuous = plan.promiscuous;
-            filter.set_addresses(Addresses { promiscuous, ..Addresses::default() });
+            filter.set_addresses(Modes { promiscuous, ..Modes::default() }.into());
             let offloads = if plan.offloads { Offloads::ALL } else { Offloads::NONE };
             let (room, events) = (plan.room, Vec::new());
             let sink =

@@ -2,9 +2,8 @@
 //! The commands of the control queue (VIRTIO 1.3, section 5.1.6.5), out of a driver's bytes.
 
 use serde::{Deserialize, Serialize};
-use vbus_net::front::ModesState;
 use vbus_net::rss::{KEY_BYTES, kinds};
-use vbus_net::{Addresses, Mac, Rss, Vlans};
+use vbus_net::{Addresses, Mac, Modes, Rss, Vlans};
 
 use super::abi::{command as number, feature};
 
@@ -200,7 +199,7 @@ fn table(data: &[u8]) -> Option<(Listed, &[u8])> {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WantedState {
-    modes: ModesState,
+    modes: Modes,
     /// `None`: the list was too long, and all of the kind pass.
     unicast: Option<Vec<String>>,
     multicast: Option<Vec<String>>,
@@ -209,8 +208,7 @@ pub struct WantedState {
 /// Which frames the driver wants. A driver that says nothing wants all.
 #[derive(Clone, Debug)]
 pub struct Wanted {
-    /// The modes. No address is listed here.
-    modes: Addresses,
+    modes: Modes,
     unicast: Listed,
     multicast: Listed,
     /// The VLANs that pass; `None`: all.
@@ -221,7 +219,7 @@ impl Wanted {
     /// All frames; those with a tag only if the driver does not choose VLANs (`by_vlan`).
     pub fn new(by_vlan: bool) -> Wanted {
         Wanted {
-            modes: Addresses { promiscuous: true, ..Addresses::default() },
+            modes: Modes { promiscuous: true, ..Modes::default() },
             unicast: Some(Vec::new()),
             multicast: Some(Vec::new()),
             vlans: by_vlan.then(|| Box::new([0; 64])),
@@ -259,12 +257,12 @@ impl Wanted {
     /// The addresses that pass.
     pub fn addresses(&self) -> Addresses {
         let listed = [&self.unicast, &self.multicast].into_iter().flatten().flatten();
-        Addresses {
+        let modes = Modes {
             all_unicast: self.modes.all_unicast || self.unicast.is_none(),
             all_multicast: self.modes.all_multicast || self.multicast.is_none(),
-            listed: listed.copied().collect(),
-            ..self.modes.clone()
-        }
+            ..self.modes
+        };
+        Addresses { modes, listed: listed.copied().collect() }
     }
 
     /// What the driver wants, as plain data.
@@ -272,7 +270,7 @@ impl Wanted {
         let list =
             |listed: &Listed| listed.as_ref().map(|macs| macs.iter().map(hex::encode).collect());
         WantedState {
-            modes: ModesState::of(&self.modes),
+            modes: self.modes,
             unicast: list(&self.unicast),
             multicast: list(&self.multicast),
         }
@@ -296,7 +294,7 @@ impl Wanted {
             texts.iter().map(mac).collect::<Result<_, _>>().map(Some)
         };
         Ok(Wanted {
-            modes: saved.modes.with(Vec::new()),
+            modes: saved.modes,
             unicast: list(&saved.unicast)?,
             multicast: list(&saved.multicast)?,
             vlans,
@@ -391,18 +389,20 @@ mod tests {
     #[test]
     fn a_driver_gets_what_it_wants() {
         let mut wanted = Wanted::new(true);
-        assert!(wanted.addresses().promiscuous);
+        assert!(wanted.addresses().modes.promiscuous);
         assert!(wanted.change(&Command::Mode(Mode::Promiscuous, false)));
         assert_eq!(wanted.addresses(), Addresses::default());
         assert!(wanted.change(&Command::Table(Some(vec![[2; 6]]), None)));
-        let listed =
-            Addresses { all_multicast: true, listed: vec![[2; 6]], ..Addresses::default() };
+        let modes = Modes { all_multicast: true, ..Modes::default() };
+        let listed = Addresses { modes, listed: vec![[2; 6]] };
         assert_eq!(wanted.addresses(), listed);
         assert!(wanted.change(&Command::Mode(Mode::NoUnicast, true)));
-        assert_eq!(wanted.addresses(), Addresses { no_unicast: true, ..listed });
+        let modes = Modes { no_unicast: true, ..modes };
+        assert_eq!(wanted.addresses(), Addresses { modes, ..listed });
         assert!(wanted.change(&Command::Mode(Mode::NoUnicast, false)));
         assert!(wanted.change(&Command::Table(None, Some(vec![]))));
-        assert_eq!(wanted.addresses(), Addresses { all_unicast: true, ..Addresses::default() });
+        let modes = Modes { all_unicast: true, ..Modes::default() };
+        assert_eq!(wanted.addresses(), modes.into());
         assert!(wanted.change(&Command::Vlan(70, true)));
         assert_eq!(wanted.vlans().map(|vlans| vlans[1]), Some(1 << 6));
         assert!(wanted.change(&Command::Vlan(70, false)));
