@@ -82,6 +82,12 @@ impl Closer {
         self.push(fd, false);
     }
 
+    /// Closes descriptors that may be of anything, on a thread of their own. It does not wait.
+    pub fn let_go(fds: Vec<OwnedFd>) {
+        let closer = Closer::new();
+        fds.into_iter().for_each(|fd| closer.close(fd));
+    }
+
     /// As [`close`](Self::close), after what the peer has sent was read: so the peer gets the end
     /// of the stream, and no error. For a non-blocking socket.
     pub(crate) fn close_stream(&self, socket: OwnedFd) {

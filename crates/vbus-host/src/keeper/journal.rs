@@ -6,8 +6,9 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use anyhow::{Context, Result, bail, ensure};
+use vbus_vfio_user::Closer;
 
-use crate::take_over::{Frame, HeldPart, Offer, Parcel, let_go, now, pack, read};
+use crate::take_over::{Frame, HeldPart, Offer, Parcel, now, pack, read};
 
 /// The kinds of messages of a bus to its keeper.
 pub mod kind {
@@ -58,7 +59,7 @@ struct Message {
 
 impl Drop for Message {
     fn drop(&mut self) {
-        let_go(std::mem::take(&mut self.fds));
+        Closer::let_go(std::mem::take(&mut self.fds));
     }
 }
 

@@ -23,7 +23,7 @@ pub use leaving::Departure;
 pub use steps::{AFTER_DEATH, Leaves, Parcel, leave};
 #[cfg(test)]
 pub use wire::DESCRIPTORS_MAX;
-pub use wire::{Frame, Wire, let_go};
+pub use wire::{Frame, Wire};
 
 /// The descriptors that a bus with so many devices may have during a hand-over: more than it ever
 /// needs with the usual numbers of queues.

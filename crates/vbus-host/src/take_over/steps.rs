@@ -18,8 +18,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use vbus_vfio_user::Closer;
 
-use super::wire::{Frame, Wire, let_go};
+use super::wire::{Frame, Wire};
 
 /// The kinds of frames.
 mod kind {
@@ -99,7 +100,7 @@ pub fn leave(socket: BorrowedFd<'_>, bus: &mut impl Leaves, limits: &Limits) -> 
     let taken = state.and_then(|state| {
         let sent = send(&wire, kind::STATE, &state, by).context("the state could not be sent");
         // A client may have sent some, and the devices stand still until this bus goes on.
-        let_go(state.descriptors);
+        Closer::let_go(state.descriptors);
         sent?;
         expect(&wire, kind::TAKEN, by).context("the other bus did not take over").map(drop)
     });

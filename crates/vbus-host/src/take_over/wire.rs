@@ -16,7 +16,6 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg, shutdown,
 };
-use vbus_vfio_user::Closer;
 
 /// The most descriptors in one packet (the kernel's `SCM_MAX_FD`).
 const BATCH: usize = 253;
@@ -209,13 +208,6 @@ impl<'a> Wire<'a> {
     pub fn close(&self) {
         let _ = shutdown(self.0.as_fd(), Shutdown::Both);
     }
-}
-
-/// Closes descriptors that may be of anything: a close can wait for what their owner controls (a
-/// file system of its own). The caller does not.
-pub fn let_go(descriptors: Vec<OwnedFd>) {
-    let closer = Closer::new();
-    descriptors.into_iter().for_each(|fd| closer.close(fd));
 }
 
 /// The time until `by`.

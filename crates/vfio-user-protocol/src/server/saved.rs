@@ -30,12 +30,6 @@ struct Again {
     fds: usize,
 }
 
-/// Closes descriptors of a client, without waiting.
-fn close(fds: Vec<OwnedFd>) {
-    let closer = Closer::new();
-    fds.into_iter().for_each(|fd| closer.close(fd));
-}
-
 impl<T: Target> Server<T> {
     /// The server as data, with duplicates of its descriptors. The target is not part of it. The
     /// server itself does not change: if nobody takes the state, it goes on.
@@ -211,7 +205,7 @@ impl<T: Target> Server<T> {
         let mut client = data.client.zip(client);
         let resumed = match data.journal.zip(journal) {
             None => {
-                close(held.fds);
+                Closer::let_go(held.fds);
                 Ok(None)
             }
             Some((committed, file)) => server.resume(committed, file, &mut client, held, now),
@@ -254,23 +248,23 @@ impl<T: Target> Server<T> {
             _ => None,
         };
         let Some((data, places)) = client else {
-            close(held.fds);
+            Closer::let_go(held.fds);
             return Ok(None);
         };
         let mut fds = held.fds;
         if found.answered.checked_add(1) != Some(held.number) {
             // They are those of a message that was committed. A server that handed itself over has
             // those of the next one in its state.
-            close(std::mem::replace(&mut fds, std::mem::take(&mut places.received)));
+            Closer::let_go(std::mem::replace(&mut fds, std::mem::take(&mut places.received)));
         }
         // They were held, but their bytes not received: they will come again.
-        close(fds.split_off(found.received_fds.min(fds.len())));
+        Closer::let_go(fds.split_off(found.received_fds.min(fds.len())));
         data.received = ReceivedData {
             bytes: found.received,
             descriptors: 0,
             lost: found.lost || fds.len() < found.received_fds,
         };
-        close(std::mem::replace(&mut places.received, fds));
+        Closer::let_go(std::mem::replace(&mut places.received, fds));
         places.unsent = vec![Vec::new()];
         let unsent = UnsentData { bytes: found.unsent, descriptors: 0 };
         data.unsent = Vec::from_iter((!unsent.bytes.is_empty()).then_some(unsent));
