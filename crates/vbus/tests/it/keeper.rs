@@ -162,7 +162,7 @@ fn write_pages(
     stop: &AtomicBool,
     written: &AtomicU64,
     seen: &AtomicU64,
-) {
+) -> Pages<Process> {
     let (input, output) = (pages.find("in").unwrap().unwrap(), pages.find("out").unwrap().unwrap());
     let reader = pages.reader(&input, 0).unwrap();
     let mut writer = pages.writer(&output, 0).unwrap();
@@ -182,6 +182,7 @@ fn write_pages(
         std::thread::yield_now();
     }
     pages.finish(writer).unwrap();
+    pages
 }
 
 #[test]
@@ -256,7 +257,7 @@ struct Worker {
     stop: Arc<AtomicBool>,
     written: Arc<AtomicU64>,
     seen: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Pages<Process>>>,
 }
 
 impl Worker {
@@ -289,9 +290,10 @@ impl Worker {
         assert!(self.written.load(Ordering::Acquire) > before);
     }
 
-    fn end(mut self) {
+    /// Returns the driver, which does nothing more; its connection stays.
+    fn end(mut self) -> Pages<Process> {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().unwrap().join().unwrap();
+        self.thread.take().unwrap().join().unwrap()
     }
 }
 
@@ -400,14 +402,16 @@ fn a_keeper_that_stood_still_ends_the_clients_of_a_bus_that_went_on_without_it()
     let bus = Kept::start(PAGES);
     let driver = Worker::start(&bus);
     driver.exchanges(&bus, 1, "at first");
+    let mut pages = driver.end();
     let keeper_process = Pid::from_raw(i32::try_from(bus.0.child.id()).unwrap()).unwrap();
     kill_process(keeper_process, Signal::STOP).unwrap();
     wait_until("the bus has no keeper", || {
         bus.0.good(&["state", "set", "--hex", "values", "in", "02"]);
         keeper(&bus)["present"] == false
     });
-    // A change of its connection that nobody keeps, and then messages that change nothing.
+    // A change of its connection that nobody keeps, and then a message that changes nothing.
     bus.0.good(&["device", "reincarnate", "values"]);
+    assert!(matches!(pages.function().check(), Err(vbus_driver::Error::Reincarnated)));
     let process = bus.process();
     kill(process);
     kill_process(keeper_process, Signal::CONT).unwrap();
