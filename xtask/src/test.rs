@@ -173,10 +173,7 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
     }
     for name in &failures {
         let said = said.get(name).map_or("", String::as_str);
-        // The summary shows one line: where the test panicked, and why.
-        let end =
-            said.find(" panicked at ").map_or(said, |at| &said[at + 1..]).replacen(":\n", ": ", 1);
-        let end = end.split("\nstack backtrace:").next().unwrap_or_default().trim();
+        let end = last_words(name, said);
         let why = Outcome::Failed(format!("{end}\nall of it: {}", log.display()));
         report.enter(&format!("{CARGO}::{name}"), &why, began.elapsed());
     }
@@ -191,6 +188,18 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
         began.elapsed().as_secs_f32()
     );
     Ok(())
+}
+
+/// Where the failed test `name` panicked, and why, in one line. Of several threads that panicked,
+/// its own counts: the others may have done so as a part of the test.
+fn last_words(name: &str, said: &str) -> String {
+    let own = format!("thread '{name}'");
+    let thread = said.find(&own).unwrap_or(0);
+    let end = said[thread..]
+        .find(" panicked at ")
+        .map_or(said, |at| &said[thread + at + 1..])
+        .replacen(":\n", ": ", 1);
+    end.split("\nstack backtrace:").next().unwrap_or_default().trim().to_owned()
 }
 
 /// The tests that did nothing, each with its reason. The first line of their output is
@@ -247,5 +256,13 @@ mod tests {
         let said = said.map(|(name, text)| (name.to_owned(), text.to_owned())).into();
         assert_eq!(skipped_tests(&said, &["c".to_owned()]), [("a", "no tun")]);
         assert_eq!(before("ok. 12 passed; 3 failed", " passed"), 12);
+    }
+    #[test]
+    fn of_several_threads_that_panicked_the_test_s_own_counts() {
+        let worker = "thread '<unnamed>' (7) panicked at a.rs:1:2:\nit went\n";
+        let own = "thread 'x::y' (6) panicked at b.rs:3:4:\nit waited\nstack backtrace:\n 0: f";
+        let said = format!("{worker}{own}");
+        assert_eq!(last_words("x::y", &said), "panicked at b.rs:3:4: it waited");
+        assert_eq!(last_words("x::y", worker), "panicked at a.rs:1:2: it went");
     }
 }
