@@ -385,8 +385,8 @@ fn a_file_that_is_being_edited_when_the_bus_dies_ends_no_connection() {
 fn a_bus_that_cannot_be_started_now_is_started_later() {
     let folder = tempfile::tempdir().unwrap();
     let [path, aside] = ["vbus", "aside"].map(|name| folder.path().join(name));
-    // By a process of its own: a child of another test could hold this one's descriptor of the copy,
-    // and the kernel runs no file that somebody can write.
+    // By a process of its own: a child of another test could hold this one's descriptor of the
+    // copy, and the kernel runs no file that somebody can write.
     let copied = Command::new("cp").arg(vbus().get_program()).arg(&path).status().unwrap();
     assert!(copied.success());
     let bus = Kept(Served::start_kept_by(program(&path), PAGES));
