@@ -224,23 +224,16 @@ pub struct TxCounters {
 
 impl TxCounters {
     /// All counters by their paths in JSON.
-    pub(super) fn all(&self) -> [(&'static str, &Counter); 14] {
-        [
+    pub(super) fn all(&self) -> Vec<(&'static str, &Counter)> {
+        let own = [
             ("frames", &self.frames),
             ("bytes", &self.bytes),
             ("batches", &self.batches),
             ("csum", &self.csum),
             ("segments", &self.segments),
             ("waits", &self.waits),
-            ("drops.short", &self.drops.short),
-            ("drops.bad_header", &self.drops.bad_header),
-            ("drops.too_long", &self.drops.too_long),
-            ("drops.no_link", &self.drops.no_link),
-            ("drops.refused", &self.drops.refused),
-            ("drops.spoofed", &self.drops.spoofed),
-            ("drops.denied", &self.drops.denied),
-            ("drops.storm", &self.drops.storm),
-        ]
+        ];
+        [&own[..], &self.drops.all()].concat()
     }
 }
 
@@ -278,19 +271,23 @@ impl TxDrops {
         }
     }
 
+    /// All of them by their paths in the JSON of [`TxCounters`].
+    fn all(&self) -> [(&'static str, &Counter); 8] {
+        [
+            ("drops.short", &self.short),
+            ("drops.bad_header", &self.bad_header),
+            ("drops.too_long", &self.too_long),
+            ("drops.no_link", &self.no_link),
+            ("drops.refused", &self.refused),
+            ("drops.spoofed", &self.spoofed),
+            ("drops.denied", &self.denied),
+            ("drops.storm", &self.storm),
+        ]
+    }
+
     /// The sum over all reasons.
     pub fn sum(&self) -> u64 {
-        let all = [
-            &self.short,
-            &self.bad_header,
-            &self.too_long,
-            &self.no_link,
-            &self.refused,
-            &self.spoofed,
-            &self.denied,
-            &self.storm,
-        ];
-        all.into_iter().map(Counter::get).sum()
+        self.all().into_iter().map(|(_, counter)| counter.get()).sum()
     }
 }
 
@@ -319,8 +316,8 @@ pub struct RxCounters {
 
 impl RxCounters {
     /// All counters by their paths in JSON.
-    pub(super) fn all(&self) -> [(&'static str, &Counter); 13] {
-        [
+    pub(super) fn all(&self) -> Vec<(&'static str, &Counter)> {
+        let own = [
             ("frames", &self.frames),
             ("bytes", &self.bytes),
             ("batches", &self.batches),
@@ -328,13 +325,8 @@ impl RxCounters {
             ("segments", &self.segments),
             ("starved", &self.starved),
             ("filtered", &self.filtered),
-            ("drops.no_buffers", &self.drops.no_buffers),
-            ("drops.too_long", &self.drops.too_long),
-            ("drops.bad_frame", &self.drops.bad_frame),
-            ("drops.too_slow", &self.drops.too_slow),
-            ("drops.rate", &self.drops.rate),
-            ("drops.no_link", &self.drops.no_link),
-        ]
+        ];
+        [&own[..], &self.drops.all()].concat()
     }
 }
 
@@ -369,17 +361,21 @@ impl RxDrops {
         }
     }
 
+    /// All of them by their paths in the JSON of [`RxCounters`].
+    fn all(&self) -> [(&'static str, &Counter); 6] {
+        [
+            ("drops.no_buffers", &self.no_buffers),
+            ("drops.too_long", &self.too_long),
+            ("drops.bad_frame", &self.bad_frame),
+            ("drops.too_slow", &self.too_slow),
+            ("drops.rate", &self.rate),
+            ("drops.no_link", &self.no_link),
+        ]
+    }
+
     /// The sum over all reasons.
     pub fn sum(&self) -> u64 {
-        let all = [
-            &self.no_buffers,
-            &self.too_long,
-            &self.bad_frame,
-            &self.too_slow,
-            &self.rate,
-            &self.no_link,
-        ];
-        all.into_iter().map(Counter::get).sum()
+        self.all().into_iter().map(|(_, counter)| counter.get()).sum()
     }
 }
 
