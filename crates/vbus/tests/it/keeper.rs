@@ -406,7 +406,7 @@ fn a_keeper_that_stood_still_ends_the_clients_of_a_bus_that_went_on_without_it()
     let bus = Kept::start(PAGES);
     let driver = Worker::start(&bus);
     driver.exchanges(&bus, 1, "at first");
-    let mut pages = driver.end();
+    let pages = driver.end();
     let keeper_process = Pid::from_raw(i32::try_from(bus.0.child.id()).unwrap()).unwrap();
     kill_process(keeper_process, Signal::STOP).unwrap();
     wait_until("the bus has no keeper", || {
