@@ -156,6 +156,12 @@ impl Device for SchedDevice {
         Ok(state::nothing())
     }
 
+    /// The driver's memory has its newest requests. The time that it has for the next one begins
+    /// anew.
+    fn outlast(&self, _: &mut Value, _: Option<&mut Value>) -> Result<(), String> {
+        Ok(())
+    }
+
     fn restore(&self, saved: &Value) -> Result<(), String> {
         state::is_nothing(saved)
     }

@@ -6,12 +6,13 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use vbus_core::state::Document;
 use vbus_core::{Bus, ConnectionState, DeviceState, Endpoint, ErrorCode};
 
-use crate::{Memory, Random, mutate};
+use crate::{Memory, Random, TIMEOUT, mutate};
 
 /// Saves the device behind `endpoint`, which stands still from then on. The state has passed
 /// through its text.
@@ -21,6 +22,15 @@ pub fn save(endpoint: &Endpoint) -> DeviceState {
     let read = DeviceState::from_text(&state.to_text().unwrap()).unwrap();
     assert_eq!(read, state);
     read
+}
+
+/// Saves the device behind `endpoint` as for a keeper: the device goes on, and its process may be
+/// killed at any time.
+pub fn save_to_outlast(endpoint: &Endpoint) -> DeviceState {
+    endpoint.quiesce_to_outlast(Instant::now() + TIMEOUT).unwrap();
+    let state = endpoint.save().unwrap();
+    endpoint.resume();
+    state
 }
 
 /// Sets what passes by itself to 0 in the counters of a device's state.

@@ -90,6 +90,11 @@ impl Device for PicDevice {
         Ok(state::nothing())
     }
 
+    /// Routes change by calls alone, and what is pending is in the driver's memory.
+    fn outlast(&self, _: &mut Value, _: Option<&mut Value>) -> Result<(), String> {
+        Ok(())
+    }
+
     fn restore(&self, saved: &Value) -> Result<(), String> {
         state::is_nothing(saved)
     }

@@ -15,7 +15,9 @@ use vbus_core::{Bus, DeviceState};
 use vbus_sched::interview::Language;
 use vbus_sched::{Held, Limits, SchedClass, Setting, TakeError, Threads};
 use vbus_test_driver::Random;
-use vbus_test_driver::saved::{World, content, forged_devices, same_when_saved, save, still};
+use vbus_test_driver::saved::{
+    World, content, forged_devices, same_when_saved, save, save_to_outlast, still,
+};
 
 use crate::sched::{Driver, Pages, Report, read};
 
@@ -102,6 +104,8 @@ struct Machine {
     is_asked: [bool; CPUS],
     random: Random,
     seen: Vec<String>,
+    /// What a keeper has of the device. `None`: there is none, and it is saved when it goes.
+    kept: Option<DeviceState>,
 }
 
 impl Machine {
@@ -111,7 +115,19 @@ impl Machine {
         let mut driver = Driver::open(&bus.create("sched", "sched", &settings()).unwrap());
         let pages = [0, 1].map(|cpu| Some(driver.pages(cpu)));
         let (is_asked, random, seen) = ([false; CPUS], Random(seed), Vec::new());
-        Machine { bus, threads, driver, pages, is_asked, random, seen }
+        Machine { bus, threads, driver, pages, is_asked, random, seen, kept: None }
+    }
+
+    /// As [`new`](Self::new), of a device that has a keeper.
+    fn kept(seed: u64) -> Machine {
+        let mut machine = Machine::new(seed);
+        machine.kept = Some(save_to_outlast(&machine.driver.endpoint));
+        machine
+    }
+
+    /// Gives the keeper the state, as after a message, if there is one.
+    fn commit(&mut self) {
+        self.kept = self.kept.take().map(|_| save_to_outlast(&self.driver.endpoint));
     }
 
     /// Waits for the report of the newest request, and notes it. The count of changes depends on
@@ -125,6 +141,10 @@ impl Machine {
             let is_newest = |report: &Report| report.version == version;
             let mut report = self.driver.wait(pages, "the report of a request", is_newest);
             report.changes = 0;
+            if self.kept.is_some() {
+                // What was counted since the last message is lost.
+                report = Report { updates: 0, clamped: 0, refused: 0, ..report };
+            }
             let failed = report.outcome == report::FAILED;
             if failed {
                 (report.class, report.priority) = (0, 0);
@@ -180,12 +200,14 @@ impl World for Machine {
                     }),
                     None => self.pages[cpu] = Some(self.driver.pages(cpu as u32)),
                 }
+                self.commit();
             }
             _ if n % 8 == 0 => {
                 (0..CPUS).for_each(|cpu| self.look(cpu));
                 self.driver.endpoint.close();
                 vbus_test_driver::open(&self.driver.endpoint, &self.driver.memory, 0).unwrap();
                 self.pages = [0, 1].map(|cpu| Some(self.driver.pages(cpu)));
+                self.commit();
             }
             _ => self.check(),
         }
@@ -198,12 +220,18 @@ impl World for Machine {
         let fresh = next.create_quiesced("sched", "sched", &settings()).unwrap();
         fresh.set_interrupt_sink(self.driver.interrupts.clone());
         self.driver.memory.share(&fresh);
-        fresh.restore(&state).unwrap();
-        assert_eq!(unmoving(&save(&fresh)), unmoving(&state), "as it was restored");
+        match &self.kept {
+            Some(kept) => fresh.restore(kept).unwrap(),
+            None => {
+                fresh.restore(&state).unwrap();
+                assert_eq!(unmoving(&save(&fresh)), unmoving(&state), "as it was restored");
+            }
+        }
         // The former device has the threads until it is gone.
         (self.driver.endpoint, self.bus) = (fresh, next);
         drop(old);
         self.driver.endpoint.resume();
+        self.commit();
     }
 
     fn save_in_vain(&mut self, _: u64) {
@@ -236,6 +264,12 @@ fn unmoving(state: &DeviceState) -> Value {
 #[test]
 fn drivers_do_not_see_that_their_sched_device_is_saved() {
     same_when_saved(0..40, 80, Machine::new);
+}
+
+/// The same if the process is killed, and another one goes on from what a keeper has.
+#[test]
+fn drivers_do_not_see_that_the_process_of_their_sched_device_was_killed() {
+    same_when_saved(0..40, 80, Machine::kept);
 }
 
 #[test]

@@ -9,9 +9,11 @@ use vbus_core::shm::abi::pic::{CALL_MOVE, CALL_ROUTE, CALL_UNROUTE, NAME_OFFSET,
 use vbus_core::shm::pic;
 use vbus_core::shm::signal::{Armed, end};
 use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET};
-use vbus_core::{Bus, Endpoint, InterruptSink, RegionRequest, Window};
+use vbus_core::{Bus, DeviceState, Endpoint, InterruptSink, RegionRequest, Window};
 use vbus_test_driver::Random;
-use vbus_test_driver::saved::{World, content, forged_devices, same_when_saved, save, still};
+use vbus_test_driver::saved::{
+    World, content, forged_devices, same_when_saved, save, save_to_outlast, still,
+};
 
 use super::control;
 use crate::driver::{Memory, add, bus, call, open};
@@ -134,6 +136,8 @@ struct Board {
     /// How often the devices were renewed.
     renewed: usize,
     seen: Vec<String>,
+    /// What a keeper has of each device. `None`: there is none, and all are saved when they go.
+    kept: Option<Vec<DeviceState>>,
 }
 
 impl Board {
@@ -158,10 +162,28 @@ impl Board {
         });
         let (sources, cpus) = (sources.into(), [None, None]);
         let (random, seen) = (Random(seed), Vec::new());
-        let mut board = Board { bus, pic, sources, memory, pages, cpus, random, renewed: 0, seen };
+        let (renewed, kept) = (0, None);
+        let mut board =
+            Board { bus, pic, sources, memory, pages, cpus, random, renewed, seen, kept };
         (0..2).for_each(|source| board.open(source));
         (0..2).for_each(|cpu| board.add_page(cpu));
         board
+    }
+
+    /// As [`new`](Self::new), of devices that have a keeper.
+    fn kept(seed: u64) -> Board {
+        let mut board = Board::new(seed);
+        board.kept = Some(Vec::new());
+        board.commit();
+        board
+    }
+
+    /// Gives the keeper the states, as after a message, if there is one.
+    fn commit(&mut self) {
+        if self.kept.is_some() {
+            let all = self.endpoints();
+            self.kept = Some(all.iter().map(|endpoint| save_to_outlast(endpoint)).collect());
+        }
     }
 
     fn open(&mut self, number: usize) {
@@ -284,6 +306,7 @@ impl World for Board {
                 self.open(number);
             }
         }
+        self.commit();
     }
 
     fn renew(&mut self) {
@@ -313,6 +336,10 @@ impl World for Board {
         order.rotate_left(self.renewed % 3);
         self.renewed += 1;
         for number in order {
+            if let Some(kept) = &self.kept {
+                fresh[number].restore(&kept[number]).unwrap();
+                continue;
+            }
             let state = save(&all[number]);
             fresh[number].restore(&state).unwrap();
             assert_eq!(unmoving(&fresh[number]), unmoving(&all[number]), "as it was restored");
@@ -322,6 +349,7 @@ impl World for Board {
             source.endpoint = fresh.pop().unwrap();
         }
         (self.pic, self.bus) = (fresh.pop().unwrap(), next);
+        self.commit();
     }
 
     fn save_in_vain(&mut self, n: u64) {
@@ -346,6 +374,12 @@ impl World for Board {
 #[test]
 fn drivers_do_not_see_that_their_interrupt_controller_is_saved() {
     same_when_saved(0..60, 80, Board::new);
+}
+
+/// The same if the process is killed, and another one goes on from what a keeper has.
+#[test]
+fn drivers_do_not_see_that_the_process_of_their_interrupt_controller_was_killed() {
+    same_when_saved(0..60, 80, Board::kept);
 }
 
 #[test]
