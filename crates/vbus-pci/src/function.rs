@@ -116,6 +116,26 @@ pub trait BarHandler: Send {
         let _ = state;
         Err("the handler of its BAR has no saved state".into())
     }
+
+    /// Memory that belongs to what [`save`](Self::save) returned last, if that outlasts this
+    /// process. The handler goes on writing there, and nobody else does while this process lives.
+    /// `None`: its state has no such memory.
+    ///
+    /// # Errors
+    /// The process has no more descriptors.
+    fn kept_memory(&self) -> std::io::Result<Option<OwnedFd>> {
+        Ok(None)
+    }
+
+    /// Takes what [`kept_memory`](Self::kept_memory) returned in a process that has ended, before
+    /// [`restore`](Self::restore). The memory may be forged.
+    ///
+    /// # Errors
+    /// It is none of this handler's. The text says why. The provided method refuses.
+    fn adopt_memory(&mut self, memory: OwnedFd) -> Result<(), String> {
+        drop(memory);
+        Err("the handler of its BAR keeps no memory".into())
+    }
 }
 
 struct Msix {
@@ -560,6 +580,26 @@ impl PciFunction {
             interrupts: self.interrupts.save(),
             bars,
         })
+    }
+
+    /// Memory that belongs to the state that [`save`](Self::save) returned last, if that outlasts
+    /// this process ([`BarHandler::kept_memory`]).
+    ///
+    /// # Errors
+    /// The process has no more descriptors.
+    pub fn kept_memory(&self) -> std::io::Result<Option<OwnedFd>> {
+        let kept = self.bars.iter().flatten().map(|handler| handler.kept_memory());
+        kept.filter_map(std::io::Result::transpose).next().transpose()
+    }
+
+    /// Takes what [`kept_memory`](Self::kept_memory) returned in a process that has ended, before
+    /// [`restore`](Self::restore). The memory may be forged.
+    ///
+    /// # Errors
+    /// It is none of this function's. The text says why.
+    pub fn adopt_memory(&mut self, memory: OwnedFd) -> Result<(), String> {
+        let handler = self.handlers().next().ok_or("the function keeps no memory")?;
+        handler.adopt_memory(memory)
     }
 
     /// Goes on from the state of a function of the same device: of the same class, with the same

@@ -25,7 +25,8 @@ pub struct SavedServer {
     /// What is no descriptor.
     pub data: SavedData,
     /// In this order: those of the vfio-user server ([`ServerState`]); the files of the maps; the
-    /// eventfds of the doorbells, of the interrupts, and those that unmask and mask INTx.
+    /// eventfds of the doorbells, of the interrupts, and those that unmask and mask INTx; the
+    /// memory of the function.
     pub descriptors: Vec<OwnedFd>,
     /// What a process that was killed has given away for keeping (`Target::hold`).
     pub held: Held,
@@ -48,6 +49,9 @@ pub struct SavedData {
     irqs: Vec<(u32, u32)>,
     /// Whether there is one that unmasks INTx, and one that masks it.
     masks: [bool; 2],
+    /// Whether there is memory of the function's own, which outlives the process.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    memory: bool,
 }
 
 /// Saves everything. The server has settled, and the device is quiesced.
@@ -90,6 +94,7 @@ pub(crate) fn save(
         doorbells,
         irqs,
         masks: has_masks,
+        memory: false,
     };
     Ok(SavedServer { data, descriptors, held })
 }
@@ -102,6 +107,10 @@ pub(crate) fn save_to_outlast(
 ) -> Result<SavedServer, String> {
     let mut saved = save(state, function, endpoint)?;
     saved.data.function.unmask();
+    let memory = function.kept_memory();
+    let memory = memory.map_err(|error| format!("device {:?}: {error}", endpoint.name()))?;
+    saved.data.memory = memory.is_some();
+    saved.descriptors.extend(memory);
     Ok(saved)
 }
 
@@ -132,8 +141,9 @@ pub(crate) fn restore(
     let doorbells = eventfds(data.doorbells.len())?;
     let irqs = eventfds(data.irqs.len())?;
     let mut masks = eventfds(data.masks.iter().filter(|mask| **mask).count())?.into_iter();
-    if rest.next().is_some() {
-        return Err(wrong("it has too many descriptors"));
+    let memory = rest.by_ref().take(usize::from(data.memory)).next();
+    if memory.is_some() != data.memory || rest.next().is_some() {
+        return Err(wrong("it has too many descriptors, or too few"));
     }
     let state = ServerState { data: data.server, descriptors: of_server, held };
     // Before the maps, which its budget bounds.
@@ -170,6 +180,9 @@ pub(crate) fn restore(
         if let Some(eventfd) = there.then(|| masks.next()).flatten() {
             function.adopt_mask(masked, eventfd).map_err(|error| wrong(&error.to_string()))?;
         }
+    }
+    if let Some(memory) = memory {
+        function.adopt_memory(memory).map_err(|why| wrong(&why))?;
     }
     function.restore(&data.function, vbus_pci::Peer::Same).map_err(|error| error.to_string())?;
     Ok((state, Served::held(function, endpoint.clone())))

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vbus_core::{ConnectionCounters, Doorbell, ErrorCode, Executor, Host, MemoryContext};
 
-use crate::queue::{Chain, Position, Queue, State};
+use crate::queue::{Chain, Layout, Position, Queue, State};
 
 /// Feature bits that belong neither to a device nor to its queues (VIRTIO 1.3, section 6).
 pub mod feature {
@@ -180,7 +180,36 @@ pub trait Session: Send {
     fn save(&mut self) -> Result<SavedSession, Unsaved> {
         Err(Unsaved::Not("the device has no saved state".into()))
     }
+
+    /// From now on `record` gets what the driver has chosen by commands, as an object whose fields
+    /// are some of [`outlast`](Self::outlast), after each change and before the driver has its
+    /// answer. The provided method gives nothing.
+    fn record_with(&mut self, record: Record) {
+        drop(record);
+    }
+
+    /// Replaces each queue of the session by what `again` makes, a queue of the same layout that
+    /// goes on at the position. What was taken and not returned is available again. The tasks stand
+    /// still. A session whose queue cannot be replaced ends soon. The provided method does nothing.
+    fn retake(&mut self, again: &mut Again<'_>) {
+        let _ = again;
+    }
+
+    /// As [`save`](Self::save), the session's own part alone, for a state that outlasts this
+    /// process ([`vbus_core::Device::outlast`]). The transport keeps how far the queues are.
+    ///
+    /// # Errors
+    /// As for `save`. The provided method refuses.
+    fn outlast(&mut self) -> Result<Value, Unsaved> {
+        Err(Unsaved::Not("the device cannot go on after its bus was killed".into()))
+    }
 }
+
+/// Takes what a driver has chosen; see [`Session::record_with`].
+pub type Record = Arc<dyn Fn(&Value) + Send + Sync>;
+
+/// Makes a queue again: by its index and layout, and where it goes on; see [`Session::retake`].
+pub type Again<'a> = dyn FnMut(u16, Layout, Position) -> Result<Queue, ErrorCode> + 'a;
 
 /// A session as plain data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -83,6 +83,12 @@ impl Endpoint {
         Ok(())
     }
 
+    /// Whether what is saved now outlasts this process
+    /// ([`quiesce_to_outlast`](Self::quiesce_to_outlast)).
+    pub fn is_saved_to_outlast(&self) -> bool {
+        self.outlasts.load(Ordering::Relaxed)
+    }
+
     /// [`quiesce`](Self::quiesce) of a device that no driver has opened.
     pub(crate) fn quiesce_now(&self) {
         let _inner = lock(&self.inner);

@@ -231,6 +231,16 @@ pub struct CardState {
     announced: u64,
 }
 
+impl CardState {
+    /// Checks that it is one that outlasts the process ([`vbus_core::Device::outlast`]).
+    ///
+    /// # Errors
+    /// Its back end has something that a kill may break.
+    pub fn outlast(&self) -> Result<(), String> {
+        self.nic.outlast()
+    }
+}
+
 /// The task that tells the driver of changes of the link.
 pub struct News(pub Arc<VirtioNic>);
 

@@ -17,8 +17,8 @@ use super::offloads;
 use super::queues::Queues;
 use super::ring::code;
 use super::work::Work;
-use crate::device::{Call, Enabled};
-use crate::queue::{Chain, Queue, State, Unsettled};
+use crate::device::{Again, Call, Enabled};
+use crate::queue::{Chain, Position, Queue, State, Unsettled};
 
 /// The control queue of a session.
 pub struct Control {
@@ -71,6 +71,22 @@ impl Control {
         })
     }
 
+    /// Replaces the queue by one that `again` makes. A command that is in work comes again.
+    ///
+    /// # Errors
+    /// The driver broke the protocol, or there is no such queue.
+    pub fn retake(&mut self, index: u16, again: &mut Again<'_>) -> Result<(), ErrorCode> {
+        if let Some(violation) = self.queue.retired() {
+            return Err(code(violation));
+        }
+        let Position { used, used_wrap, .. } = self.queue.position();
+        let position = Position { available: used, available_wrap: used_wrap, used, used_wrap };
+        self.queue = again(index, *self.queue.layout(), position)?;
+        (self.chain, self.waits) = (Chain::new(), false);
+        self.taken.clear();
+        Ok(())
+    }
+
     /// Carries out the commands that are there, `budget` at most. Returns how many. None begins
     /// while the back end is at work for a former one, also of before a reset of the queue.
     fn serve(&mut self, budget: u32) -> Result<u32, ErrorCode> {
@@ -98,6 +114,7 @@ impl Control {
                 }
             };
             if let Answer::Now(ok, more) = answer {
+                self.work.chosen();
                 self.answer(&view, ok, &more)?;
                 served += 1;
             }

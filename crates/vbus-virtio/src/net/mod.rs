@@ -39,7 +39,7 @@ use vbus_pci::OwnFunction;
 use crate::device::VirtioDevice;
 use crate::pci;
 use crate::vhost_user::{self, Front};
-use card::{News, Offer, VirtioNic};
+use card::{CardState, News, Offer, VirtioNic};
 use vhost::Vhost;
 
 /// The class of virtio network cards.
@@ -238,6 +238,15 @@ impl Device for OnBus {
             return Err(vhost_user::NOT_SAVED.into());
         }
         state::part(&self.nic.save()?)
+    }
+
+    fn outlast(&self, device: &mut Value, _: Option<&mut Value>) -> Result<(), String> {
+        if self.nic.vhost().is_wanted() {
+            return Err(
+                "with vhost = true the kernel serves its queues, and a kill ends that".into()
+            );
+        }
+        state::read_part::<CardState>(device)?.outlast()
     }
 
     fn restore(&self, saved: &Value) -> Result<(), String> {

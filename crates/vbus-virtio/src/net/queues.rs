@@ -15,7 +15,7 @@ use super::abi::feature;
 use super::ring::{RxFrames, TxFrames};
 use super::vhost::{AtWork, Ends, Fault, Signals, SignalsTask};
 use super::work::Work;
-use crate::device::{Call, Enabled, feature as common};
+use crate::device::{Again, Call, Enabled, feature as common};
 use crate::queue::{Chain, Format, Layout, Position, Queue, RingFeatures, State as RingState};
 
 /// The queues of a session.
@@ -229,6 +229,27 @@ impl Queues {
         left
     }
 
+    /// Replaces each queue that this process serves by one that `again` makes
+    /// ([`Session::retake`](crate::device::Session::retake)).
+    pub fn retake(&self, again: &mut Again<'_>) {
+        let mut state = lock(&self.state);
+        for (index, slot) in (0..).zip(&mut state.slots) {
+            let Some(slot) = slot.as_mut().filter(|slot| slot.served == Served::Here) else {
+                continue;
+            };
+            slot.doorbell.unbind();
+            let served = match self.end_here(index, slot) {
+                Some((position, None)) => again(index, slot.layout, position)
+                    .and_then(|queue| self.serve_here(index, slot, queue, Vec::new())),
+                Some((_, Some(code))) => Err(code),
+                None => Err(ErrorCode::FAILED),
+            };
+            if let Err(code) = served {
+                self.fail_later(code);
+            }
+        }
+    }
+
     /// The eventfds of the interrupts may have changed.
     pub fn calls_changed(&self) {
         let mut state = lock(&self.state);
@@ -363,7 +384,7 @@ impl Queues {
     }
 
     /// Ends the session from within a method of it.
-    fn fail_later(&self, code: ErrorCode) {
+    pub fn fail_later(&self, code: ErrorCode) {
         let fail = self.work.driver.fail.clone();
         if !self.jobs.run(move || fail(code)) {
             tracing::error!(%code, "a session cannot be ended: there is no thread");

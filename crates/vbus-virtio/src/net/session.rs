@@ -20,7 +20,7 @@ use super::offloads;
 use super::queues::Queues;
 use super::work::{CoalescingState, Work};
 use crate::device::{
-    Driver, Enabled, Kind, SavedSession, Session, Transport, Unsaved, VirtioDevice,
+    Again, Driver, Enabled, Kind, Record, SavedSession, Session, Transport, Unsaved, VirtioDevice,
 };
 use crate::queue::{Chain, Position};
 use crate::vhost_user::NetworkCard;
@@ -84,6 +84,8 @@ pub struct NicSession {
     control: Option<(TaskHandle, Arc<Mutex<Control>>)>,
     /// What another session had, until this one has its queues.
     saved: Option<Saved>,
+    /// Who gets the driver's choices when the session has its queues again.
+    record: Option<Record>,
 }
 
 impl NicSession {
@@ -163,7 +165,26 @@ impl NicSession {
         })?;
         let work = Arc::new(Work::new((card, driver), receiver, pairs, wanted));
         let queues = Queues::new(work.clone());
-        Ok(NicSession { work, queues, control: None, saved: None })
+        Ok(NicSession { work, queues, control: None, saved: None, record: None })
+    }
+
+    /// The session's own part.
+    ///
+    /// # Errors
+    /// It cannot be saved.
+    fn own(&self) -> Result<Saved, Unsaved> {
+        if self.queues.are_in_kernel() {
+            // It would tell (GET_VRING_BASE), but it works on until its queues are taken away.
+            let why = "the kernel serves its queues (vhost = true), and works on meanwhile";
+            return Err(Unsaved::Not(why.into()));
+        }
+        let work = &self.work;
+        Ok(Saved {
+            receiver: work.receiver.save(),
+            wanted: lock(&work.wanted).save(),
+            coalescing: lock(&work.coalescing).save(),
+            pairs: work.pairs.save().map_err(Unsaved::Not)?,
+        })
     }
 
     fn stop_control(&mut self) {
@@ -212,7 +233,9 @@ impl Session for NicSession {
             self.control = control.map(|control| (task, control));
             return bound;
         }
-        self.queues.enable_again(index, enabled, taken)
+        let enabled = self.queues.enable_again(index, enabled, taken);
+        self.work.chosen();
+        enabled
     }
 
     fn disable(&mut self, index: u16) -> Option<Position> {
@@ -220,7 +243,9 @@ impl Session for NicSession {
             self.stop_control();
             return None;
         }
-        self.queues.disable(index)
+        let position = self.queues.disable(index);
+        self.work.chosen();
+        position
     }
 
     /// As many pairs are in use as have their receive queue enabled, from the first on. There is
@@ -245,20 +270,19 @@ impl Session for NicSession {
 
     fn restored(&mut self) -> Result<(), String> {
         let Some(Saved { coalescing, pairs, .. }) = self.saved.take() else { return Ok(()) };
-        lock(&self.work.coalescing).restore(&coalescing)?;
+        let record = self.record.take();
+        lock(&self.work.coalescing).restore(&coalescing, record.is_some())?;
         self.work.pairs.restore(&pairs)?;
+        if let Some(record) = record {
+            self.work.record_with(record);
+        }
         self.queues.configure_all().map_err(|error| error.to_string())
     }
 
     fn save(&mut self) -> Result<SavedSession, Unsaved> {
-        let work = &self.work;
-        if self.queues.are_in_kernel() {
-            // It would tell (GET_VRING_BASE), but it works on until its queues are taken away.
-            let why = "the kernel serves its queues (vhost = true), and works on meanwhile";
-            return Err(Unsaved::Not(why.into()));
-        }
+        let saved = self.own()?;
         let mut queues = BTreeMap::new();
-        let rings = work.pairs.rings().map_err(Unsaved::Broken)?;
+        let rings = self.work.pairs.rings().map_err(Unsaved::Broken)?;
         for (pair, [tx, rx]) in (0..).zip(rings) {
             for (index, ring) in [(pair * 2, rx), (pair * 2 + 1, tx)] {
                 if let Some(ring) = ring {
@@ -269,14 +293,31 @@ impl Session for NicSession {
         if let (Some((_, control)), Some(index)) = (&self.control, self.control_queue()) {
             queues.insert(index, lock(control).state().map_err(Unsaved::Broken)?);
         }
-        let saved = Saved {
-            receiver: work.receiver.save(),
-            wanted: lock(&work.wanted).save(),
-            coalescing: lock(&work.coalescing).save(),
-            pairs: work.pairs.save().map_err(Unsaved::Not)?,
-        };
         let own = state::part(&saved).map_err(Unsaved::Not)?;
         Ok(SavedSession { own, queues })
+    }
+
+    fn record_with(&mut self, record: Record) {
+        match self.saved {
+            Some(_) => self.record = Some(record),
+            None => self.work.record_with(record),
+        }
+    }
+
+    fn retake(&mut self, again: &mut Again<'_>) {
+        self.queues.retake(again);
+        if let (Some((_, control)), Some(index)) = (&self.control, self.control_queue()) {
+            let retaken = lock(control).retake(index, again);
+            if let Err(code) = retaken {
+                self.queues.fail_later(code);
+            }
+        }
+    }
+
+    fn outlast(&mut self) -> Result<Value, Unsaved> {
+        let mut saved = self.own()?;
+        saved.pairs.outlast();
+        state::part(&saved).map_err(Unsaved::Not)
     }
 }
 

@@ -96,6 +96,11 @@ impl Vhost {
         Ok(())
     }
 
+    /// Whether the operator wants the kernel to carry the frames.
+    pub fn is_wanted(&self) -> bool {
+        lock(&self.state).wanted
+    }
+
     fn open(&self) -> Result<Ends, String> {
         let ends = self.opener.vhost(self.pairs).map_err(|error| {
             let advice = Errno::from_io_error(&error).map(vhost_advice);

@@ -6,13 +6,13 @@ use std::task::Poll;
 
 use serde::{Deserialize, Serialize};
 use vbus_core::{ErrorCode, TaskHandle, lock};
-use vbus_net::front::{Choices, Pairs, Receiver, Setting};
+use vbus_net::front::{Choices, Pairs, Receiver, ReceiverState, Setting};
 use vbus_net::{Done, Offloads, Rss};
 
 use super::card::VirtioNic;
-use super::command::{Coalesce, Command, Wanted, Which};
+use super::command::{Coalesce, Command, Wanted, WantedState, Which};
 use super::ring::{RxFrames, TxFrames};
-use crate::device::Driver;
+use crate::device::{Driver, Record};
 
 /// What the session and the task of its control queue share.
 pub struct Work {
@@ -26,6 +26,16 @@ pub struct Work {
     /// The setting-up of the back end that is under way. A reset of the control queue does not end
     /// it.
     setting_up: Mutex<Option<Arc<Mutex<SettingUp>>>>,
+    /// What gets the driver's choices, if somebody keeps them.
+    record: Mutex<Option<Record>>,
+}
+
+/// What the driver has chosen by commands: these fields of a session's state.
+#[derive(Serialize)]
+struct ByCommands<'a> {
+    receiver: &'a ReceiverState,
+    wanted: &'a WantedState,
+    coalescing: &'a CoalescingState,
 }
 
 /// A setting-up of the back end, for a command of the control queue.
@@ -59,14 +69,16 @@ impl Coalescing {
         CoalescingState { rx, tx, queues: self.queues.iter().map(of).collect() }
     }
 
-    /// Goes on from what [`save`](Self::save) returned, with the same queues enabled.
+    /// Goes on from what [`save`](Self::save) returned, with the same queues enabled. If the
+    /// process that had them was killed, some may have come or gone since.
     ///
     /// # Errors
     /// They are others.
-    pub fn restore(&mut self, saved: &CoalescingState) -> Result<(), String> {
+    pub fn restore(&mut self, saved: &CoalescingState, was_killed: bool) -> Result<(), String> {
         let CoalescingState { rx, tx, queues } = saved;
         let mut both = self.queues.iter().zip(queues);
-        if self.queues.len() != queues.len() || !both.all(|(a, b)| a.is_some() == b.is_some()) {
+        let same = was_killed || both.all(|(a, b)| a.is_some() == b.is_some());
+        if self.queues.len() != queues.len() || !same {
             return Err("coalescing is of other queues than those that are enabled".into());
         }
         self.of_new = [*rx, *tx].map(|(usecs, frames)| Coalesce { frames, usecs });
@@ -133,7 +145,29 @@ impl Work {
     ) -> Work {
         let coalescing = Mutex::new(Coalescing::new(nic.nic().config.queue_pairs));
         let (wanted, setting_up) = (Mutex::new(wanted), Mutex::default());
-        Work { nic, driver, receiver, pairs, coalescing, wanted, setting_up }
+        let record = Mutex::default();
+        Work { nic, driver, receiver, pairs, coalescing, wanted, setting_up, record }
+    }
+
+    /// From now on `record` gets the driver's choices.
+    pub fn record_with(&self, record: Record) {
+        *lock(&self.record) = Some(record);
+        self.chosen();
+    }
+
+    /// The driver has chosen something, and has no answer yet.
+    pub fn chosen(&self) {
+        let record = lock(&self.record);
+        let Some(record) = &*record else { return };
+        let choices = ByCommands {
+            receiver: &self.receiver.save(),
+            wanted: &lock(&self.wanted).save(),
+            coalescing: &lock(&self.coalescing).save(),
+        };
+        match serde_json::to_value(&choices) {
+            Ok(choices) => record(&choices),
+            Err(error) => tracing::error!(%error, "the choices of a driver are no text"),
+        }
     }
 
     /// Lets the back end set itself up, by `begin`, for what a command has changed since `before`.

@@ -16,9 +16,11 @@
 //! that asks for eventfds gets one for each queue's place in the notify area, and then the kernel
 //! takes the doorbells.
 
+mod kept;
 mod registers;
 
-use std::os::fd::OwnedFd;
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -33,7 +35,8 @@ use vbus_pci::{BarHandler, Interrupts, IoEventFd, Options, PciFunction};
 use crate::device::{
     Call, Driver, Enabled, Kind, SavedSession, Session, Transport, Unsaved, VirtioDevice, status,
 };
-use crate::queue::{BadLayout, Layout, Queue, RingFeatures};
+use crate::queue::{BadLayout, BadState, Chain, Layout, Position, Queue, RingFeatures};
+use kept::Kept;
 use registers::{NO_VECTOR, Registers, Request, at as field};
 
 const VENDOR: u16 = 0x1af4;
@@ -67,6 +70,9 @@ mod at {
     pub const MSIX: u8 = 0x98;
     pub const EXPRESS: u8 = 0xa4;
 }
+
+/// How far the configuration's generation may go on after a state that outlasts the process.
+const GENERATIONS: u8 = 1 << 7;
 
 /// Bits of the ISR status.
 mod isr {
@@ -109,7 +115,7 @@ pub fn function(
     let transport: Arc<dyn Transport> = shared.clone();
     device.attach(Arc::downgrade(&transport));
     let registers = Registers::new(&kind);
-    let handler = VirtioFunction { device, kind, vectors, registers, shared };
+    let handler = VirtioFunction { device, kind, vectors, registers, shared, kept: None };
     let endpoint = handler.shared.endpoint.clone();
     PciFunction::new(space, interrupts, executor, worker)
         .of_device(&endpoint)
@@ -270,6 +276,9 @@ enum Fault {
     /// The driver has enabled a queue that cannot be one.
     #[error("queue {0} cannot be used: {1}")]
     Layout(u16, BadLayout),
+    /// What is kept of a queue makes no sense.
+    #[error("queue {0} cannot be taken up: {1}")]
+    Kept(u16, BadState),
 }
 
 impl Fault {
@@ -277,6 +286,7 @@ impl Fault {
         match self {
             Fault::Failed(code) => *code,
             Fault::Layout(..) => ErrorCode::BAD_LAYOUT,
+            Fault::Kept(..) => ErrorCode::CORRUPT,
         }
     }
 }
@@ -316,6 +326,8 @@ struct VirtioFunction {
     vectors: u16,
     registers: Registers,
     shared: Arc<Shared>,
+    /// What outlives this process, if the bus has or had a keeper.
+    kept: Option<Arc<Kept>>,
 }
 
 impl VirtioFunction {
@@ -348,6 +360,9 @@ impl VirtioFunction {
                 if let Some(session) = &mut lock(&self.shared.running).session {
                     let _ = session.disable(index); // The driver begins anew.
                 }
+                if let Some(kept) = &self.kept {
+                    kept.settle(index);
+                }
             }
             Request::ConfigVector(vector) => {
                 self.shared.config_vector.store(vector, Ordering::Relaxed);
@@ -373,6 +388,7 @@ impl VirtioFunction {
         let driver = self.driver(&mut running);
         let begun = self.device.clone().start(driver).map_err(Fault::from);
         let begun = begun.and_then(|mut session| {
+            self.record(&mut *session);
             for (index, layout) in self.registers.enabled() {
                 self.give(&mut *session, index, layout)?;
             }
@@ -413,12 +429,26 @@ impl VirtioFunction {
     /// Makes the session of `saved`, with the queues of the registers.
     fn resume_session(&self, running: &mut Running, saved: &SavedSession) -> Result<(), String> {
         let driver = self.driver(running);
-        let mut session = self.device.clone().restart(driver, &saved.own)?;
+        let mut own = saved.own.clone();
+        if let Some(kept) = &self.kept {
+            // The driver may have chosen more since the state was saved.
+            let choices = kept.choices()?.unwrap_or_default();
+            let choices = choices.as_object().into_iter().flatten();
+            choices.for_each(|(name, choice)| own[name] = choice.clone());
+        }
+        let mut session = self.device.clone().restart(driver, &own)?;
+        self.record(&mut *session);
         let features = RingFeatures::of(self.registers.features());
         let mut states = saved.queues.clone();
         for (index, layout) in self.registers.enabled() {
             let failed = |error: &dyn std::fmt::Display| format!("queue {index}: {error}");
             let (queue, taken) = match states.remove(&index) {
+                _ if self.kept.is_some() => match self.take_up(index, layout) {
+                    Some(Ok(taken_up)) => taken_up,
+                    Some(Err(error)) => return Err(failed(&error)),
+                    // The driver was stopping it, and does that now.
+                    None => continue,
+                },
                 Some(state) => {
                     Queue::resume(layout, features, &state).map_err(|error| failed(&error))?
                 }
@@ -439,6 +469,41 @@ impl VirtioFunction {
         Ok(())
     }
 
+    /// Queue `index` where the process that was killed left it. `None`: it had left it.
+    fn take_up(&self, index: u16, layout: Layout) -> Option<Result<(Queue, Vec<Chain>), BadState>> {
+        let kept = self.kept.as_ref().filter(|kept| kept.is_in_use(index))?;
+        let features = RingFeatures::of(self.registers.features());
+        let base = Position::start(layout.format);
+        let view = self.shared.host().memory().view();
+        Some(kept.take_up(index, layout, features, base, &view))
+    }
+
+    /// Lets a session write what outlives this process.
+    fn record(&self, session: &mut dyn Session) {
+        if let Some(kept) = self.kept.clone() {
+            session.record_with(Arc::new(move |choices| kept.choose(choices)));
+        }
+    }
+
+    /// Keeps what outlives this process, from now on.
+    fn keep(&mut self, running: &mut Running) -> Result<(), String> {
+        if self.kept.is_some() {
+            return Ok(());
+        }
+        let memory = self.shared.host().memory().clone();
+        let kept = Arc::new(Kept::new(&self.kind, memory.beside())?);
+        self.kept = Some(kept.clone());
+        let Some(session) = &mut running.session else { return Ok(()) };
+        self.record(&mut **session);
+        let features = RingFeatures::of(self.registers.features());
+        let view = memory.view();
+        session.retake(&mut |index, layout, base| {
+            let taken_up = kept.take_up(index, layout, features, base, &view);
+            taken_up.map(|(queue, _)| queue).map_err(|_| ErrorCode::CORRUPT)
+        });
+        Ok(())
+    }
+
     /// The driver has enabled queue `index`. The device gets it now if it has started.
     fn enable(&mut self, index: u16) {
         let Some(layout) = self.registers.layout(index) else { return };
@@ -455,8 +520,21 @@ impl VirtioFunction {
     /// Gives queue `index` to the session.
     fn give(&self, session: &mut dyn Session, index: u16, layout: Layout) -> Result<(), Fault> {
         let features = RingFeatures::of(self.registers.features());
-        let queue = Queue::new(layout, features).map_err(|error| Fault::Layout(index, error))?;
-        Ok(session.enable(index, self.enabled(index, queue))?)
+        let Some(kept) = &self.kept else {
+            let queue =
+                Queue::new(layout, features).map_err(|error| Fault::Layout(index, error))?;
+            return Ok(session.enable(index, self.enabled(index, queue))?);
+        };
+        // A process that was killed may have begun already, for the same message.
+        let base = Position::start(layout.format);
+        let view = self.shared.host().memory().view();
+        let (queue, taken) =
+            kept.take_up(index, layout, features, base, &view).map_err(|error| match error {
+                BadState::Layout(error) => Fault::Layout(index, error),
+                error => Fault::Kept(index, error),
+            })?;
+        drop(view);
+        Ok(session.enable_again(index, self.enabled(index, queue), taken)?)
     }
 
     fn enabled(&self, index: u16, queue: Queue) -> Enabled {
@@ -491,8 +569,17 @@ impl VirtioFunction {
                 if resumed.is_err() {
                     shared.end(&mut running);
                 }
-                resumed?;
-                ConnectionState::Open
+                match resumed {
+                    Ok(()) => ConnectionState::Open,
+                    // The driver may write what it likes while no bus is there, and it must not
+                    // keep the others from going on.
+                    Err(why) if self.kept.is_some() => {
+                        tracing::warn!(device = shared.host().name(), "its driver ends: {why}");
+                        shared.broken(&ErrorCode::CORRUPT.into());
+                        ConnectionState::Broken(ErrorCode::CORRUPT)
+                    }
+                    Err(why) => return Err(why),
+                }
             }
             (None, Some(code)) => ConnectionState::Broken(ErrorCode(code)),
             (None, None) => ConnectionState::Closed,
@@ -526,6 +613,9 @@ impl VirtioFunction {
         running.number += 1;
         let was_open = shared.end(&mut running);
         drop(running);
+        if let Some(kept) = &self.kept {
+            kept.settle_all(self.kind.queues);
+        }
         self.registers = Registers::new(&self.kind);
         shared.started.store(false, Ordering::Relaxed);
         shared.needs_reset.store(false, Ordering::Relaxed);
@@ -606,6 +696,10 @@ impl BarHandler for VirtioFunction {
         }
     }
 
+    fn is_kept_write(&self, offset: u64, _: &[u8]) -> bool {
+        matches!(Part::of(offset), Part::Common(_))
+    }
+
     fn reset(&mut self) -> bool {
         self.forget_driver()
     }
@@ -643,14 +737,19 @@ impl BarHandler for VirtioFunction {
     }
 
     fn save(&mut self) -> Result<Value, String> {
-        let shared = &self.shared;
+        let shared = self.shared.clone();
         let mut running = lock(&shared.running);
         let mut needs_reset = shared.needs_reset.load(Ordering::Relaxed);
         let mut broken = match shared.host().state() {
             ConnectionState::Broken(code) => Some(code.0),
             _ => None,
         };
-        let session = match running.session.as_mut().map(|session| session.save()) {
+        let outlasts = shared.endpoint.is_saved_to_outlast();
+        let save = |session: &mut Box<dyn Session>| match outlasts {
+            true => session.outlast().map(|own| SavedSession { own, queues: BTreeMap::new() }),
+            false => session.save(),
+        };
+        let session = match running.session.as_mut().map(save) {
             Some(Err(Unsaved::Not(why))) => return Err(why),
             // The session was about to end, and ends with the move.
             Some(Err(Unsaved::Broken(code))) => {
@@ -660,7 +759,13 @@ impl BarHandler for VirtioFunction {
             Some(Ok(session)) => Some(session),
             None => None,
         };
-        let (config, config_generation) = lock(&shared.config).clone();
+        let (config, mut config_generation) = lock(&shared.config).clone();
+        if outlasts {
+            self.keep(&mut running)?;
+            // The configuration may change without a message.
+            config_generation = config_generation.wrapping_add(GENERATIONS);
+        }
+        drop(running);
         state::part(&FunctionState {
             registers: self.registers.clone(),
             isr: *lock(&shared.isr),
@@ -671,6 +776,16 @@ impl BarHandler for VirtioFunction {
             session,
             device: shared.endpoint.save().map_err(|error| error.why)?,
         })
+    }
+
+    fn kept_memory(&self) -> std::io::Result<Option<OwnedFd>> {
+        self.kept.as_ref().map(|kept| kept.file().as_fd().try_clone_to_owned()).transpose()
+    }
+
+    fn adopt_memory(&mut self, memory: OwnedFd) -> Result<(), String> {
+        let of = self.shared.host().memory().clone();
+        self.kept = Some(Arc::new(Kept::of_former(&self.kind, memory, &of)?));
+        Ok(())
     }
 
     fn restore(&mut self, saved: &Value) -> Result<(), String> {

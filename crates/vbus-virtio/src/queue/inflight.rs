@@ -176,6 +176,11 @@ impl InFlightRegion {
         self.words(&view).ok().map(|words| work(&words))
     }
 
+    /// Whether a queue has it in use.
+    pub fn is_in_use(&self) -> bool {
+        self.with(|words| words.get::<u16>(at::VERSION) == VERSION).unwrap_or(false)
+    }
+
     /// Nothing is in flight, and somebody else knows where the queue is: the region is as one that
     /// was never used.
     pub fn settle(&self) {

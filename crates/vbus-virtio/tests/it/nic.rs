@@ -78,6 +78,16 @@ impl Lab {
     }
 }
 
+impl Lab {
+    /// Starts a driver anew, without a control queue. Returns its receive queue.
+    pub fn start(&self, driver: &mut Driver) -> Queue {
+        assert!(driver.agree(VERSION_1));
+        let (rx, _tx) = (driver.queue(0, 64), driver.queue(1, 64));
+        driver.start();
+        rx
+    }
+}
+
 impl Card {
     /// Gives the device a buffer of `len` bytes, in two parts if `split`. Returns where it is.
     fn post(&mut self, len: u32, split: bool) -> u64 {

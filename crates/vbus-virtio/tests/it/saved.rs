@@ -3,14 +3,16 @@
 #![allow(clippy::cast_possible_truncation)] // The numbers are small.
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use vbus_core::state::Document;
 use vbus_pci::{FunctionState, IrqIndex, Options, Peer, device_function};
-use vbus_test_driver::Random;
 use vbus_test_driver::saved::{
     Verdict, World, content, document, forge, same_when_saved, still, try_out,
 };
+use vbus_test_driver::{Random, TIMEOUT};
 
 use crate::driver::{NEEDS_RESET, eventually, field};
 use crate::nic::{
@@ -40,6 +42,8 @@ struct Cards {
     coming: usize,
     random: Random,
     seen: Vec<Vec<u8>>,
+    /// What a keeper has of each card. Empty: there is none.
+    kept: Vec<(FunctionState, OwnedFd)>,
 }
 
 impl Cards {
@@ -50,7 +54,7 @@ impl Cards {
         let mut cards = [0, 1].map(|number| lab.card(number, settings.clone(), features));
         let tx_slots = cards[0].driver.memory.alloc(CHAINS * SLOT);
         let rx_slots = cards[1].driver.memory.alloc(CHAINS * 2048);
-        let (buffers, seen) = Default::default();
+        let (buffers, seen, kept) = Default::default();
         Cards {
             lab,
             cards,
@@ -64,7 +68,52 @@ impl Cards {
             coming: 0,
             random: Random(seed),
             seen,
+            kept,
         }
+    }
+
+    /// As [`new`](Self::new), of cards whose bus has a keeper.
+    fn kept(seed: u64, settings: Value) -> Cards {
+        let mut cards = Cards::new(seed, settings);
+        cards.commit();
+        cards
+    }
+
+    /// Gives the keeper the state of both cards, as after a message.
+    fn commit(&mut self) {
+        let commit = |card: &mut Card| {
+            let endpoint = &card.driver.endpoint;
+            endpoint.quiesce_to_outlast(Instant::now() + TIMEOUT).unwrap();
+            let mut state = card.driver.function.save().unwrap();
+            state.unmask();
+            let memory = card.driver.function.kept_memory().unwrap().unwrap();
+            endpoint.resume();
+            (state, memory)
+        };
+        self.kept = self.cards.iter_mut().map(commit).collect();
+    }
+
+    /// The process of both cards is killed: nobody saves anything, and the next one has the
+    /// keeper's state and memory, and the drivers' memory.
+    fn die(&mut self) {
+        let lab = Lab::new();
+        for card in &self.cards {
+            card.driver.endpoint.quiesce().unwrap();
+        }
+        let kept = std::mem::take(&mut self.kept);
+        for (number, (card, (state, memory))) in self.cards.iter_mut().zip(kept).enumerate() {
+            let endpoint = lab.endpoint(number, self.settings.clone());
+            card.driver.memory.share(&endpoint);
+            let mut function = device_function(endpoint.clone(), Options::default());
+            let eventfds = card.driver.function.irq_eventfds(IrqIndex::Intx).unwrap();
+            function.connect_irqs(IrqIndex::Intx, 0, eventfds).unwrap();
+            endpoint.quiesce().unwrap();
+            function.adopt_memory(memory).unwrap();
+            function.restore(&state, Peer::Same).unwrap();
+            (card.driver.function, card.driver.endpoint) = (function, endpoint);
+        }
+        self.commit();
+        self.lab = lab;
     }
 
     fn send(&mut self, header: &[u8; HEADER], bytes: &[u8]) {
@@ -124,6 +173,9 @@ impl Cards {
         let endpoint = &self.cards[1].driver.endpoint;
         let request = json!({ "op": "announce" });
         endpoint.device().control(&request, &mut |_| true).unwrap();
+        if !self.kept.is_empty() {
+            self.commit();
+        }
         let card = &mut self.cards[1];
         eventually("the announcement", || (card.driver.config(6, 2) & 2 != 0).then_some(()));
     }
@@ -143,7 +195,8 @@ impl World for Cards {
                 self.send(&[0; HEADER], &bytes);
                 self.coming += 1;
             }
-            4 if self.coming < 8 => {
+            // A segment of which some pieces were delivered is delivered again as a whole.
+            4 if self.coming < 8 && self.kept.is_empty() => {
                 let payload = 100 + (n % 6000) as usize;
                 let (header, bytes) = segment(payload);
                 self.send(&header, &bytes);
@@ -161,6 +214,9 @@ impl World for Cards {
     }
 
     fn renew(&mut self) {
+        if !self.kept.is_empty() {
+            return self.die();
+        }
         let lab = Lab::new();
         for card in &self.cards {
             card.driver.endpoint.quiesce().unwrap();
@@ -223,6 +279,37 @@ fn unmoving(state: &FunctionState) -> Value {
 fn drivers_do_not_see_that_their_cards_are_saved() {
     let settings = json!({ "backpressure-ms": 3_600_000 });
     same_when_saved(0..16, 50, |seed| Cards::new(seed, settings.clone()));
+}
+
+/// What the drivers of two cards see does not depend on whether the process of the cards is killed
+/// at any step, and another one goes on from what a keeper has, and from memory.
+#[test]
+fn drivers_do_not_see_that_the_process_of_their_cards_was_killed() {
+    let settings = json!({ "backpressure-ms": 3_600_000 });
+    same_when_saved(0..16, 50, |seed| Cards::kept(seed, settings.clone()));
+}
+
+/// The driver writes nonsense while no process is there. Its session ends, and no other one.
+#[test]
+fn a_queue_that_makes_no_sense_after_a_kill_ends_its_session_alone() {
+    let mut world = Cards::kept(1, json!({}));
+    let card = &mut world.cards[1];
+    card.driver.endpoint.quiesce().unwrap();
+    // The device has returned no such buffers.
+    card.driver.memory.write(card.rx.device + 2, &0x4000_u16.to_le_bytes());
+    world.die();
+    let [first, second] = &mut world.cards;
+    assert_ne!(second.driver.status() & NEEDS_RESET, 0);
+    assert_eq!(first.driver.status() & NEEDS_RESET, 0);
+    // A reset makes it a fresh one.
+    let mut again = world.lab.start(&mut second.driver);
+    world.send(&[0; HEADER], &frame(MACS[1], MACS[0], 100));
+    let second = &mut world.cards[1].driver;
+    let addr = second.memory.alloc(2048);
+    again.add(&second.memory, &[(addr, 2048, true)]);
+    second.notify(&again);
+    let (_, len) = again.wait(&second.memory);
+    assert_eq!(len as usize, HEADER + frame(MACS[1], MACS[0], 100).len());
 }
 
 /// Whatever a forged state says, it is refused, or the card that goes on from it is safe.

@@ -5,6 +5,8 @@
 //! `VBUS_KILLS=100 cargo test -p vbus --test it keeper` kills a hundred times; the default is a
 //! few.
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -323,10 +325,11 @@ fn a_bus_that_ends_in_order_ends_its_keeper() {
 
 #[test]
 fn a_device_that_cannot_be_kept_is_refused_by_name() {
-    let card = "[[device]]\nname = \"card\"\nclass = \"virtio-net\"\nbackend = \"null\"\n";
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("bus.toml");
-    std::fs::write(&config, card).unwrap();
+    let capture = format!("pcap = \"{}\"", folder.path().join("frames.pcap").display());
+    let card = "[[device]]\nname = \"card\"\nclass = \"virtio-net\"\nbackend = \"null\"\n";
+    std::fs::write(&config, format!("{card}{capture}\n")).unwrap();
     let mut command = vbus();
     command.args(["serve", "--keep", "--config"]).arg(&config);
     let output = command.arg("--dir").arg(folder.path().join("bus")).output().unwrap();
@@ -334,8 +337,9 @@ fn a_device_that_cannot_be_kept_is_refused_by_name() {
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("\"card\" of class \"virtio-net\" cannot be kept"), "{text}");
     let bus = Kept::start(PAGES);
-    let text =
-        bus.0.bad(&["device", "add", "card", "--class", "virtio-net", "--set", "backend=null"]);
+    let capture = format!("pcap={}", bus.0.dir.join("frames.pcap").display());
+    let set = ["--set", "backend=null", "--set", &capture];
+    let text = bus.0.bad(&[&["device", "add", "card", "--class", "venet"][..], &set].concat());
     assert!(text.contains("cannot be kept"), "{text}");
     assert_eq!(bus.0.devices(), ["values"], "it is not there by halves");
     // What is added and removed later is kept too.
@@ -345,6 +349,24 @@ fn a_device_that_cannot_be_kept_is_refused_by_name() {
     bus.0.good(&["device", "remove", "late"]);
     bus.kill();
     assert_eq!(bus.0.devices(), ["values"]);
+}
+
+/// Nobody can tell which requests of a front end of vhost-user were answered. It connects again.
+#[test]
+fn a_device_of_vhost_user_is_made_anew() {
+    let card = "[[device]]\nname = \"card\"\nclass = \"virtio-net\"\nbackend = \"null\"\n\
+                transport = \"vhost-user\"\n";
+    let bus = Kept::start(&[card, PAGES].concat());
+    let socket = bus.0.dir.join("card.sock");
+    let mut front_end = UnixStream::connect(&socket).unwrap();
+    bus.kill();
+    assert_eq!(front_end.read(&mut [0]).unwrap_or(0), 0, "its connection has ended");
+    wait_until("the device is there again", || bus.0.devices() == ["card", "values"]);
+    // GET_FEATURES.
+    let mut front_end = UnixStream::connect(&socket).unwrap();
+    front_end.set_read_timeout(Some(TIMEOUT)).unwrap();
+    front_end.write_all(&[1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+    front_end.read_exact(&mut [0; 20]).unwrap();
 }
 
 #[test]
