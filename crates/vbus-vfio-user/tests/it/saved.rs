@@ -242,6 +242,15 @@ impl Keep for Keeper {
     }
 }
 
+/// The file of the journal in a state: its inode.
+fn journal(saved: &SavedServer) -> u64 {
+    const BYTES: i64 = 2_109_440;
+    let stats = saved.descriptors.iter().map(|fd| rustix::fs::fstat(fd).unwrap());
+    let journals: Vec<_> = stats.filter(|stat| stat.st_size == BYTES).collect();
+    assert_eq!(journals.len(), 1);
+    journals[0].st_ino
+}
+
 /// Whatever the client was told, the state has it that was kept before.
 #[test]
 fn a_bus_goes_on_from_what_was_kept_while_the_driver_worked() {
@@ -264,9 +273,13 @@ fn a_bus_goes_on_from_what_was_kept_while_the_driver_worked() {
             bus.server.hold(soon()).unwrap();
             bus.endpoint().quiesce().unwrap();
             let saved = keeper.last.lock().unwrap().take().unwrap();
+            let former = journal(&saved);
             let next = One::next(through_text(saved), &path).unwrap();
             drop(std::mem::replace(&mut bus, next));
             bus.server.keep_with(keeper.clone(), soon()).unwrap();
+            let saved = keeper.last.lock().unwrap();
+            assert_ne!(journal(saved.as_ref().unwrap()), former, "a journal of its own");
+            drop(saved);
             bus.go_on();
         }
         stop.store(true, Ordering::Relaxed);
