@@ -221,6 +221,13 @@ pub trait Device: Send + Sync {
         Err("this device takes no requests".into())
     }
 
+    /// Whether [`control`](Self::control) with this request may change what the device or its
+    /// connection saves. The method is quick. The provided method says that each does.
+    fn is_kept_request(&self, request: &Value) -> bool {
+        let _ = request;
+        true
+    }
+
     /// Takes over other settings while the device is on the bus, also while a driver uses it. `old`
     /// are the settings that it has, and `new` valid settings that differ from them
     /// ([`settings::changed`](crate::settings::changed) says in which keys). The device takes all

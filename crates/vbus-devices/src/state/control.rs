@@ -22,6 +22,11 @@ enum Request {
     Watch { page: String },
 }
 
+/// Whether a request may change a page.
+pub fn changes(request: &Value) -> bool {
+    matches!(Request::deserialize(request), Ok(Request::Set { .. }))
+}
+
 /// Serves one request.
 pub fn serve(
     device: &StatePages,

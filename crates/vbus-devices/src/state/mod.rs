@@ -106,6 +106,10 @@ impl Device for StateDevice {
         control::serve(&self.0, request, reply)
     }
 
+    fn is_kept_request(&self, request: &Value) -> bool {
+        control::changes(request)
+    }
+
     fn removed(&self) {
         self.0.pages.iter().for_each(Page::remove);
     }

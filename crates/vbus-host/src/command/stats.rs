@@ -130,7 +130,7 @@ pub fn run(args: &Args, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     }
 }
 
-/// Two lines about the bus: what it is, and its protections.
+/// Lines about the bus: what it is, its protections, and its keeper.
 fn heading(info: &Value, now: &Sample<'_>) -> String {
     let count = |state: State| now.devices.iter().filter(|device| device.state == state).count();
     let devices = match now.devices.len() {
@@ -138,13 +138,28 @@ fn heading(info: &Value, now: &Sample<'_>) -> String {
         number => format!("{number} devices"),
     };
     format!(
-        "vbus {}, process {}, in {}: {devices}, {} open\nsandbox: {}\n\n",
+        "vbus {}, process {}, in {}: {devices}, {} open\nsandbox: {}\n{}\n",
         plain(&info["version"]),
         plain(&info["pid"]),
         plain(&info["dir"]),
         count(State::Open),
-        sandbox(&info["sandbox"])
+        sandbox(&info["sandbox"]),
+        keeper(&info["keeper"])
     )
+}
+
+/// A line about the keeper of the bus, if it has or had one.
+fn keeper(keeper: &Value) -> String {
+    let restarts = match keeper["restarts"].as_u64() {
+        None => return String::new(),
+        Some(0) => "the bus has not died".to_owned(),
+        Some(1) => "it has started the bus again once".to_owned(),
+        Some(times) => format!("it has started the bus again {times} times"),
+    };
+    match keeper["present"].as_bool() {
+        Some(true) => format!("keeper: {restarts}\n"),
+        _ => format!("keeper: it has gone, see `vbus serve --keep --adopt`; {restarts}\n"),
+    }
 }
 
 /// The protections of the bus.

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -31,9 +31,9 @@ const MESSAGE: Duration = Duration::from_secs(10);
 /// How long a bus takes to end that has closed its socket, and its supervisor, which then cleans
 /// up.
 const END: Duration = Duration::from_secs(3);
-/// Half the pause before the keeper tries again to start a process that the system did not start.
-/// Each further pause is twice as long, 13 s in all.
-const START_PAUSE: Duration = Duration::from_millis(50);
+/// The pause before the keeper starts a bus again that has died twice in a row without progress, or
+/// that the system did not start. Each further pause is twice as long: 13 s in all.
+const START_PAUSE: Duration = Duration::from_millis(100);
 /// The pause before the keeper asks again for a bus that has dropped it.
 const ADOPT_PAUSE: Duration = Duration::from_secs(1);
 /// How many times it asks.
@@ -187,6 +187,9 @@ impl Keeper {
             self.clean_up(&journal);
             bus = loop {
                 deaths += 1;
+                if self.rests(pause(deaths)) {
+                    return Ok(Ended { status });
+                }
                 if deaths > DEATHS_MAX {
                     bail!(
                         "the bus has died {DEATHS_MAX} times in a row without {PROGRESS:?} of \
@@ -199,14 +202,17 @@ impl Keeper {
                     // What has ended the bus may be a lack of memory, and it passes.
                     Err(error) if deaths < DEATHS_MAX => {
                         tracing::error!("the bus cannot be started now: {error:#}");
-                        std::thread::sleep(START_PAUSE * (1 << deaths));
                         continue;
                     }
                     Err(error) => return Err(error),
                 };
                 self.restarts += 1;
-                match leave(next.socket.as_fd(), &mut Heritage(&journal), &AFTER_DEATH) {
+                match self.hand_over(&next, &journal) {
                     Ok(()) => break next,
+                    Err(_) if self.asked => {
+                        tracing::warn!("process {} was to take the bus up, and ends", next.pid);
+                        return Ok(Ended { status: wait(&mut next) });
+                    }
                     Err(error) => {
                         tracing::error!("process {} has not taken the bus up: {error:#}", next.pid);
                         if let Some(child) = &mut next.child {
@@ -224,6 +230,55 @@ impl Keeper {
                 noticed.elapsed(),
                 self.restarts + 1
             );
+        }
+    }
+
+    /// Lets the next bus take everything up. If somebody wants the bus to end meanwhile, the
+    /// process is killed: it may be at work for as long as its limits.
+    ///
+    /// # Errors
+    /// It has not taken it up.
+    fn hand_over(&mut self, next: &Bus, journal: &Journal) -> Result<()> {
+        let done = eventfd(0, EventfdFlags::CLOEXEC).context("watching the next bus")?;
+        let stop = self.stop.as_fd();
+        let watch = || {
+            let mut fds =
+                [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&done, PollFlags::IN)];
+            while matches!(poll(&mut fds, None), Err(rustix::io::Errno::INTR)) {}
+            let [stopped, is_done] = fds.map(|fd| !fd.revents().is_empty());
+            // One that has taken over ends in order, as `follow` tells it.
+            let ends = stopped && !is_done;
+            if ends {
+                let _ = pidfd_send_signal(&next.process, Signal::KILL);
+            }
+            ends
+        };
+        let (left, ended) = std::thread::scope(|scope| {
+            let watcher = scope.spawn(watch);
+            let left = leave(next.socket.as_fd(), &mut Heritage(journal), &AFTER_DEATH);
+            let _ = rustix::io::write(&done, &1_u64.to_ne_bytes());
+            (left, watcher.join().unwrap_or(false))
+        });
+        self.asked |= ended && left.is_err();
+        left
+    }
+
+    /// Waits for so long. Returns whether somebody wants the bus to end.
+    fn rests(&mut self, pause: Duration) -> bool {
+        let until = Instant::now() + pause;
+        loop {
+            let rest = until.saturating_duration_since(Instant::now());
+            let Ok(timeout) = Timespec::try_from(rest) else { return false };
+            let mut fds = [PollFd::new(&self.stop, PollFlags::IN)];
+            match poll(&mut fds, Some(&timeout)) {
+                Ok(0) => return false,
+                Ok(_) => {
+                    self.asked = true;
+                    return true;
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return false,
+            }
         }
     }
 
@@ -249,9 +304,9 @@ impl Keeper {
 
     /// Asks the bus that serves in the directory to be kept.
     fn adopt(&self) -> Result<Bus> {
-        let (socket, pid) = adopt(&self.dir)?;
-        let process = Pid::from_raw(pid).ok_or_else(|| anyhow!("the bus has no process"))?;
-        let process = pidfd_open(process, PidfdFlags::empty()).context("watching the bus")?;
+        let (socket, pid, process) = adopt(&self.dir)?;
+        // The socket is that of one that was about to take over, and has not.
+        ensure!(!ends(&process, Duration::ZERO), "process {pid} has ended; try again");
         tracing::info!("the bus (process {pid}) in {} is kept", self.dir.display());
         Ok(Bus { socket, process, pid, child: None })
     }
@@ -385,6 +440,15 @@ fn ends(process: &OwnedFd, limit: Duration) -> bool {
     }
 }
 
+/// The pause before the keeper starts a bus that has died, or did not start, for the `deaths`th
+/// time in a row.
+fn pause(deaths: u32) -> Duration {
+    match deaths.min(DEATHS_MAX + 1).checked_sub(2) {
+        None => Duration::ZERO,
+        Some(doubled) => START_PAUSE * (1 << doubled),
+    }
+}
+
 /// How a process has ended, for the log.
 fn how(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {
@@ -399,6 +463,13 @@ mod tests {
     use std::ffi::OsStr;
 
     use super::*;
+
+    #[test]
+    fn a_bus_that_died_once_is_started_at_once_and_later_ones_after_pauses_that_double() {
+        let millis: Vec<_> = (1..=DEATHS_MAX).map(|deaths| pause(deaths).as_millis()).collect();
+        assert_eq!(millis, [0, 100, 200, 400, 800, 1600, 3200, 6400]);
+        assert!(pause(u32::MAX) <= Duration::from_secs(15), "however often it died");
+    }
 
     #[test]
     fn the_bus_gets_the_arguments_that_are_not_for_the_keeper() {

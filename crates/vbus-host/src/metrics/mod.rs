@@ -22,7 +22,7 @@ use vbus_core::settings::Settings;
 use crate::access::{Access, Accounts, SocketSpec};
 use vbus_cli::rundir::METRICS;
 
-pub use openmetrics::Exporter;
+pub use openmetrics::{Exporter, Kept};
 pub use server::{Door, MetricsServer, TIMEOUT};
 
 /// The table `[metrics]`.

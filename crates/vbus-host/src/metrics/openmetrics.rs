@@ -25,6 +25,18 @@ const AGE_MAX: Duration = Duration::from_millis(100);
 /// Returns the devices of the bus, as `list` shows them.
 pub type Read = Box<dyn Fn() -> Vec<Value> + Send + Sync>;
 
+/// What a bus has of a keeper.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Kept {
+    /// The keeper is there.
+    pub present: bool,
+    /// How often it has started the bus because that had died.
+    pub restarts: u32,
+}
+
+/// Returns whether the bus has a keeper.
+pub type ReadKept = Box<dyn Fn() -> Kept + Send + Sync>;
+
 /// Writes the numbers of all devices.
 #[derive(Debug)]
 pub struct Exporter {
@@ -33,10 +45,11 @@ pub struct Exporter {
 }
 
 impl Exporter {
-    /// Writes the numbers that `table` knows. `read` returns the devices.
-    pub fn new(table: Table, read: Read) -> Exporter {
+    /// Writes the numbers that `table` knows. `read` returns the devices, and `kept` what the bus
+    /// has of a keeper.
+    pub fn new(table: Table, read: Read, kept: ReadKept) -> Exporter {
         let mut registry = Registry::with_prefix("vbus");
-        registry.register_collector(Box::new(Devices { table, read }));
+        registry.register_collector(Box::new(Devices { table, read, kept }));
         Exporter { registry, last: None }
     }
 
@@ -60,6 +73,7 @@ impl Exporter {
 struct Devices {
     table: Table,
     read: Read,
+    kept: ReadKept,
 }
 
 impl fmt::Debug for Devices {
@@ -117,6 +131,14 @@ impl Collector for Devices {
         encoder
             .encode_descriptor("devices", "Devices on the bus", None, MetricType::Gauge)?
             .encode_gauge(&count)?;
+        let Kept { present, restarts } = (self.kept)();
+        encoder
+            .encode_descriptor("keeper", "Whether the bus has a keeper", None, MetricType::Gauge)?
+            .encode_gauge(&i64::from(present))?;
+        let help = "How often the keeper has started the bus because it had died";
+        encoder
+            .encode_descriptor("restarts", help, None, MetricType::Counter)?
+            .encode_counter::<NoLabelSet, _, u64>(&u64::from(restarts), None)?;
         for (name, family) in self.families(&devices) {
             let kind = match family.kind {
                 Kind::Counter => MetricType::Counter,
@@ -158,7 +180,8 @@ mod tests {
             counted.fetch_add(1, Ordering::Relaxed);
             devices.clone()
         };
-        (Exporter::new(table, Box::new(read)), reads)
+        let kept = || Kept { present: true, restarts: 3 };
+        (Exporter::new(table, Box::new(read), Box::new(kept)), reads)
     }
 
     #[test]
@@ -203,6 +226,8 @@ mod tests {
             assert!(found, "{line}\nis not in\n{text}");
         }
         assert!(text.contains("vbus_build_info{version="), "{text}");
+        assert!(text.contains("vbus_keeper 1\n"), "{text}");
+        assert!(text.contains("vbus_restarts_total 3\n"), "{text}");
         assert!(text.ends_with("# EOF\n"));
         // One description for each family.
         let described: Vec<_> = text.lines().filter(|line| line.starts_with("# TYPE ")).collect();

@@ -214,7 +214,8 @@ mod tests {
                 json!({ "name": format!("d{n}"), "class": "state", "device": { "pages": pages } })
             };
             let devices: Vec<_> = (0..100).map(device).collect();
-            let exporter = Exporter::new(table, Box::new(move || devices.clone()));
+            let exporter =
+                Exporter::new(table, Box::new(move || devices.clone()), Box::new(Default::default));
             let dir = tempfile::tempdir().unwrap();
             let unix = UnixListener::bind(dir.path().join("socket")).unwrap();
             let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -327,7 +328,11 @@ mod tests {
 
     #[test]
     fn clients_without_a_right_take_no_place_of_others() {
-        let exporter = Exporter::new(Table::new(std::iter::empty()), Box::new(Vec::new));
+        let exporter = Exporter::new(
+            Table::new(std::iter::empty()),
+            Box::new(Vec::new),
+            Box::new(Default::default),
+        );
         let (doors, clients) = (Vec::new(), Vec::new());
         let mut room = Room { doors, exporter, limit: LONG, clients, pause: None };
         let mut enter = |count: usize, may: bool| -> Vec<UnixStream> {

@@ -29,7 +29,7 @@ const FULL: Share = Share { user: 24, all: 32, line: LIMITS.line };
 /// request.
 const READ: Share = Share { user: 8, all: 16, line: 64 << 10 };
 /// The most clients that wait to be accepted.
-const BACKLOG: i32 = 16;
+pub const BACKLOG: i32 = 16;
 /// The time between two looks whether the keeper is still there.
 const KEEPER_PAUSE: Duration = Duration::from_secs(1);
 
@@ -116,6 +116,7 @@ impl Acceptor {
         let handler = Control { host, rights, reloader, departure };
         listening
             .and_then(|(listener, held)| {
+                handler.host.be_seen()?;
                 let server = Server::new(UnixListener::from(listener), LIMITS, handler)?;
                 Ok(Acceptor { server, _held: held })
             })
@@ -162,7 +163,7 @@ impl Control {
     /// Gives the bus to a keeper, as long as that is there.
     fn keep(&self, formats: (u32, u32), version: &str, client: &Client<'_>) -> Result<Value> {
         Self::check_heir(formats, version, client)?;
-        let accepted = || Ok(client.item(json!({ "format": FORMAT, "pid": std::process::id() }))?);
+        let accepted = || Ok(client.item(json!({ "format": FORMAT }))?);
         let departure = self.departure.as_ref().context("this bus cannot be kept")?;
         let kept = departure.be_kept(client.socket(), client.peer().pid, accepted);
         // From its acceptance on, the connection has no place for an answer.
@@ -266,29 +267,30 @@ impl Handler for Control {
             Request::Reincarnate { name } => {
                 let endpoint = host.get(&name)?;
                 endpoint.reincarnate();
-                host.commit(&name);
+                host.commit(&name)?;
                 Ok(json!({ "name": name, "incarnation": endpoint.inspect()["incarnation"] }))
             }
             Request::Device { name, request } => {
                 let endpoint = host.get(&name)?;
-                let mut has_answered = false;
+                let mut to_commit = endpoint.device().is_kept_request(&request);
+                let mut kept = Ok(());
                 let mut reply = |value: Value| match value {
                     Value::Null => !client.gone(),
                     value => {
                         // What the client is told is true after a kill, too. A request that
                         // changes something has one answer.
-                        if !std::mem::replace(&mut has_answered, true) {
-                            host.commit(&name);
+                        if std::mem::take(&mut to_commit) {
+                            kept = host.commit(&name);
                         }
                         client.item(value).is_ok()
                     }
                 };
                 let done = endpoint.device().control(&request, &mut reply);
-                if !has_answered {
-                    host.commit(&name);
+                if to_commit {
+                    kept = host.commit(&name);
                 }
                 match done {
-                    Ok(()) => Ok(Value::Null),
+                    Ok(()) => Ok(kept.map(|()| Value::Null)?),
                     Err(text) => bail!("{name}: {text}"),
                 }
             }

@@ -21,6 +21,7 @@ use vbus_sched::SchedClass;
 use vbus_vfio_user::{DeviceServer, SavedServer};
 use vbus_virtio::vhost_user::{self, Stats, VhostUserServer};
 
+use super::control;
 use super::inherited::{Inherited, Lease};
 use crate::access::Access;
 use crate::classes;
@@ -282,6 +283,22 @@ impl Host {
         Ok((listener, held))
     }
 
+    /// Lets clients of the control socket see this process as the one that serves (SO_PEERCRED): it
+    /// is the one that has called listen(2) last, and not the supervisor, the service manager or
+    /// another bus.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn be_seen(&self) -> io::Result<()> {
+        let path = self.dir().join(rundir::CONTROL);
+        for (of, socket, _) in self.sockets()? {
+            if of == path {
+                rustix::net::listen(&socket, control::BACKLOG)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The file of a socket at `path` that the former bus made.
     fn former_file(&self, path: &Path) -> Held {
         let socket = Arc::new(FormerSocket { path: path.to_owned(), file: OnceLock::new() });
@@ -348,7 +365,10 @@ impl Host {
     pub fn reconfigure(&self, new: &DeviceSpec) -> Result<Vec<String>, (Vec<String>, String)> {
         let _turn = lock(&self.settings);
         let old = self.spec(&new.name).map_err(|error| (Vec::new(), error.to_string()))?;
-        self.change_settings(&old, new)
+        let changed = self.change_settings(&old, new)?;
+        // The change stands, and the log says why it does not outlast this process.
+        let _ = self.commit(&new.name);
+        Ok(changed)
     }
 
     /// What the device `name` was made from, with the changes since then.
@@ -377,7 +397,6 @@ impl Host {
                 if let Some(member) = self.lock().get_mut(&new.name) {
                     member.spec = new.clone();
                 }
-                self.commit(&new.name);
                 Ok(keys)
             }
             Err(reason) => Err((keys, reason)),
@@ -401,8 +420,11 @@ impl Host {
             all.extend(settings);
         }
         self.bus.check_settings(name, &new.class, &new.settings)?;
-        self.change_settings(&old, &new)
-            .map_err(|(keys, reason)| anyhow!("{name}: {}: {reason}", keys.join(", ")))
+        let changed = self
+            .change_settings(&old, &new)
+            .map_err(|(keys, reason)| anyhow!("{name}: {}: {reason}", keys.join(", ")))?;
+        self.commit(name)?;
+        Ok(changed)
     }
 
     /// Whether a client is connected to the device.

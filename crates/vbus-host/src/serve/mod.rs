@@ -30,7 +30,7 @@ use crate::access::Access;
 use crate::client::BusDir;
 use crate::config::{self, Config, DeviceSpec};
 use crate::keeper::{self, Keeping, Link};
-use crate::metrics::{self, Door, Exporter, MetricsServer, MetricsSpec};
+use crate::metrics::{self, Door, Exporter, Kept, MetricsServer, MetricsSpec};
 use crate::rights::Rights;
 use crate::sandbox::{Protections, Sandbox};
 use crate::supervisor::{Permits, Purpose, Supervisor};
@@ -518,7 +518,15 @@ impl MetricsDoors {
     fn serve(self, host: &Arc<Host>) -> Result<(MetricsServer, Held)> {
         let devices = host.clone();
         let read = move || devices.inspect(None).unwrap_or_default();
-        let exporter = Exporter::new(host.table(), Box::new(read));
+        let of_bus = host.clone();
+        let kept = move || {
+            let keeping = of_bus.keeping();
+            keeping.map_or_else(Kept::default, |keeping| Kept {
+                present: keeping.is_open(),
+                restarts: keeping.restarts(),
+            })
+        };
+        let exporter = Exporter::new(host.table(), Box::new(read), Box::new(kept));
         Ok((MetricsServer::start(self.doors, exporter, metrics::TIMEOUT)?, self.held))
     }
 }

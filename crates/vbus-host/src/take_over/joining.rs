@@ -34,7 +34,7 @@ impl Joining {
     /// # Errors
     /// No bus serves there, it is that of another user, or it cannot be handed over.
     pub fn connect(dir: &Path) -> Result<(Joining, Handed)> {
-        let (socket, _) = ask(dir, "take-over", ("take over", "taken over"))?;
+        let socket = ask(dir, "take-over", ("take over", "taken over"))?;
         Joining::begin(socket, LIMITS)
     }
 
@@ -99,19 +99,23 @@ impl Joining {
 }
 
 /// Asks the bus that serves in `dir` to be kept by this process. Returns the connection, by which
-/// the bus gives all that it has, and the bus's process.
+/// the bus gives all that it has, and the bus's process, by id and by descriptor.
+///
+/// The process is the one that the kernel names, and not the one of the answer: a bus in the hands
+/// of an attacker could name any, which then gets the keeper's signals.
 ///
 /// # Errors
-/// As for [`Joining::connect`].
-pub fn adopt(dir: &Path) -> Result<(OwnedFd, i32)> {
-    let (socket, pid) = ask(dir, "keep", ("keep", "kept"))?;
-    Ok((socket.into(), pid))
+/// As for [`Joining::connect`]; or the process is not to be found.
+pub fn adopt(dir: &Path) -> Result<(OwnedFd, i32, OwnedFd)> {
+    let socket = ask(dir, "keep", ("keep", "kept"))?;
+    let process = Peer::process(&socket).context("watching the bus")?;
+    let (process, pid) = process.context("the bus is in another pid namespace")?;
+    Ok((socket.into(), pid, process))
 }
 
 /// Sends the request `op` to the bus that serves in `dir`, which then speaks the messages of
-/// `wire`. Returns the connection and the bus's process. `what` says what is
-/// asked for, and what is then done.
-fn ask(dir: &Path, op: &str, what: (&str, &str)) -> Result<(UnixStream, i32)> {
+/// `wire`. `what` says what is asked for, and what is then done.
+fn ask(dir: &Path, op: &str, what: (&str, &str)) -> Result<UnixStream> {
     let (what, done) = what;
     rundir::check(dir)?;
     let path = dir.join(CONTROL);
@@ -151,8 +155,7 @@ fn ask(dir: &Path, op: &str, what: (&str, &str)) -> Result<(UnixStream, i32)> {
         answer["item"]["format"] == FORMAT,
         "the bus cannot be {done}: it gave an unknown answer"
     );
-    let pid = answer["item"]["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
-    Ok((socket, pid.unwrap_or(peer.pid)))
+    Ok(socket)
 }
 
 /// Reads a line, and nothing behind it. `by`: the time at which all of it must be there.

@@ -148,6 +148,9 @@ impl Departure {
         let mut leaving = Leaving { bus: self, specs: Vec::new() };
         if let Err(error) = leave(socket, &mut leaving, &LIMITS) {
             tracing::warn!("process {pid} has not taken over, and this bus goes on: {error:#}");
+            if let Err(error) = self.host.be_seen() {
+                tracing::warn!("clients see the process that has not taken over: {error}");
+            }
             return Err(error);
         }
         match (self.host.keeping(), &self.manager) {

@@ -369,6 +369,77 @@ fn a_device_of_vhost_user_is_made_anew() {
     front_end.read_exact(&mut [0; 20]).unwrap();
 }
 
+/// Who reads changes nothing, so nothing is given to the keeper.
+#[test]
+fn a_request_that_only_reads_gives_the_keeper_nothing() {
+    let bus = Kept::start(PAGES);
+    let keeper_process = Pid::from_raw(i32::try_from(bus.0.child.id()).unwrap()).unwrap();
+    bus.0.good(&["state", "set", "--hex", "values", "in", "01"]);
+    // A keeper that takes nothing is dropped, as soon as its socket is full.
+    kill_process(keeper_process, Signal::STOP).unwrap();
+    let mut control = bus.0.control();
+    for _ in 0..2000 {
+        let request = r#"{"op":"device","name":"values","request":{"op":"get","page":"in"}}"#;
+        let answer = exchange(&mut control, format!("{request}\n").as_bytes());
+        assert!(answer.contains("item"), "{answer}");
+        // The item is followed by the answer to the request.
+        exchange(&mut control, b"");
+    }
+    assert_eq!(keeper(&bus)["present"], true);
+    let mut failed = String::new();
+    for _ in 0..2000 {
+        let mut command = vbus();
+        command.args(["state", "set", "--hex", "values", "in", "02", "--dir"]).arg(&bus.0.dir);
+        let output = command.output().unwrap();
+        if !output.status.success() {
+            failed = String::from_utf8(output.stderr).unwrap();
+            break;
+        }
+    }
+    assert!(failed.contains("the keeper has not got that"), "{failed}");
+    kill_process(keeper_process, Signal::CONT).unwrap();
+}
+
+/// Without a text the bus says in its statistics how often it was started again.
+#[test]
+fn the_statistics_say_how_often_the_bus_was_started_again() {
+    let bus = Kept::start(PAGES);
+    assert!(bus.0.good(&["stats"]).contains("keeper: the bus has not died\n"));
+    bus.kill();
+    assert!(bus.0.good(&["stats"]).contains("keeper: it has started the bus again once\n"));
+    let mut scraper = UnixStream::connect(bus.0.dir.join("metrics.sock")).unwrap();
+    scraper.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    scraper.read_to_string(&mut text).unwrap();
+    assert!(
+        text.contains("\nvbus_restarts_total 1\n") && text.contains("\nvbus_keeper 1\n"),
+        "{text}"
+    );
+}
+
+/// The program of the next bus does nothing at all. SIGTERM does not wait for it.
+#[test]
+fn a_keeper_ends_in_the_middle_of_a_take_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let [path, aside] = ["vbus", "aside"].map(|name| folder.path().join(name));
+    std::fs::copy(vbus().get_program(), &path).unwrap();
+    let mut bus = Kept(Served::start_kept_by(program(&path), PAGES));
+    std::fs::rename(&path, &aside).unwrap();
+    let asleep = folder.path().join("asleep");
+    let script = format!("#!/bin/sh\necho x > {}\nexec sleep 600\n", asleep.display());
+    std::fs::write(&path, script).unwrap();
+    let all = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&path, all).unwrap();
+    kill(bus.process());
+    wait_until("the next bus sleeps", || asleep.exists());
+    let begun = Instant::now();
+    bus.0.signal(Signal::TERM);
+    bus.0.child.wait().unwrap();
+    // The take-up alone has 60 s.
+    assert!(begun.elapsed() < Duration::from_secs(50), "{}", bus.log());
+    assert!(bus.0.children().is_empty());
+}
+
 #[test]
 fn a_bus_that_dies_again_and_again_is_given_up() {
     let mut bus = Kept::start(PAGES);
@@ -432,7 +503,10 @@ fn a_keeper_that_stood_still_ends_the_clients_of_a_bus_that_went_on_without_it()
     let keeper_process = Pid::from_raw(i32::try_from(bus.0.child.id()).unwrap()).unwrap();
     kill_process(keeper_process, Signal::STOP).unwrap();
     wait_until("the bus has no keeper", || {
-        bus.0.good(&["state", "set", "--hex", "values", "in", "02"]);
+        // The one that the keeper does not take says so, and fails.
+        let mut set = vbus();
+        set.args(["state", "set", "--hex", "values", "in", "02", "--dir"]).arg(&bus.0.dir);
+        set.output().unwrap();
         keeper(&bus)["present"] == false
     });
     // A change of its connection that nobody keeps, and then a message that changes nothing.

@@ -184,10 +184,15 @@ impl Host {
 
     /// Something else than a message of its client has changed a device: gives its state to the
     /// keeper, if there is one.
-    pub fn commit(&self, name: &str) {
-        let Some(keeping) = self.keeping().filter(|keeping| keeping.is_open()) else { return };
-        let (Ok(endpoint), members) = (self.bus.get(name), self.lock()) else { return };
-        let Some(member) = members.get(name) else { return };
+    ///
+    /// # Errors
+    /// It has not got it. The change stands. The text is for whoever asked for it.
+    pub fn commit(&self, name: &str) -> Result<()> {
+        let Some(keeping) = self.keeping().filter(|keeping| keeping.is_open()) else {
+            return Ok(());
+        };
+        let (Ok(endpoint), members) = (self.bus.get(name), self.lock()) else { return Ok(()) };
+        let Some(member) = members.get(name) else { return Ok(()) };
         keeping.set_settings(name, &member.spec.settings);
         let by = Instant::now() + KEEP_WAIT;
         let kept = match &member.served {
@@ -195,9 +200,10 @@ impl Host {
             Some(_) => Ok(()),
             None => outlasting(&endpoint, by).and_then(|state| keeping.alone(&endpoint, state)),
         };
-        if let Err(why) = kept {
+        kept.map_err(|why| {
             tracing::warn!(device = name, "its last change does not outlast this process: {why}");
-        }
+            anyhow!("{name} has changed, but the keeper has not got that: {why}")
+        })
     }
 
     /// Devices have come or gone, or the bus has other settings of them: tells the keeper, if there
