@@ -63,8 +63,8 @@ fn call(number: u8) -> (&'static [u16], fn(&mut Client) -> Result<(), ClientErro
         13 => (&[FEATURE], |client| client.migration_state().map(drop)),
         14 => (&[FEATURE], |client| client.set_migration_state(MigrationState::StopCopy)),
         15 => (&[command::MIG_DATA_READ], |client| {
-            let read = client.migration_read()?;
-            assert!(read.len() <= 1 << 20);
+            let (read, more) = client.migration_read()?;
+            assert!(read.len() <= 1 << 20 && (!more || read.len() == 1 << 20));
             Ok(())
         }),
         16 => (&[command::MIG_DATA_WRITE], |client| client.migration_write(&[7; 9])),

@@ -674,17 +674,22 @@ impl Client {
     }
 
     /// Reads the next bytes of the device's state, as many as one message has, in the state
-    /// `PRE_COPY` or `STOP_COPY`. An empty result is the end of what is there in this state.
+    /// `PRE_COPY` or `STOP_COPY`. The second value says whether there may be more in this state: a
+    /// reply with fewer bytes than one message has is the last one.
     ///
     /// # Errors
     /// See [`Client::device_info`].
-    pub fn migration_read(&mut self) -> Result<Vec<u8>, ClientError> {
+    pub fn migration_read(&mut self) -> Result<(Vec<u8>, bool), ClientError> {
         const NAME: &str = "MIG_DATA_READ";
         let size = u32::try_from(self.negotiated.peer_transfer.min(MAX_TRANSFER));
         let size = size.map_err(|_| ClientError::TooMuch(NAME))?;
         self.ask(command::MIG_DATA_READ, &MigData::of(size).body(&[]), &[], |reply| {
             match MigData::parse_with_data(&reply.body) {
-                Ok((_, data)) if data.len() <= size as usize => Ok(data.to_vec()),
+                Ok((_, data)) if data.len() <= size as usize => {
+                    // A server without data always ends the stream, however small a message is.
+                    let more = !data.is_empty() && data.len() == size as usize;
+                    Ok((data.to_vec(), more))
+                }
                 Ok(_) => Err(ClientError::Mismatch(reply.header, NAME)),
                 Err(e) => Err(ClientError::Malformed(NAME, e)),
             }

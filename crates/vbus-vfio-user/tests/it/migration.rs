@@ -387,9 +387,10 @@ fn refused(result: Result<impl std::fmt::Debug, ClientError>) -> Errno {
 pub fn read_all(client: &mut Client) -> Vec<u8> {
     let mut stream = Vec::new();
     loop {
-        match client.migration_read().unwrap() {
-            bytes if bytes.is_empty() => return stream,
-            bytes => stream.extend(bytes),
+        let (bytes, more) = client.migration_read().unwrap();
+        stream.extend(bytes);
+        if !more {
+            return stream;
         }
     }
 }

@@ -122,7 +122,9 @@ impl Migration {
         set(ask, MigrationState::Running)
     }
 
-    /// Passes the state of the device, which must be stopped, to `piece`.
+    /// Passes the state of the device to `piece`, once after each [`stop`](Self::stop). The device
+    /// stays in `STOP_COPY`: `stop` and [`run`](Self::run) lead from there, too, and a device that
+    /// goes on elsewhere needs neither.
     ///
     /// # Errors
     /// The server refuses, or `piece` fails.
@@ -133,15 +135,17 @@ impl Migration {
     ) -> Result<(), String> {
         set(ask, MigrationState::StopCopy)?;
         loop {
-            let mut data = Vec::new();
+            let (mut data, mut more) = (Vec::new(), false);
             ask(&mut |client| {
-                data = client.migration_read()?;
+                (data, more) = client.migration_read()?;
                 Ok(())
             })?;
-            if data.is_empty() {
-                return set(ask, MigrationState::Stop);
+            if !data.is_empty() {
+                piece(&data)?;
             }
-            piece(&data)?;
+            if !more {
+                return Ok(());
+            }
         }
     }
 
@@ -170,6 +174,8 @@ fn set(ask: Ask<'_>, state: MigrationState) -> Result<(), String> {
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use std::os::fd::{AsFd, OwnedFd};
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU32;
     use std::thread::JoinHandle;
 
     use rustix::event::{EventfdFlags, eventfd};
@@ -183,6 +189,8 @@ mod tests {
     struct Device {
         state: Vec<u8>,
         read: usize,
+        /// How often its state was read.
+        reads: Arc<AtomicU32>,
         /// It can be saved.
         able: bool,
         /// It has a log, and room for it.
@@ -231,6 +239,7 @@ mod tests {
         }
 
         fn migration_read(&mut self, data: &mut [u8]) -> Result<usize, Errno> {
+            self.reads.fetch_add(1, Ordering::Relaxed);
             let rest = &self.state[self.read..];
             let count = rest.len().min(data.len());
             data[..count].copy_from_slice(&rest[..count]);
@@ -288,6 +297,7 @@ mod tests {
             let mut device = Device {
                 state: vec![7; 3000],
                 read: 0,
+                reads: Arc::default(),
                 able: true,
                 logs: true,
                 room: true,
@@ -348,9 +358,34 @@ mod tests {
         };
         from.act(|migration, ask| migration.read(ask, &mut count)).unwrap();
         assert_eq!(bytes, 3000);
+        from.act(|migration, ask| migration.stop(ask)).unwrap();
         let mut fail = |_: &[u8]| Err("no room".to_owned());
         let failed = from.act(|migration, ask| migration.read(ask, &mut fail));
         assert_eq!(failed, Err("no room".into()));
+    }
+
+    /// A reply that is not full is the last one, so that a small state is one round trip.
+    #[test]
+    fn a_state_is_read_until_a_reply_is_not_full() {
+        const FULL: usize = 1 << 20;
+        for (bytes, expected) in [(0, 1), (3000, 1), (FULL - 1, 1), (FULL, 2), (FULL + 1, 2)] {
+            let reads = Arc::new(AtomicU32::new(0));
+            let device = Fixture::new(|device| {
+                device.state = vec![7; bytes];
+                device.reads = Arc::clone(&reads);
+            });
+            let mut count = 0;
+            let mut piece = |piece: &[u8]| {
+                count += piece.len();
+                Ok(())
+            };
+            device.act(|migration, ask| migration.stop(ask)).unwrap();
+            device.act(|migration, ask| migration.read(ask, &mut piece)).unwrap();
+            assert_eq!((count, reads.load(Ordering::Relaxed)), (bytes, expected));
+            // It stays in the stream, from which both ways lead on.
+            device.act(|migration, ask| migration.stop(ask)).unwrap();
+            device.act(|migration, ask| migration.run(ask)).unwrap();
+        }
     }
 
     #[test]

@@ -330,8 +330,8 @@ fn a_device_is_moved_from_one_server_to_another() {
         assert!(client.logs_dma().unwrap());
         assert_eq!(client.migration_state().unwrap(), MigrationState::Running);
         client.set_migration_state(MigrationState::PreCopy).unwrap();
-        let mut moved = client.migration_read().unwrap();
-        assert_eq!(moved.len(), 1 << 20);
+        let (mut moved, more) = client.migration_read().unwrap();
+        assert_eq!((moved.len(), more), (1 << 20, true));
         let all = DmaRange { iova: 0, length: 1 << 40 };
         assert_eq!(client.dma_logging_start(4096, &[all]).unwrap(), 4096);
         // More bits than one message has.
@@ -342,9 +342,10 @@ fn a_device_is_moved_from_one_server_to_another() {
         client.set_migration_state(MigrationState::StopCopy).unwrap();
         assert_eq!(refused(client.set_migration_state(MigrationState::PreCopy)), Errno::INVAL);
         loop {
-            match client.migration_read().unwrap() {
-                data if data.is_empty() => break moved,
-                data => moved.extend(data),
+            let (data, more) = client.migration_read().unwrap();
+            moved.extend(data);
+            if !more {
+                break moved;
             }
         }
     });
