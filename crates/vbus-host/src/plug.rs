@@ -107,7 +107,9 @@ impl Slot {
         for id in ports.iter().filter(|id| port.is_none_or(|port| port == id.as_str())) {
             // The port's bus is an object below it with the same name; its children are links
             // called "child[0]".
-            let bus = qmp.run("qom-list", json!({ "path": format!("{PERIPHERAL}/{id}/{id}") }))?;
+            let Some(bus) = children(&mut qmp, &format!("{PERIPHERAL}/{id}/{id}"))? else {
+                continue;
+            };
             if !names(&bus).any(|(name, _)| name.starts_with("child[")) {
                 return Ok(Slot { qmp, port: id.clone() });
             }
@@ -216,17 +218,26 @@ pub fn plugged(qmp: &mut Qmp) -> Result<Vec<Plugged>> {
              with what `vbus qemu-args` prints"
         );
     }
-    let ids = peripherals(qmp, VFIO_USER)?;
-    ids.into_iter().map(|id| describe(qmp, id)).collect()
+    let mut found = Vec::new();
+    for id in peripherals(qmp, VFIO_USER)? {
+        match describe(qmp, &id) {
+            Ok(device) => found.extend(device),
+            // It may have gone between two questions.
+            Err(_) if children(qmp, &format!("{PERIPHERAL}/{id}"))?.is_none() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
 }
 
-fn describe(qmp: &mut Qmp, id: String) -> Result<Plugged> {
+/// `None`: QEMU does not have it any more.
+fn describe(qmp: &mut Qmp, id: &str) -> Result<Option<Plugged>> {
     let path = format!("{PERIPHERAL}/{id}");
-    let children = qmp.run("qom-list", json!({ "path": path }))?;
+    let Some(children) = children(qmp, &path)? else { return Ok(None) };
     let socket = socket_of(&children)
         .with_context(|| format!("this QEMU does not tell the socket of its device {id:?}"))?;
     let mut property = |name: &str| {
-        qmp.run("qom-get", json!({ "path": path, "property": name })).with_context(|| id.clone())
+        qmp.run("qom-get", json!({ "path": path, "property": name })).with_context(|| id.to_owned())
     };
     // The path of the bus ends with its name. The place has the device in its upper five bits, and
     // the function in the rest; the property is a string for some versions of QEMU.
@@ -255,7 +266,7 @@ fn describe(qmp: &mut Qmp, id: String) -> Result<Plugged> {
         arguments["bootindex"] = index;
     }
     let has_msix = names(&children).any(|(name, _)| name.starts_with("msix-table"));
-    Ok(Plugged { id, arguments, has_msix })
+    Ok(Some(Plugged { id: id.to_owned(), arguments, has_msix }))
 }
 
 /// The socket of a vfio-user device, from the list of its children. QEMU lets nobody read the
@@ -285,8 +296,8 @@ fn find(qmp: &mut Qmp, name: &str, socket: &Path) -> Result<String> {
     }
     // Somebody else may have plugged the device, with another id. The socket identifies it.
     for id in devices {
-        let children = qmp.run("qom-list", json!({ "path": format!("{PERIPHERAL}/{id}") }))?;
-        if socket_of(&children).is_some_and(|path| path == socket) {
+        let children = children(qmp, &format!("{PERIPHERAL}/{id}"))?;
+        if children.as_ref().and_then(socket_of).is_some_and(|path| path == socket) {
             return Ok(id);
         }
     }
@@ -306,6 +317,16 @@ fn peripherals(qmp: &mut Qmp, kind: &str) -> Result<Vec<String>> {
     // follows port9.
     ids.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
     Ok(ids)
+}
+
+/// The children of the object `path`. `None`: QEMU has no such object, because it has gone since it
+/// was listed.
+fn children(qmp: &mut Qmp, path: &str) -> Result<Option<Value>> {
+    match qmp.run("qom-list", json!({ "path": path })) {
+        Ok(list) => Ok(Some(list)),
+        Err(error) if error.is::<QemuError>() => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// The names and types in the answer to `qom-list`.

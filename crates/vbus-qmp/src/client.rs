@@ -80,6 +80,21 @@ impl Qmp {
     /// [`QemuError`](crate::QemuError) if QEMU refuses the command. Another error if QEMU has gone,
     /// or does not answer in time: then QEMU may carry the command out nevertheless.
     pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.run_while(command, arguments, Duration::ZERO, &mut || false)
+    }
+
+    /// The same for a command that may take any time. When the time is up, it asks `goes_on`
+    /// whether QEMU works on it still, and waits for `more` then, again and again.
+    ///
+    /// # Errors
+    /// Those of [`run`](Self::run).
+    pub fn run_while(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        more: Duration,
+        goes_on: &mut dyn FnMut() -> bool,
+    ) -> Result<Value> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
         let mut socket = Until { socket: &self.socket, deadline: self.deadline };
@@ -89,9 +104,15 @@ impl Qmp {
         })?;
         self.unanswered += 1;
         loop {
-            let message = self
-                .message(self.deadline)
-                .with_context(|| format!("waiting for the answer to {command}"))?;
+            let message = match self.message(self.deadline) {
+                Err(_) if Instant::now() >= self.deadline && goes_on() => {
+                    self.set_timeout(more);
+                    continue;
+                }
+                message => {
+                    message.with_context(|| format!("waiting for the answer to {command}"))?
+                }
+            };
             match message {
                 Message::Return(_) | Message::Error(_) if self.is_late() => {}
                 Message::Return(value) => return Ok(value),
@@ -103,6 +124,14 @@ impl Qmp {
                 Message::Greeting | Message::Unknown => {}
             }
         }
+    }
+
+    /// The process that listens at the socket, as the kernel knows it: QEMU, or who has opened the
+    /// socket for it.
+    #[must_use]
+    pub fn process(&self) -> Option<u32> {
+        let peer = sockopt::socket_peercred(&self.socket).ok()?;
+        u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
     }
 
     /// Returns the oldest event that it has kept, or waits for the next. Returns `None` once the
@@ -267,6 +296,31 @@ mod tests {
         assert_eq!(qmp.event().unwrap().unwrap()["event"], "A");
         assert!(format!("{:#}", qmp.run("next", json!({})).unwrap_err()).ends_with("QEMU: no"));
         assert_eq!(qmp.run("last", json!({})).unwrap(), 2);
+    }
+
+    #[test]
+    fn a_command_that_goes_on_is_waited_for() {
+        let (socket, mut theirs) = qemu(&[json!({ "QMP": {} }), json!({ "return": {} })]);
+        let mut qmp = Qmp::over(socket, LONG).unwrap();
+        let short = Duration::from_millis(1);
+        qmp.set_timeout(short);
+        let mut asked = 0;
+        let mut goes_on = || {
+            asked += 1;
+            match asked {
+                // Half a line is kept.
+                1 => theirs.write_all(b"{\"return\"").unwrap(),
+                3 => theirs.write_all(b": 7}\n").unwrap(),
+                _ => {}
+            }
+            true
+        };
+        assert_eq!(qmp.run_while("long", json!({}), short, &mut goes_on).unwrap(), 7);
+        assert!(asked >= 3);
+        qmp.set_timeout(short);
+        let error = qmp.run_while("stuck", json!({}), LONG, &mut || false).unwrap_err();
+        assert!(format!("{error:#}").contains("in time"), "{error:#}");
+        assert_eq!(qmp.process(), Some(std::process::id()));
     }
 
     #[test]

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus snapshot`: a snapshot of a QEMU, with its devices of vbus unplugged meanwhile.
 
+use std::fs;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -33,8 +35,11 @@ Examples:
   vbus snapshot --qmp /run/vm/qmp before-update --load
   vbus snapshot --qmp /run/vm/qmp before-update --replace";
 
-/// How long QEMU may take to write the machine to its disk, or to read it.
-const DISK: Duration = Duration::from_secs(3600);
+/// How long QEMU may show no progress while it writes the machine to its disk, or reads it. It may
+/// take any time, as long as it goes on.
+const STANDSTILL: Duration = Duration::from_secs(600);
+/// How often the command looks for progress.
+const LOOK_FOR_PROGRESS: Duration = Duration::from_secs(2);
 /// How often the command looks whether it shall end.
 const LOOK: Duration = Duration::from_millis(100);
 /// The longest name of a snapshot, in bytes: QEMU has room for 255.
@@ -83,7 +88,7 @@ pub fn run(args: &Args) -> Result<()> {
     let stop = signals::termination()?;
     let timeout = Duration::from_secs(args.timeout);
     let mut qmp = Qmp::connect(&args.qmp, timeout)?;
-    check(&mut qmp, args)?;
+    let disks = check(&mut qmp, args)?;
     let devices = plug::plugged(&mut qmp)?;
     if let Some(device) = devices.iter().find(|device| device.has_msix) {
         bail!(
@@ -102,7 +107,7 @@ pub fn run(args: &Args) -> Result<()> {
     ));
     let done = machine.release(&devices).and_then(|()| {
         progress.show(if args.load { "restoring" } else { "saving" });
-        machine.monitor(if args.load { "loadvm" } else { "savevm" }, &args.name)
+        machine.monitor(if args.load { "loadvm" } else { "savevm" }, &args.name, &disks)
     });
     if done.is_err() {
         progress.show("plugging the devices in again");
@@ -138,8 +143,9 @@ pub fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// Checks what can be checked before a device is unplugged.
-fn check(qmp: &mut Qmp, args: &Args) -> Result<()> {
+/// Checks what can be checked before a device is unplugged. Returns the files of the disks that can
+/// hold a snapshot, as far as QEMU names any.
+fn check(qmp: &mut Qmp, args: &Args) -> Result<Vec<PathBuf>> {
     let status = qmp.run("query-status", json!({}))?;
     ensure!(
         status["running"] == true,
@@ -168,7 +174,49 @@ fn check(qmp: &mut Qmp, args: &Args) -> Result<()> {
         (false, true) if !args.replace => {
             bail!("there is a snapshot {:?} already; --replace saves in its place", args.name)
         }
-        _ => Ok(()),
+        _ => {}
+    }
+    let holds = nodes.iter().filter(|node| node["drv"] == "qcow2");
+    let files = holds.filter_map(|node| node["image"]["filename"].as_str());
+    Ok(files.map(PathBuf::from).collect())
+}
+
+/// Whether QEMU works: its process uses the processor, or the files of its disks change.
+struct Works<'a> {
+    process: Option<u32>,
+    disks: &'a [PathBuf],
+    last: Vec<u64>,
+    since: Instant,
+    /// How long it may show no progress.
+    standstill: Duration,
+}
+
+impl Works<'_> {
+    /// What changes while QEMU works.
+    fn look(&self) -> Vec<u64> {
+        let stat =
+            self.process.and_then(|pid| fs::read_to_string(format!("/proc/{pid}/stat")).ok());
+        // The name may have anything in it. Behind it, utime and stime are fields 14 and 15.
+        let fields = stat.as_deref().and_then(|stat| Some(stat.rsplit_once(") ")?.1));
+        let fields = fields.into_iter().flat_map(str::split_whitespace);
+        let times = fields.skip(11).take(2).filter_map(|field| field.parse().ok());
+        let file = |path: &PathBuf| {
+            let known = fs::metadata(path).ok()?;
+            let time = [known.mtime(), known.mtime_nsec()].map(|part| part.try_into().unwrap_or(0));
+            Some([known.blocks(), time[0], time[1]])
+        };
+        times.chain(self.disks.iter().filter_map(file).flatten()).collect()
+    }
+
+    /// Whether it has done something since the last call, or not long before.
+    fn goes_on(&mut self) -> bool {
+        let now = self.look();
+        let changed = now != self.last;
+        if changed {
+            self.last = now;
+            self.since = Instant::now();
+        }
+        changed || self.since.elapsed() < self.standstill
     }
 }
 
@@ -236,13 +284,19 @@ impl Machine {
     }
 
     /// Runs a command of QEMU's monitor on the snapshot `name`. It says nothing if it succeeds.
-    fn monitor(&mut self, command: &str, name: &str) -> Result<()> {
+    fn monitor(&mut self, command: &str, name: &str, disks: &[PathBuf]) -> Result<()> {
         if is_readable(&self.stop) {
             bail!("interrupted");
         }
-        self.qmp.set_timeout(DISK);
+        self.qmp.set_timeout(LOOK_FOR_PROGRESS);
         let line = json!({ "command-line": format!("{command} {name}") });
-        let said = self.qmp.run("human-monitor-command", line)?;
+        let process = self.qmp.process();
+        let since = Instant::now();
+        let mut works = Works { process, disks, last: Vec::new(), since, standstill: STANDSTILL };
+        let said =
+            self.qmp.run_while("human-monitor-command", line, LOOK_FOR_PROGRESS, &mut || {
+                works.goes_on()
+            })?;
         let said = said.as_str().unwrap_or_default().trim();
         ensure!(said.is_empty(), "QEMU's {command}: {said}");
         Ok(())
@@ -284,8 +338,33 @@ fn is_readable(fd: &OwnedFd) -> bool {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_qemu_works_while_its_process_or_its_disks_change() {
+        let disk = tempfile::NamedTempFile::new().unwrap();
+        let disks = [disk.path().to_owned()];
+        let by = |process| Works {
+            process,
+            disks: &disks,
+            last: Vec::new(),
+            since: Instant::now(),
+            standstill: Duration::ZERO,
+        };
+        let us = by(Some(std::process::id()));
+        assert_eq!(us.look().len(), 2 + 3);
+        let before = us.look()[..2].to_vec();
+        while us.look()[..2] == before {}
+        let mut without = by(None);
+        assert!(without.goes_on());
+        assert!(!without.goes_on(), "the same again, for too long");
+        disk.as_file().set_modified(std::time::UNIX_EPOCH).unwrap();
+        assert!(without.goes_on());
+        without.standstill = Duration::from_secs(3600);
+        assert!(without.goes_on(), "the same again, but not for long");
+    }
 
     #[test]
     fn a_name_is_one_word_of_the_monitor_and_no_number() {

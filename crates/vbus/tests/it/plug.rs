@@ -79,7 +79,12 @@ fn serve(
             ("qom-list", Some("/machine/peripheral")) => Some(vec![json!({ "return": [
                 node("type", "string"), node("p10", port), node("p2", port), node("p1", port),
                 node("vbus-net0", "child<vfio-user-pci>"), node("n", "child<e1000>"),
+                node("gone", "child<vfio-user-pci>"),
             ] })]),
+            // It has left since it was listed.
+            ("qom-list", Some("/machine/peripheral/gone")) => {
+                failed("Device '/machine/peripheral/gone' not found")
+            }
             ("qom-list", Some("/machine/peripheral/p1/p1")) => {
                 let child = node("child[0]", "link<vfio-user-pci>");
                 Some(vec![json!({ "return": [node("type", "string"), child] })])
@@ -179,6 +184,20 @@ fn a_device_leaves_the_bus_once_the_guest_has_released_it() {
         1,
         "nothing is unplugged for a device that is not on the bus"
     );
+}
+
+/// The simulated QEMU lists a device that has gone when it is asked for its socket.
+#[test]
+fn a_device_that_vanishes_meanwhile_is_not_the_one_that_is_looked_for() {
+    let bus = Served::start(&CONFIG.replace("net0", "net1"));
+    let qemu = Qemu::start(|_, _| None);
+    let done = bus.run(&["device", "remove", "net1", "--qmp", qemu.path()]);
+    assert!(
+        done.code == Some(1) && done.err.contains("this QEMU has no device of"),
+        "{}",
+        done.err
+    );
+    assert_eq!(bus.devices(), ["net1"]);
 }
 
 #[test]
