@@ -198,4 +198,14 @@ mod tests {
         known.sort();
         assert_eq!(files, known);
     }
+
+    /// An upgrade of the package cuts no machine off: buses go on until somebody reloads them.
+    #[test]
+    fn a_package_that_is_installed_ends_no_bus() {
+        let path = workspace::root().join("packaging/debian/postinst");
+        let script = fs::read_to_string(path).unwrap();
+        let calls = script.lines().filter(|line| line.trim_start().starts_with("systemctl "));
+        let calls: Vec<_> = calls.map(str::trim).collect();
+        assert_eq!(calls, ["systemctl daemon-reload || true"]);
+    }
 }

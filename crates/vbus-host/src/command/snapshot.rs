@@ -26,6 +26,8 @@ This command saves or restores in an order that loses nothing:
   3. It plugs the same devices into the same places.
 The machine must run, or its guest releases nothing. A disk that the machine can write must be able
 to hold snapshots (qcow2). If a step fails, or on Ctrl-C, the devices are plugged in again.
+Restore by --load only what this command has saved: a machine that was saved with its devices left
+in believes that they are there, and needs QEMU's loadvm with the same devices.
 
 Without this command, a driver of vbus (the Linux driver, vbus-guest) opens its device again by
 itself after loadvm, and the bus warns. Other drivers, such as those of virtio, do not.
