@@ -48,7 +48,9 @@ impl Joining {
 
     fn begin(socket: UnixStream, limits: Limits) -> Result<(Joining, Handed)> {
         let joining = Joining { socket, limits };
-        let handed = joining.taking().offer().and_then(content::read_offer)?;
+        let handed = joining.taking().offer().and_then(content::read_offer);
+        // The log of the other bus shows why, too.
+        let handed = handed.inspect_err(|error| joining.fail(error))?;
         Ok((joining, handed))
     }
 

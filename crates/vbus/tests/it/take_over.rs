@@ -5,10 +5,10 @@
 //! `VBUS_UPGRADES=50 cargo test -p vbus --test it take_over` takes over fifty times; the default is
 //! a few.
 
-use std::io::{IoSliceMut, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, IoSlice, IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -16,9 +16,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
+    sendmsg,
+};
 use rustix::pipe::PipeFlags;
 use rustix::process::Signal;
+use serde_json::{Value, json};
 use vbus_driver::{Function, state::Pages};
 use vbus_process::{MEMORY_BYTES, Process};
 
@@ -204,19 +208,42 @@ impl Double {
 
     /// Receives a message of this kind, with all its descriptors.
     fn receive(&mut self, kind: u8) -> Vec<OwnedFd> {
+        let (found, _, descriptors) = self.message();
+        assert_eq!(found, kind);
+        descriptors
+    }
+
+    /// Receives a message: its kind, its body and its descriptors.
+    fn message(&mut self) -> (u8, Vec<u8>, Vec<OwnedFd>) {
         let mut descriptors = Vec::new();
         let mut head = [0; 16];
         let mut have = 0;
         while have < head.len() {
             have += self.some(&mut head[have..], &mut descriptors);
         }
-        assert_eq!((&head[..4], head[4]), (&b"vbto"[..], kind));
+        assert_eq!(&head[..4], b"vbto");
         let word = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().unwrap()) as usize;
         while descriptors.len() < word(12) {
             self.some(&mut [0], &mut descriptors);
         }
-        self.0.read_exact(&mut vec![0; word(8)]).unwrap();
-        descriptors
+        let mut body = vec![0; word(8)];
+        self.0.read_exact(&mut body).unwrap();
+        (head[4], body, descriptors)
+    }
+
+    /// Sends a message. Its descriptors are so few that they go with the head.
+    fn send(&self, kind: u8, body: &[u8], descriptors: &[OwnedFd]) {
+        let word = |len: usize| u32::try_from(len).unwrap().to_le_bytes();
+        let kind = [kind, 0, 0, 0];
+        let head = [&b"vbto"[..], &kind, &word(body.len()), &word(descriptors.len())].concat();
+        let fds: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(&fds)));
+        let flags = SendFlags::NOSIGNAL;
+        let sent = sendmsg(&self.0, &[IoSlice::new(&head)], &mut control, flags).unwrap();
+        assert_eq!(sent, head.len());
+        (&self.0).write_all(body).unwrap();
     }
 
     fn some(&self, bytes: &mut [u8], descriptors: &mut Vec<OwnedFd>) -> usize {
@@ -244,7 +271,7 @@ fn whatever_the_new_process_does_the_old_one_goes_on() {
     let driver = Driver::start(bus.dir.join("values0.sock"));
     driver.goes_on("at first");
     for step in 0..=3 {
-        for end in ["killed", "nonsense", "silent"] {
+        for end in ["killed", "half", "nonsense", "silent"] {
             let mut double = Double::ask(&bus);
             let mut held = Vec::new();
             if step > 0 {
@@ -259,6 +286,8 @@ fn whatever_the_new_process_does_the_old_one_goes_on() {
             }
             match end {
                 "nonsense" => double.0.write_all(&[0xee; 64]).unwrap(),
+                // A part of the head of `ready`, or of `taken`.
+                "half" => double.0.write_all(&b"vbto\x02\0\0"[..4 + step.min(3)]).unwrap(),
                 // The bus waits until its time has passed, and QEMU would wait longer.
                 "silent" if step > 1 => {
                     let mut text = String::new();
@@ -273,7 +302,7 @@ fn whatever_the_new_process_does_the_old_one_goes_on() {
     }
     assert!(bus.child.try_wait().unwrap().is_none());
     let log = std::fs::read_to_string(&bus.log).unwrap();
-    assert_eq!(log.matches("has not taken over, and this bus goes on").count(), 12, "{log}");
+    assert_eq!(log.matches("has not taken over, and this bus goes on").count(), 16, "{log}");
     // After all that it can still be taken over.
     take_over(&mut bus);
     driver.goes_on("after an upgrade");
@@ -289,6 +318,11 @@ fn a_new_process_that_cannot_says_why_and_the_old_one_goes_on() {
     let ask = b"{\"op\":\"take-over\",\"format\":2,\"state-format\":1,\"version\":\"9.9\"}\n";
     let answer = exchange(&mut socket, ask);
     assert!(answer.contains("vbus 9.9 hands over in format 2"), "{answer}");
+    let ask = b"{\"op\":\"take-over\",\"format\":1,\"state-format\":2,\"version\":\"9.9\"}\n";
+    let answer = exchange(&mut bus.control(), ask);
+    let both = ["with states of format 2", "restart the bus instead"];
+    assert!(both.iter().all(|text| answer.contains(text)), "{answer}");
+    driver.goes_on("after a program with other formats");
     // No room for the descriptors, as when a limit is too low.
     let quoted = |text: &Path| text.display().to_string();
     let script = format!(
@@ -327,6 +361,175 @@ fn a_new_process_that_cannot_says_why_and_the_old_one_goes_on() {
     let output = vbus().args(["serve", "--take-over", "--dir"]).arg(nobody.path()).output();
     let text = String::from_utf8(output.unwrap().stderr).unwrap();
     assert!(text.contains("no bus to take over serves in"), "{text}");
+}
+
+/// The old bus is of another version, as the new one sees it: somebody between the two changes the
+/// line of its answer, its offer and its state. Returns what became of the new bus. It ends if
+/// `edit` leads to a failure; otherwise it serves.
+fn through(bus: &mut Served, edit: impl Fn(&str, &mut Value)) -> Option<(Option<i32>, String)> {
+    let (public, hidden) = (bus.dir.join("control.sock"), bus.log.with_file_name("hidden"));
+    let old = bus.control();
+    std::fs::rename(&public, &hidden).unwrap();
+    let between = UnixListener::bind(&public).unwrap();
+    let new = taker(bus).stderr(Stdio::piped()).spawn().unwrap();
+    let (stream, _) = between.accept().unwrap();
+    std::fs::rename(&hidden, &public).unwrap();
+    // The line that the new bus sends goes on as it is. Nothing comes behind it before the answer.
+    let mut line = String::new();
+    BufReader::new(&stream).read_line(&mut line).unwrap();
+    (&old).write_all(line.as_bytes()).unwrap();
+    let mut answer = Vec::new();
+    while answer.last() != Some(&b'\n') {
+        let mut byte = [0];
+        (&old).read_exact(&mut byte).unwrap();
+        answer.extend(byte);
+    }
+    let edited = |what: &str, text: &[u8]| {
+        let mut value = serde_json::from_slice(text).unwrap();
+        edit(what, &mut value);
+        value.to_string().into_bytes()
+    };
+    let mut answer = edited("answer", &answer);
+    answer.push(b'\n');
+    (&stream).write_all(&answer).unwrap();
+    let (mut old, mut new_end) = (Double(old), Double(stream));
+    let refused = |new: Child| {
+        let output = new.wait_with_output().unwrap();
+        Some((output.status.code(), String::from_utf8(output.stderr).unwrap()))
+    };
+    for what in ["offer", "state"] {
+        if what == "offer" && !answer.starts_with(b"{\"item\":{\"format\":1}}") {
+            return refused(new);
+        }
+        let (kind, body, descriptors) = old.message();
+        new_end.send(kind, &edited(what, &body), &descriptors);
+        drop(descriptors);
+        // Ready, taken or failed.
+        let (kind, body, _) = new_end.message();
+        old.send(kind, &body, &[]);
+        if kind == 5 {
+            return refused(new);
+        }
+    }
+    assert!(bus.child.wait().unwrap().success());
+    bus.child = new;
+    None
+}
+
+/// Programs of other versions: with the same formats they hand over to each other, and with another
+/// one the new bus says what it does not know, and the old one goes on.
+#[test]
+fn a_bus_of_another_version_is_taken_over_or_goes_on() {
+    let mut bus = Served::start(&pages("values0"));
+    let driver = Driver::start(bus.dir.join("values0.sock"));
+    driver.goes_on("at first");
+    type Edit = fn(&str, &mut Value);
+    let edits: [(&str, Edit, &str); 5] = [
+        (
+            "a newer format",
+            |what, value| {
+                if what == "answer" {
+                    value["item"]["format"] = json!(2);
+                }
+            },
+            "unknown answer",
+        ),
+        (
+            "a newer offer",
+            |what, value| {
+                if what == "offer" {
+                    value["more"] = json!(1);
+                }
+            },
+            "unknown field `more`",
+        ),
+        (
+            "a newer state of the bus",
+            |what, value| {
+                if what == "state" {
+                    value["devices"][0]["more"] = json!(1);
+                }
+            },
+            "unknown field `more`",
+        ),
+        (
+            "a newer state of a device",
+            |what, value| {
+                if what == "state" {
+                    value["devices"][0]["state"]["served"]["function"]["more"] = json!(1);
+                }
+            },
+            "unknown field `more`",
+        ),
+        (
+            "an older state of a device",
+            |what, value| {
+                if what == "state" {
+                    let state = &mut value["devices"][0]["state"]["served"]["function"];
+                    state.as_object_mut().unwrap().remove("interrupts").unwrap();
+                }
+            },
+            "missing field `interrupts`",
+        ),
+    ];
+    for (what, edit, why) in edits {
+        let (code, text) = through(&mut bus, edit).expect(what);
+        assert!(code == Some(1) && text.contains(why), "{what}: {code:?} {text}");
+        let log = || std::fs::read_to_string(&bus.log).unwrap();
+        if what != "a newer format" {
+            // The new bus has told the old one.
+            wait_until(&format!("the log names {what}"), || {
+                let said = |line: &str| line.contains("goes on") && line.contains(why);
+                log().lines().any(said)
+            });
+        }
+        driver.goes_on(what);
+        assert_eq!(bus.devices(), ["values0"], "after {what}");
+    }
+    for version in ["0.0.1", "99.0.0"] {
+        let taken = through(&mut bus, |what, value| {
+            if what == "offer" {
+                value["version"] = json!(version);
+            }
+        });
+        assert_eq!(taken, None, "version {version}");
+        driver.goes_on(version);
+    }
+    driver.end();
+}
+
+/// A new process that gets only so much memory: it takes over, or the old one goes on.
+#[test]
+fn a_new_process_without_memory_leaves_the_old_one_serving() {
+    let mut bus = Served::start(&pages("values0"));
+    let driver = Driver::start(bus.dir.join("values0.sock"));
+    driver.goes_on("at first");
+    let command = taker(&bus);
+    let words =
+        command.get_args().map(|word| format!("'{}'", word.to_str().unwrap())).collect::<Vec<_>>();
+    let program = env!("CARGO_BIN_EXE_vbus");
+    for mib in [4, 16, 48, 96, 160, 256] {
+        let script = format!("ulimit -v {}; exec {program} {}", mib * 1024, words.join(" "));
+        let mut new = Command::new("sh")
+            .args(["-c", &script])
+            .env_remove("NOTIFY_SOCKET")
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut ended = None;
+        wait_until("one of the two ends", || {
+            ended = new.try_wait().unwrap();
+            ended.is_some() || bus.child.try_wait().unwrap().is_some()
+        });
+        match ended {
+            Some(status) => assert!(!status.success(), "with {mib} MiB"),
+            None => bus.child = new,
+        }
+        driver.goes_on(&format!("with {mib} MiB for the new process"));
+    }
+    take_over(&mut bus);
+    driver.goes_on("with all memory");
+    driver.end();
 }
 
 /// The sockets are the same ones afterwards. Nobody who waits at one is turned away.
