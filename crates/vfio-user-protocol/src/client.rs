@@ -24,7 +24,7 @@ use crate::message::{
     MigrationFlags, MigrationState, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SetIrqs,
     SubRegion, Version, command, command_name, feature,
 };
-use crate::patience::{Patience, TIMEOUT, Wait};
+use crate::patience::{Patience, TIMEOUT, Wait, Waited};
 use crate::socket::{Broken, Message, Received, Receiver, Sender, SocketSource, Source};
 use crate::target::{DeviceInfo, IoEventFd, IrqInfo, RegionInfo};
 use crate::version::{self, Disagreement, KERNEL_MSG_FDS, MAX_TRANSFER, Negotiated};
@@ -116,6 +116,7 @@ pub struct Client {
     failed: bool,
     negotiated: Negotiated,
     patience: Patience,
+    waited: Waited,
 }
 
 impl Client {
@@ -165,6 +166,7 @@ impl Client {
             failed: false,
             negotiated,
             patience: Patience::default(),
+            waited: Waited::default(),
         };
         let reply = client.call(command::VERSION, &version::proposal(), &[])?;
         let version =
@@ -180,7 +182,7 @@ impl Client {
     }
 
     /// Sets how long the calls from now on wait for the server. The default is
-    /// [`Patience::default`].
+    /// [`Patience::default`]. What earlier calls have waited counts.
     pub fn set_patience(&mut self, patience: Patience) {
         self.patience = patience;
     }
@@ -230,9 +232,9 @@ impl Client {
         if self.failed {
             return Err(ClientError::Closed);
         }
-        let mut wait = Wait::begin(number, self.patience.clone());
+        let mut wait = Wait::begin(number, self.patience.clone(), &mut self.waited);
         let result = act(self, &mut wait);
-        wait.end();
+        wait.end(&mut self.waited);
         result.map_err(|error| if error.is_final() { self.broken(error) } else { error })
     }
 

@@ -93,7 +93,7 @@ pub use client::{Client, ClientError};
 pub use closer::{Closer, PeerFds};
 pub use eventfd::is_eventfd;
 pub use listen::bind_private;
-pub use patience::Patience;
+pub use patience::{Allowance, Patience};
 pub use rustix::io::Errno;
 pub use server::{Outcome, Peer, Server, Stats, Timeouts};
 pub use session::Effort;

@@ -4,6 +4,10 @@
 //! A server may stand still for any time: it is stopped by a debugger, its control group is frozen,
 //! or the machine is loaded. As long as the connection is open, the client cannot tell that from a
 //! server that will never answer. So the program decides.
+//!
+//! A limit for each call is not enough for a VMM: a virtual CPU waits in each access to the device,
+//! and a server that answers every call just in time could take nearly all of its time for ever. An
+//! [`Allowance`] bounds what all calls together wait.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -24,19 +28,77 @@ const AT_THE_END: Duration = Duration::from_secs(1);
 
 type Told = Arc<dyn Fn(bool) + Send + Sync>;
 
+/// How long all calls of a client together may wait for the server. What they wait adds up. Each
+/// call, and the time that passes, take something off the sum. A call during which the sum exceeds
+/// `at_once` ends as if it had taken too long by itself, and the connection has failed.
+///
+/// In any time `t` with `n` calls the client waits for no longer than `at_once` + `n` * `call` +
+/// `share` % of `t`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allowance {
+    /// The most that the sum may be.
+    pub at_once: Duration,
+    /// What each call takes off the sum. Calls that are no slower than this can follow each other
+    /// for ever.
+    pub call: Duration,
+    /// The time that passes takes off this many percent of itself.
+    pub share: u32,
+}
+
+impl Default for Allowance {
+    /// 20 s at once (four of the slowest calls, one after another), 20 ms for each call (a server
+    /// on a busy machine, in turn with others), and 10 %.
+    fn default() -> Allowance {
+        Allowance { at_once: Duration::from_secs(20), call: Duration::from_millis(20), share: 10 }
+    }
+}
+
+/// What the calls of a client have waited, by an [`Allowance`].
+#[derive(Debug, Default)]
+pub(crate) struct Waited {
+    sum: Duration,
+    /// When the last call ended.
+    at: Option<Instant>,
+}
+
+impl Waited {
+    /// A call begins at `now`. Returns for how long it may wait.
+    fn begin(&mut self, allowance: &Allowance, now: Instant) -> Duration {
+        let idle = self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        self.take_off(allowance, idle);
+        allowance.at_once.saturating_sub(self.sum).saturating_add(allowance.call)
+    }
+
+    /// The call that began at `began` ends at `now`.
+    fn end(&mut self, allowance: &Allowance, began: Instant, now: Instant) {
+        let waited = now.saturating_duration_since(began);
+        self.sum = self.sum.saturating_add(waited).saturating_sub(allowance.call);
+        self.take_off(allowance, waited);
+        self.at = Some(now);
+    }
+
+    /// Takes off the share of the time `passed`.
+    fn take_off(&mut self, allowance: &Allowance, passed: Duration) {
+        self.sum = self.sum.saturating_sub(passed.saturating_mul(allowance.share) / 100);
+    }
+}
+
 /// How long the calls of a [`Client`](crate::Client) wait for the server.
 #[derive(Clone)]
 pub struct Patience {
     /// `None`: without a limit.
     limit: Option<Duration>,
+    /// `None`: any sum of calls.
+    allowance: Option<Allowance>,
     stop: Option<Arc<OwnedFd>>,
     stall: Option<(Duration, Told)>,
 }
 
 impl Default for Patience {
-    /// A limit of 5 s for each call.
+    /// A limit of 5 s for each call, and the default [`Allowance`] for all together: what a VMM
+    /// needs.
     fn default() -> Patience {
-        Patience::limit(TIMEOUT)
+        Patience::limit(TIMEOUT).allow(Allowance::default())
     }
 }
 
@@ -44,20 +106,27 @@ impl Patience {
     /// Each call waits this long at most. Then the connection has failed.
     #[must_use]
     pub fn limit(limit: Duration) -> Patience {
-        Patience { limit: Some(limit), stop: None, stall: None }
+        Patience { limit: Some(limit), allowance: None, stop: None, stall: None }
     }
 
     /// Each call waits as long as the connection is open. For a program that a signal ends.
     #[must_use]
     pub fn endless() -> Patience {
-        Patience { limit: None, stop: None, stall: None }
+        Patience { limit: None, allowance: None, stop: None, stall: None }
     }
 
     /// Each call waits as long as the connection is open. Once `stop` is readable, a call waits for
     /// one more second at most, so that the program can end.
     #[must_use]
     pub fn until(stop: OwnedFd) -> Patience {
-        Patience { limit: None, stop: Some(Arc::new(stop)), stall: None }
+        Patience { limit: None, allowance: None, stop: Some(Arc::new(stop)), stall: None }
+    }
+
+    /// Besides, all calls of the client together wait for no longer than `allowance`.
+    #[must_use]
+    pub fn allow(mut self, allowance: Allowance) -> Patience {
+        self.allowance = Some(allowance);
+        self
     }
 
     /// Calls `told` with `true` when a call has waited for `after`, and with `false` when that call
@@ -92,9 +161,12 @@ pub(crate) struct Wait {
 }
 
 impl Wait {
-    pub(crate) fn begin(command: u16, patience: Patience) -> Wait {
+    /// A call begins. `waited` is what the calls before it have waited.
+    pub(crate) fn begin(command: u16, patience: Patience, waited: &mut Waited) -> Wait {
         let began = Instant::now();
-        let deadline = patience.limit.and_then(|limit| began.checked_add(limit));
+        let left = patience.allowance.map(|allowance| waited.begin(&allowance, began));
+        let limit = patience.limit.into_iter().chain(left).min();
+        let deadline = limit.and_then(|limit| began.checked_add(limit));
         Wait { command, patience, began, deadline, stopped: false, told: false }
     }
 
@@ -179,7 +251,10 @@ impl Wait {
     }
 
     /// The call has ended.
-    pub(crate) fn end(self) {
+    pub(crate) fn end(self, waited: &mut Waited) {
+        if let Some(allowance) = &self.patience.allowance {
+            waited.end(allowance, self.began, Instant::now());
+        }
         if self.told {
             self.tell(false);
         }
@@ -194,7 +269,7 @@ mod tests {
     #[test]
     fn only_a_limit_ends_a_call() {
         let (stop, _open) = rustix::pipe::pipe().expect("a pipe");
-        let begin = |patience| Wait::begin(command::DEVICE_RESET, patience);
+        let begin = |patience| Wait::begin(command::DEVICE_RESET, patience, &mut Waited::default());
         assert_eq!(begin(Patience::until(stop)).deadline, None);
         let mut wait = begin(Patience::default());
         assert_eq!(wait.deadline, Some(wait.began + TIMEOUT));
@@ -210,11 +285,42 @@ mod tests {
         let patience = Patience::until(stop).on_stall(Duration::ZERO, move |stalls| {
             tell.send(stalls).expect("the test waits");
         });
-        let mut wait = Wait::begin(command::DEVICE_RESET, patience);
+        let mut wait = Wait::begin(command::DEVICE_RESET, patience, &mut Waited::default());
         assert_eq!((wait.is_over(), wait.deadline), (Ok(false), None));
         assert_eq!(told.try_recv(), Ok(true));
         rustix::io::write(&open, b"x").expect("room in the pipe");
         assert!(wait.is_over().is_ok() && wait.deadline.is_some(), "it ends soon");
+    }
+
+    #[test]
+    fn what_calls_wait_adds_up_and_time_and_calls_take_it_off() {
+        let ms = Duration::from_millis;
+        let allowance = Allowance { at_once: ms(1000), call: ms(10), share: 10 };
+        let (start, mut waited) = (Instant::now(), Waited::default());
+        // Calls of this length, after so long without one. Returns what the last one may wait.
+        let mut at = start;
+        let mut calls = |count: u32, length: u64, idle: u64| {
+            let mut left = Duration::ZERO;
+            for _ in 0..count {
+                at += ms(idle);
+                left = waited.begin(&allowance, at);
+                waited.end(&allowance, at, at + ms(length));
+                at += ms(length);
+            }
+            left
+        };
+        assert_eq!(calls(1, 0, 0), ms(1010), "the first one");
+        // As slow as a call may be: for ever.
+        assert_eq!(calls(100_000, 11, 0), ms(1010));
+        // A stop in between is forgotten after ten times as long.
+        assert_eq!(calls(1, 910, 0), ms(1010));
+        assert_eq!(calls(1, 0, 0), ms(1010 - (910 - 10 - 91)));
+        assert_eq!(calls(1, 0, 9000), ms(1010));
+        // Just below the time of each call: 980 ms - 100 ms stay of the first one.
+        assert_eq!(calls(2, 990, 0), ms(1010 - (990 - 10 - 99)));
+        // Much more than all: nothing overflows.
+        let most = Allowance { at_once: Duration::MAX, call: Duration::MAX, share: u32::MAX };
+        assert_eq!(Waited::default().begin(&most, start), Duration::MAX);
     }
 
     #[test]
@@ -224,9 +330,9 @@ mod tests {
             tell.send(stalls).expect("the test waits");
         });
         let (socket, _open) = rustix::pipe::pipe().expect("a pipe");
-        let mut wait = Wait::begin(command::DEVICE_RESET, patience);
+        let mut wait = Wait::begin(command::DEVICE_RESET, patience, &mut Waited::default());
         assert_eq!(wait.until(socket.as_fd(), PollFlags::IN), Ok(false));
-        wait.end();
+        wait.end(&mut Waited::default());
         assert_eq!(told.iter().collect::<Vec<_>>(), [true, false]);
     }
 }

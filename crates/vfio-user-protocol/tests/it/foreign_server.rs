@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use vfio_user_protocol::message::{Kind, Version, command, message};
-use vfio_user_protocol::{Client, ClientError, Patience, version};
+use vfio_user_protocol::{Allowance, Client, ClientError, Patience, version};
 
 /// How long a test waits for what must happen.
 const BOUND: Duration = Duration::from_secs(60);
@@ -111,6 +111,33 @@ fn an_answer_in_single_bytes_is_late() {
         server.write_all(&[bytes.next().unwrap_or(0)])
     });
     assert!(matches!(error, ClientError::Timeout("DEVICE_GET_INFO")), "{error}");
+}
+
+/// A virtual CPU waits in each call. A server that answers each one just in time must not slow the
+/// guest down for ever.
+#[test]
+fn a_server_that_always_answers_just_in_time_is_dead_after_a_while() {
+    const SLOW: Duration = Duration::from_millis(20);
+    let (mut client, mut server) = negotiated();
+    let allowance = Allowance { at_once: SLOW * 2, call: Duration::ZERO, share: 0 };
+    client.set_patience(Patience::limit(NEVER).allow(allowance));
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let body = bytes![16u32, 3u32, 9u32, 5u32];
+            let mut request = [0; 32];
+            while server.read_exact(&mut request).is_ok() {
+                let id = u16::from_le_bytes([request[0], request[1]]);
+                std::thread::sleep(SLOW);
+                let kind = Kind::Reply { error: None };
+                let _ = server.write_all(&message(id, command::DEVICE_GET_INFO, kind, &body));
+            }
+        });
+        // Each call takes at least as long as the server sleeps, so the third is too much.
+        let error = (0..3).find_map(|_| client.device_info().err()).expect("an end");
+        assert!(matches!(error, ClientError::Timeout("DEVICE_GET_INFO")), "{error}");
+        assert!(matches!(client.device_info(), Err(ClientError::Closed)));
+        drop(client);
+    });
 }
 
 /// What became of a call whose server stands still until it is told to go on.
