@@ -30,6 +30,8 @@ const WORKERS_MAX: u64 = 64;
 const POLL_US_MAX: u64 = 10_000;
 /// The largest budget.
 const BUDGET_MAX: u64 = 4096;
+/// The most memory of guests, in MiB: all that a process can map.
+const GUEST_MEMORY_MIB_MAX: u64 = 1 << 27;
 
 /// The configuration of a bus.
 #[derive(Debug, Default)]
@@ -38,6 +40,9 @@ pub struct Config {
     pub tuning: Tuning,
     /// The level of the log.
     pub log: Option<String>,
+    /// How many bytes of memory that can be charged to the bus all clients may map. `None`: only
+    /// the limits of the process hold.
+    pub guest_memory: Option<u64>,
     /// Who may control the bus.
     pub control: ControlSpec,
     /// Where the metrics are.
@@ -404,7 +409,7 @@ fn settings<T>(
 }
 
 fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
-    const KEYS: [&str; 4] = ["workers", "poll-us", "budget", "log"];
+    const KEYS: [&str; 5] = ["workers", "poll-us", "budget", "guest-memory-mib", "log"];
     for (key, value) in table {
         match &**key.get_ref() {
             "workers" => {
@@ -416,6 +421,9 @@ fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
             }
             "budget" => {
                 config.tuning.budget = u32::try_from(number(value, 1, BUDGET_MAX)?).unwrap_or(1)
+            }
+            "guest-memory-mib" => {
+                config.guest_memory = Some(number(value, 1, GUEST_MEMORY_MIB_MAX)? << 20);
             }
             "log" => {
                 let level = string(value)?;
@@ -609,7 +617,7 @@ mod tests {
             ),
             (
                 "[bus]\nzzz = 1\n",
-                "bus.toml:2:1: unknown key \"zzz\" for the bus; the known keys are: workers, poll-us, budget, log",
+                "bus.toml:2:1: unknown key \"zzz\" for the bus; the known keys are: workers, poll-us, budget, guest-memory-mib, log",
             ),
             (
                 "[bus]\ntrust-memory = true\n",

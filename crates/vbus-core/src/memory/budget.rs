@@ -17,7 +17,9 @@
 //! has mapped: no page beyond that can be charged. So where the control group has a limit, the
 //! files of tmpfs that all peers have mapped stay below it ([`Resource::Pages`]). It makes no
 //! difference whether their pages are there already, because they may go again. Pages of hugetlbfs
-//! are not charged in this way, and the kernel takes back those of a disk.
+//! are not charged in this way, and the kernel takes back those of a disk. Where the control group
+//! has no limit, the program can set one for these files alone ([`limit_pages`]): a peer whose own
+//! control group has a limit could otherwise have the memory of the whole machine through the bus.
 //!
 //! A peer is a process ([`PeerProcess`]): a VMM with many devices has one [`Client`] for all of
 //! them. Each device has an [`Account`] of it.
@@ -25,6 +27,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use rustix::process::{Resource as Limit, getrlimit};
@@ -171,7 +174,8 @@ impl Resource {
             Resource::Descriptors => ("descriptors of memory files", "RLIMIT_NOFILE"),
             Resource::Pages => (
                 "bytes of files whose pages can be charged to the bus",
-                "memory.max of its control group (MemoryMax= in systemd), or as address space",
+                "memory.max of its control group (MemoryMax= in systemd), guest-memory-mib of its \
+                 configuration, or as address space",
             ),
         }
     }
@@ -219,10 +223,19 @@ impl fmt::Display for Exceeded {
 
 impl std::error::Error for Exceeded {}
 
+/// Sets how many bytes of files whose pages can be charged to this process all peers together may
+/// map ([`Resource::Pages`]). It holds beside what the limits of the process give, and from now on:
+/// what is mapped stays. `None`: only the limits of the process hold.
+pub fn limit_pages(bytes: Option<u64>) {
+    Budget::of_process().limit_pages(bytes);
+}
+
 /// The budget of a process.
 #[derive(Debug)]
 pub struct Budget {
     totals: Amounts,
+    /// What the program allows of [`Resource::Pages`]. [`u64::MAX`]: it has set nothing.
+    pages: AtomicU64,
     used: Mutex<Amounts>,
     /// By the id of their process.
     clients: Mutex<HashMap<i32, Weak<Client>>>,
@@ -250,7 +263,22 @@ impl Budget {
             // Without a limit there is nothing to keep: the address space bounds what is mapped.
             Resource::Pages => limits.control_group.min(limits.address_space) / 4 * 3,
         });
-        Arc::new(Budget { totals, used: Mutex::default(), clients: Mutex::default() })
+        let pages = AtomicU64::new(u64::MAX);
+        Arc::new(Budget { totals, pages, used: Mutex::default(), clients: Mutex::default() })
+    }
+
+    fn limit_pages(&self, bytes: Option<u64>) {
+        // No other memory goes with the number.
+        self.pages.store(bytes.unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// How much of the resource number `at` all peers may have.
+    fn total(&self, at: usize) -> u64 {
+        let set = match Resource::ALL[at] {
+            Resource::Pages => self.pages.load(Ordering::Relaxed),
+            _ => u64::MAX,
+        };
+        self.totals[at].min(set)
     }
 
     /// The client that `process` is. Without a process, and for one that has ended already, it is a
@@ -357,7 +385,7 @@ impl Client {
     }
 
     fn may_have(&self, all: u64, own: u64, at: usize) -> u64 {
-        self.budget.totals[at].saturating_sub(all - own) / 2
+        self.budget.total(at).saturating_sub(all - own) / 2
     }
 }
 
@@ -408,7 +436,7 @@ impl Account {
                 has: used[at],
                 wants: amount,
                 may_have,
-                total: client.budget.totals[at],
+                total: client.budget.total(at),
             });
         }
         all[at] += amount;
@@ -449,7 +477,7 @@ impl Account {
                 "client_used": used[at],
                 "of": client.may_have(all[at], used[at], at),
                 "all_used": all[at],
-                "all_of": client.budget.totals[at],
+                "all_of": client.budget.total(at),
             });
             (r.name().to_owned(), amounts)
         };
@@ -579,6 +607,27 @@ mod tests {
         assert_eq!(second.inspect()["client"]["devices"], json!(["first", "second"]));
         // Another client has its own half of the rest.
         assert_eq!(budget.client(None).account("").left(Resource::Descriptors), 256);
+    }
+
+    #[test]
+    fn the_program_bounds_the_pages_of_peers_where_no_control_group_does() {
+        let budget = budget(4096);
+        let (first, other) = (budget.client(None).account(""), budget.client(None).account(""));
+        let before = first.left(Resource::AddressSpace);
+        budget.limit_pages(Some(1024));
+        let most = first.take(Resource::Pages, 512).unwrap();
+        let error = first.take(Resource::Pages, 1).unwrap_err();
+        assert_eq!((error.has, error.may_have, error.total), (512, 512, 1024));
+        assert!(error.to_string().contains("guest-memory-mib"), "{error}");
+        assert_eq!(other.left(Resource::Pages), 256, "the other has its half of the rest");
+        assert_eq!(first.inspect()["pages"]["all_of"], 1024);
+        assert_eq!(first.left(Resource::AddressSpace), before, "nothing else has this limit");
+        // Less than what is mapped: that stays, and nobody gets more.
+        budget.limit_pages(Some(256));
+        assert_eq!((first.left(Resource::Pages), other.left(Resource::Pages)), (0, 0));
+        drop(most);
+        budget.limit_pages(None);
+        assert!(first.left(Resource::Pages) > 1024);
     }
 
     #[test]

@@ -56,7 +56,7 @@ use vbus_shm::ErrorCode;
 
 pub(crate) use self::budget::Budget;
 use self::budget::{Account, Share};
-pub use self::budget::{Charge, Exceeded, METRICS, Resource};
+pub use self::budget::{Charge, Exceeded, METRICS, Resource, limit_pages};
 pub use self::file::IOCTLS;
 use self::file::{FileKey, Found, SharedFile};
 pub use self::integer::SharedInteger;

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
+use vbus_core::memory::limit_pages;
 use vbus_core::{Bus, DeviceClass, Endpoint, Executor, lock};
 use vbus_pci::Options;
 use vbus_sched::SchedClass;
@@ -188,6 +189,7 @@ impl Host {
         let threads = Arc::new(RemoteThreads(supervisor.clone()));
         let classes = classes::all(supervisor.clone(), SchedClass::through(threads), more)?;
         let bus = Bus::new(executor, classes);
+        limit_pages(config.guest_memory);
         Ok(Host {
             claimed,
             inherited,

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use vbus_cli::log;
+use vbus_core::memory::limit_pages;
 use vbus_core::{Endpoint, lock};
 
 use super::host::Host;
@@ -224,6 +225,11 @@ impl Reloader {
                 }
                 _ => report.kept("log", "VBUS_LOG has set the level of the log", RESTART),
             }
+        }
+        if old.guest_memory != new.guest_memory {
+            limit_pages(new.guest_memory);
+            report.changed("bus", "\"guest-memory-mib\" holds for what is mapped from now on");
+            old.guest_memory = new.guest_memory;
         }
         if old.allow != new.allow {
             report.changed("allow", "other devices may be added from now on");

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A bus that reads its configuration again: by `vbus reload` and by SIGHUP.
+use std::os::fd::AsFd;
+
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vfio_user_protocol::Client;
@@ -94,6 +96,34 @@ fn devices_come_go_and_change() {
     configure(&bus, &(others + &nic("rate", "rate = \"4G\"\nburst = \"32k\"")));
     assert_eq!(bus.good(&["reload"]), "nothing has changed\n");
     drop(client);
+}
+
+/// A VMM with a sparse file cannot make the kernel charge the bus for more than the file allows,
+/// also where no control group has a limit.
+#[test]
+fn the_memory_of_guests_has_the_bound_of_the_file() {
+    let text = |mib: u64| format!("[bus]\nguest-memory-mib = {mib}\n{}", nic("net0", ""));
+    let bus = Served::start(&text(8));
+    let mut client = Client::connect(bus.dir.join("net0.sock")).unwrap();
+    let file = rustix::fs::memfd_create("sparse", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, 1 << 40).unwrap();
+    let mut map = |at: u64| client.dma_map(file.as_fd(), at, at, 1 << 20).is_ok();
+    // Half of it: another client has its part too.
+    let mapped = (0..8).take_while(|mib| map(mib << 20)).count();
+    assert_eq!(mapped, 4);
+    let refused = "the budget of bytes of files whose pages can be charged to the bus: the client, \
+                   process ";
+    wait_until("the line of the log", || {
+        let log = std::fs::read_to_string(&bus.log).unwrap();
+        log.contains(refused) && log.contains("guest-memory-mib")
+    });
+    let pages = &bus.json(&["device", "show", "net0"])["memory"]["pages"];
+    let amounts = ["client_used", "of", "all_of"].map(|key| pages[key].as_u64().unwrap() >> 20);
+    assert_eq!(amounts, [4, 4, 8], "{pages}");
+    configure(&bus, &text(12));
+    let said = bus.good(&["reload"]);
+    assert!(said.contains("\"guest-memory-mib\" holds for what is mapped from now on"), "{said}");
+    assert_eq!((4..12).take_while(|mib| map(mib << 20)).count(), 2);
 }
 
 #[test]
