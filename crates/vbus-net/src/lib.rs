@@ -73,7 +73,7 @@ pub use metrics::{BACKEND_METRICS, UPLINK_METRICS};
 #[cfg(feature = "fuzzing")]
 pub use offload::Plain;
 pub use offload::dhcp_checksum;
-pub use opener::{Direct, HandedOver, Opener, open_capture};
+pub use opener::{Direct, HandedOver, Opener, Way, open_capture};
 pub use rss::Rss;
 pub use sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
 pub use steering::Steering;

@@ -8,8 +8,8 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat, ftruncate, openat,
-    statat,
+    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, fcntl_getfl, fcntl_setfl, fstat, ftruncate,
+    openat, openat2, statat,
 };
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
@@ -93,27 +93,46 @@ impl HandedOver {
     }
 }
 
-/// Creates or empties the file at `path`, for a capture. A relative path begins at `folder`. A FIFO
-/// there is opened without waiting, and its descriptor is non-blocking. `follow`: a symbolic link
-/// is followed. `check` sees what was opened, before anything is emptied.
+/// What the path of a file may lead over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Links and mounts.
+    Any,
+    /// Mounts, and links; but the file itself is no link.
+    NoLastLink,
+    /// Neither. A mount may be of a file system that somebody made himself (FUSE), which lets
+    /// whoever looks there wait for ever.
+    Plain,
+}
+
+/// Creates or empties the file at `path`, for a capture. A relative path begins at `folder`, and
+/// leads over what `way` says. A FIFO there is opened without waiting, and its descriptor is
+/// non-blocking. `check` sees what was opened, before anything is emptied.
 ///
 /// # Errors
 /// `ENXIO` if a FIFO is there that nobody reads now; `check` or the system refuses.
 pub fn open_capture(
     folder: impl AsFd,
     path: &Path,
-    follow: bool,
+    way: Way,
     check: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
 ) -> io::Result<File> {
     // Without NONBLOCK, opening a FIFO would wait for its reader.
     let mut flags =
         OFlags::WRONLY | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    if !follow {
+    if way != Way::Any {
         flags |= OFlags::NOFOLLOW;
     }
     let mode = Mode::from_raw_mode(0o600);
-    let file = match retry_on_intr(|| openat(&folder, path, flags, mode)) {
-        Err(Errno::LOOP) if !follow => return Err(io::Error::other("it is a symbolic link")),
+    let plain = ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS;
+    let opened = retry_on_intr(|| match way {
+        Way::Plain => openat2(&folder, path, flags, mode, plain),
+        Way::Any | Way::NoLastLink => openat(&folder, path, flags, mode),
+    });
+    let file = match opened {
+        Err(Errno::LOOP) if way != Way::Any => {
+            return Err(io::Error::other("it is a symbolic link"));
+        }
         Err(Errno::NXIO) => {
             let found = statat(&folder, path, AtFlags::empty())?;
             return Err(match FileType::from_raw_mode(found.st_mode) {
@@ -140,7 +159,7 @@ pub struct Direct;
 
 impl Opener for Direct {
     fn create(&self, path: &Path) -> io::Result<File> {
-        open_capture(CWD, path, true, |_| Ok(()))
+        open_capture(CWD, path, Way::Any, |_| Ok(()))
     }
 
     fn listen(&self, path: &Path) -> io::Result<OwnedFd> {

@@ -379,6 +379,8 @@ fn serve(
     drop(host.change());
     tracing::info!("stopping");
     manager.stopping();
+    // Sockets, devices and the keeper's end below ask the supervisor.
+    host.supervisor().end_soon();
     if let Some(keeping) = host.keeping() {
         keeping.ends();
         let _ = host.supervisor().set_leaving(false);

@@ -9,10 +9,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
@@ -41,6 +42,8 @@ pub struct Supervisor {
     child: Mutex<Child>,
     /// Readable when it has ended.
     process: OwnedFd,
+    /// When the bus began to end.
+    ending: OnceLock<Instant>,
     threads: Threads,
     /// What a former bus has handed over for its devices' back ends.
     handed_over: Mutex<HashMap<String, HandedOver>>,
@@ -87,7 +90,9 @@ impl Supervisor {
         let child = Mutex::new(child);
         let handed_over = Mutex::default();
         let threads = unknown;
-        let mut supervisor = Supervisor { quick, slow, ends, child, process, threads, handed_over };
+        let ending = OnceLock::new();
+        let mut supervisor =
+            Supervisor { quick, slow, ends, child, process, ending, threads, handed_over };
         supervisor.threads = serde_json::from_value(supervisor.ask(&Verb::Threads)?.0)?;
         Ok(Arc::new(supervisor))
     }
@@ -238,10 +243,38 @@ impl Drop for Supervisor {
 }
 
 impl Supervisor {
+    /// The bus begins to end. It has requests until then: each device and socket goes with one. The
+    /// supervisor may stand still, or wait for a disk, so after a while all requests fail, those
+    /// that are under way too.
+    pub fn end_soon(&self) {
+        self.end_within(TIMEOUT);
+    }
+
+    fn end_within(&self, limit: Duration) {
+        let _ = self.ending.set(Instant::now());
+        let cut = || -> io::Result<()> {
+            let process = self.process.try_clone()?;
+            let ends = [self.ends[0].try_clone()?, self.ends[1].try_clone()?];
+            std::thread::Builder::new().name("supervisor".into()).spawn(move || {
+                let limit = Timespec::try_from(limit).ok();
+                let mut ended = [PollFd::new(&process, PollFlags::IN)];
+                let _ = retry_on_intr(|| poll(&mut ended, limit.as_ref()));
+                for end in &ends {
+                    let _ = shutdown(end, Shutdown::Both);
+                }
+            })?;
+            Ok(())
+        };
+        if let Err(error) = cut() {
+            tracing::warn!(%error, "the end of the bus may have to wait for its supervisor");
+        }
+    }
+
     /// Ends the supervisor, and waits for its end, but not for ever. Later requests fail, and so do
     /// those that are under way.
     pub fn stop(&self) {
-        self.stop_within(TIMEOUT);
+        let passed = self.ending.get().map_or(Duration::ZERO, Instant::elapsed);
+        self.stop_within(TIMEOUT.saturating_sub(passed));
     }
 
     fn stop_within(&self, limit: Duration) {
@@ -435,6 +468,7 @@ mod tests {
             ends,
             child: Mutex::new(child),
             process,
+            ending: OnceLock::new(),
             threads: Threads { is_privileged: false, tells_time: false },
             handed_over: Mutex::default(),
         };
@@ -470,6 +504,27 @@ mod tests {
         lock(&supervisor.child).kill().unwrap();
         supervisor.stop_within(BOUND * 60);
         assert!(lock(&supervisor.child).try_wait().unwrap().is_some());
+    }
+
+    #[test]
+    fn requests_at_the_end_of_the_bus_do_not_wait_without_end() {
+        let (supervisor, theirs) = deaf();
+        let (told, hears) = channel();
+        let ask = |verb: Verb| {
+            let (supervisor, told) = (supervisor.clone(), told.clone());
+            std::thread::spawn(move || told.send(supervisor.ask(&verb)).unwrap());
+        };
+        ask(Verb::Settle);
+        assert!(verb::receive_plain::<Verb>(&theirs[1]).unwrap().is_some());
+        // One that waits for the first, one on the other socket.
+        ask(Verb::Remove { path: "/socket".into() });
+        ask(Verb::Threads);
+        supervisor.end_within(Duration::from_millis(20));
+        for _ in 0..3 {
+            let answer = hears.recv_timeout(BOUND).expect("a request waits for the supervisor");
+            assert_eq!(answer.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        }
+        lock(&supervisor.child).kill().unwrap();
     }
 
     #[test]

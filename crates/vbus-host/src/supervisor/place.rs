@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Finds the place of a path. A path in an allowed folder cannot lead out of the folder, whoever
-//! changes links and folders within it.
+//! changes links and folders within it. Neither does it lead over a mount there: it may be of a file
+//! system that another user made (FUSE), and nobody may wait for that.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -9,12 +10,16 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, RwLock};
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxFlags, fstat, open, openat, statx};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, StatxFlags, fstat, open, openat, openat2,
+    statx,
+};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use super::config_file;
 use super::permits::{Permits, Purpose};
+use vbus_net::Way;
 
 /// An allowed folder.
 #[derive(Clone)]
@@ -105,10 +110,13 @@ impl Allowed {
                 })
                 .collect();
             if let Some((name, parents)) = names.as_deref().and_then(<[_]>::split_last) {
-                return Ok(Place::Within {
-                    folder: walk(descriptor, parents)?,
-                    name: (*name).into(),
-                });
+                let folder = walk(descriptor, parents)?;
+                // Whoever makes a socket there looks at what is there before.
+                match step(&folder, name, OFlags::empty()) {
+                    Ok(_) | Err(Errno::NOENT) => {}
+                    Err(error) => return Err(refused(error)),
+                }
+                return Ok(Place::Within { folder, name: (*name).into() });
             }
         }
         let folders: Vec<_> =
@@ -176,14 +184,30 @@ impl Places {
     }
 }
 
-/// Opens the folder below `folder` that `names` lead to. Follows no link.
+/// Opens the folder below `folder` that `names` lead to. Follows no link, and enters no mount.
 fn walk(folder: &OwnedFd, names: &[&OsStr]) -> io::Result<OwnedFd> {
     let mut at = folder.try_clone()?;
     for name in names {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        at = openat(&at, *name, flags, Mode::empty())?;
+        at = step(&at, name, OFlags::DIRECTORY).map_err(refused)?;
     }
     Ok(at)
+}
+
+/// Finds `name` in `folder`, and asks no other file system than that of the folder.
+fn step(folder: &OwnedFd, name: &OsStr, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let flags = flags | OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    retry_on_intr(|| openat2(folder, name, flags, Mode::empty(), ResolveFlags::NO_XDEV))
+}
+
+/// What an error in an allowed folder means.
+fn refused(error: Errno) -> io::Error {
+    match error {
+        Errno::XDEV => io::Error::other(
+            "another file system is mounted below the allowed folder; name its folder in [allow], \
+             if nobody else may mount there",
+        ),
+        error => error.into(),
+    }
 }
 
 impl Place {
@@ -208,10 +232,12 @@ impl Place {
             config.map_or(Ok(()), |config| config_file::refuse(file, config))
         };
         let (folder, name) = match self {
-            Place::Named(path) => return vbus_net::open_capture(CWD, path, false, check),
+            Place::Named(path) => {
+                return vbus_net::open_capture(CWD, path, Way::NoLastLink, check);
+            }
             Place::Within { folder, name } => (folder, name),
         };
-        let file = vbus_net::open_capture(folder, Path::new(name), false, check)?;
+        let file = vbus_net::open_capture(folder, Path::new(name), Way::Plain, check)?;
         match FileType::from_raw_mode(fstat(&file)?.st_mode) {
             FileType::RegularFile | FileType::Fifo => Ok(file),
             _ => Err(io::Error::other("it is no file")),
@@ -228,7 +254,9 @@ impl Place {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match self {
             Place::Named(path) => openat(CWD, path, flags, Mode::empty())?,
-            Place::Within { folder, name } => openat(folder, name, flags, Mode::empty())?,
+            Place::Within { folder, name } => {
+                step(folder, name, OFlags::empty()).map_err(refused)?
+            }
         };
         // Class changes wait for the answer, so no file system is asked: it may be somebody's own.
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
@@ -306,6 +334,62 @@ mod tests {
         }
         assert_eq!(std::fs::read(root.join("other/secret")).unwrap(), b"secret");
         assert_eq!(std::fs::read_dir(root.join("other")).unwrap().count(), 1);
+    }
+
+    /// A file system of somebody's own may never answer. So the lookup must stop before it, and not
+    /// ask it.
+    #[test]
+    fn no_path_leads_into_a_mount_below_a_folder() {
+        const NAME: &str = "supervisor::place::tests::looks_over_mounts";
+        let program = std::env::current_exe().unwrap();
+        let mut command = std::process::Command::new("unshare");
+        command.args(["--mount", "--map-root-user"]).arg(program);
+        let Ok(output) = command.args(["--ignored", "--exact", NAME, "--nocapture"]).output()
+        else {
+            eprintln!("skipped: there is no unshare");
+            return;
+        };
+        let text = String::from_utf8_lossy(&output.stderr);
+        if text.contains("unshare:") || text.contains("no mount: ") {
+            eprintln!("skipped: this machine lets nobody mount: {text}");
+            return;
+        }
+        assert!(output.status.success(), "{:?} {text}", output.status);
+    }
+
+    #[test]
+    #[ignore = "runs in a process of its own"]
+    fn looks_over_mounts() {
+        use rustix::mount::{MountFlags, mount, mount_bind};
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        let places = places(root);
+        for name in ["vm/mount", "vm/below/mount"] {
+            std::fs::create_dir(root.join(name)).unwrap();
+            let mounted = mount("none", root.join(name), "tmpfs", MountFlags::empty(), None);
+            if let Err(error) = mounted {
+                eprintln!("no mount: {error}");
+                return;
+            }
+        }
+        // The folder itself may be a mount, and a single file may be one.
+        std::fs::write(root.join("vm/file"), "").unwrap();
+        std::fs::write(root.join("other/file"), "kept").unwrap();
+        mount_bind(root.join("other/file"), root.join("vm/file")).unwrap();
+        for bad in ["vm/mount", "vm/mount/a", "vm/below/mount/a", "vm/file"] {
+            let path = root.join(bad);
+            for purpose in [Purpose::Capture, Purpose::Listen, Purpose::Connect] {
+                let error = places.find(path.to_str().unwrap(), purpose).err().unwrap();
+                assert!(error.to_string().contains("is mounted below"), "{bad}: {error}");
+            }
+        }
+        // Somebody mounts between the lookup and its use.
+        let folder = open(root.join("vm"), OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let place = Place::Within { folder, name: "file".into() };
+        assert_eq!(place.create(None).unwrap_err().raw_os_error(), Some(libc::EXDEV));
+        assert!(place.connect().unwrap_err().to_string().contains("is mounted below"));
+        assert_eq!(std::fs::read(root.join("other/file")).unwrap(), b"kept");
+        places.create(root.join("vm/below/a").to_str().unwrap()).unwrap();
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod control;
 mod descriptors;
+mod full;
 mod fuse;
 mod guest;
 mod hotplug;

@@ -227,6 +227,20 @@ fn a_directory_has_one_bus() {
     next.wait().unwrap();
 }
 
+/// The supervisor has the directory's lock too, and a disk may keep it from its end.
+#[test]
+fn a_bus_that_has_ended_leaves_its_directory_to_the_next_one_although_its_supervisor_hangs() {
+    let mut bus = Served::start(TWO);
+    let supervisor = Pid::from_raw(bus.supervisor()).unwrap();
+    kill_process(supervisor, Signal::STOP).unwrap();
+    bus.signal(Signal::TERM);
+    assert!(bus.child.wait().unwrap().success());
+    let next = Served::start_in(&bus.dir, TWO);
+    assert!(!has_ended(supervisor.as_raw_nonzero().get()), "it would have let go by its end");
+    kill_process(supervisor, Signal::KILL).unwrap();
+    assert_eq!(next.devices(), ["net0", "net1"]);
+}
+
 #[test]
 fn a_killed_bus_leaves_nothing_and_the_next_one_starts_at_once() {
     let folder = tempfile::tempdir().unwrap();
