@@ -203,6 +203,29 @@ mod tests {
 
     const N: u32 = 4;
 
+    /// Each record of each ledger lies within it, behind the header, and no two share a word.
+    #[test]
+    fn records_of_all_ledgers_lie_within_them_and_apart() {
+        for entries in (1..=15).map(|bits| 1_u32 << bits) {
+            let Ok(layout) = Layout::new(entries, Returns::Entries) else {
+                continue;
+            };
+            let (words, mut end) = (memory(bytes(entries)), RECORDS_OFFSET as u128);
+            for id in 0..entries {
+                assert_eq!(record_at(id) as u128 * 8, end, "{entries} {id}");
+                assert_eq!(
+                    record(&words, layout, id).map(<[Word]>::len),
+                    Some(RECORD_BYTES / WORD)
+                );
+                end += RECORD_BYTES as u128;
+            }
+            assert_eq!(end, bytes(entries) as u128);
+            for id in [entries, entries + 1, u32::from(u16::MAX), u32::MAX] {
+                assert!(id < entries || record(&words, layout, id).is_none(), "{entries} {id}");
+            }
+        }
+    }
+
     fn memory(bytes: usize) -> Vec<Word> {
         (0..bytes / WORD).map(|_| Word::new(0)).collect()
     }

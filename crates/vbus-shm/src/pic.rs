@@ -397,6 +397,36 @@ mod tests {
         core::array::from_fn(|_| Word::new(0))
     }
 
+    /// All lines in all sets: each has a bit of its own in its set, and is found again by it.
+    #[test]
+    fn every_line_has_a_bit_of_its_own() {
+        let sets = [LEVEL, MASKED, IN_SERVICE, PENDING];
+        let mut users = [0u64; PAGE_BYTES / WORD];
+        for (offset, line) in sets.iter().flat_map(|o| (0..LINES_MAX).map(move |line| (*o, line))) {
+            let (word, bit) = word_and_bit(offset, line);
+            assert_eq!(word * 64 + bit.ilog2() as usize, offset * 8 + usize::from(line));
+            assert!(bit.is_power_of_two() && users[word] & bit == 0, "{offset} {line}");
+            users[word] |= bit;
+            let at = word - offset / WORD;
+            assert_eq!(line_of(at, bit.ilog2()), line);
+            let set = core::array::from_fn(|n| if n == at { bit } else { 0 });
+            assert_eq!(highest(&set), Some(line));
+            // With all below it: the highest is the most urgent.
+            let below = core::array::from_fn(|n| match n.cmp(&at) {
+                core::cmp::Ordering::Less => u64::MAX,
+                core::cmp::Ordering::Equal => bit | (bit - 1),
+                core::cmp::Ordering::Greater => 0,
+            });
+            assert_eq!(highest(&below), Some(line));
+        }
+        assert_eq!((users[0], highest(&[0; SET])), (0, None), "no set lies over the header");
+        for lines in 0..=1 << 16 {
+            let good = (1..=u64::from(LINES_MAX)).contains(&lines);
+            assert_eq!(check_lines(lines).ok().map(u64::from), good.then_some(lines));
+        }
+        assert!(check_lines(u64::MAX).is_err() && check_lines(1 << 16 | 1).is_err());
+    }
+
     type Page<'a> = (DriverEnd<&'a [Word]>, DeviceEnd<&'a [Word]>);
 
     fn page(memory: &[Word], lines: u16, nesting: Nesting) -> Page<'_> {

@@ -150,13 +150,42 @@ impl<E: End> fmt::Debug for Kick<E> {
     }
 }
 
-/// Position `a` minus position `b`. Positions in `arm` have 63 bits, so the difference is a number
-/// of 63 bits with a sign.
-#[inline(always)]
-#[allow(clippy::cast_possible_wrap, reason = "to a difference with a sign")]
-fn difference(a: u64, b: u64) -> i64 {
-    (a.wrapping_sub(b) << 1) as i64 >> 1
+/// The arithmetic of positions in words of a type, `$signed` with a sign. The tests have it for words
+/// so narrow that they try all there is.
+macro_rules! positions {
+    ($word:ty, $signed:ty) => {
+        /// The bit of `arm` that says that the receiver wants a kick.
+        pub(super) const ENABLED: $word = 1 << (<$word>::BITS - 1);
+
+        /// Position `a` minus position `b`. Positions in `arm` have one bit less than a word, so
+        /// the difference is a number of as many bits with a sign.
+        #[inline(always)]
+        #[allow(clippy::cast_possible_wrap, reason = "to a difference with a sign")]
+        pub(super) fn difference(a: $word, b: $word) -> $signed {
+            (a.wrapping_sub(b) << 1) as $signed >> 1
+        }
+
+        /// Whether a receiver with this `arm` waits for one of the `n` posts from `old` on.
+        #[inline(always)]
+        pub(super) fn is_due(arm: $word, old: $word, n: $word) -> bool {
+            let ahead = arm.wrapping_sub(old) & !ENABLED;
+            arm & ENABLED != 0 && ahead < n
+        }
+
+        /// Whether a receiver with this `arm` waits for any post before `seq`.
+        #[inline(always)]
+        pub(super) fn was_due(arm: $word, seq: $word) -> bool {
+            arm & ENABLED != 0 && difference(arm, seq) < 0
+        }
+    };
 }
+
+mod position {
+    positions!(u64, i64);
+}
+use self::position::{difference, is_due, was_due};
+
+const _: () = assert!(position::ENABLED == ARM_ENABLED);
 
 /// The sending half of end `E`, over words that each call is given.
 #[derive(Debug)]
@@ -201,7 +230,7 @@ impl<E: End> Tx<E> {
         fence(Fence::Resume);
         // Pairs with the stores of `arm` in Rx::{arm, disarm}.
         let arm = words[self.base + E::Peer::ARM].load(Ordering::Relaxed);
-        Kick::new(arm & ARM_ENABLED != 0 && difference(arm, self.seq) < 0)
+        Kick::new(was_due(arm, self.seq))
     }
 
     /// Stores `seq` ahead of the next post, which is for it too: that finds out who is to be woken.
@@ -223,8 +252,7 @@ impl<E: End> Tx<E> {
         // Pairs with the stores of `arm` in Rx::{arm, disarm}. This end reads the word once,
         // because the peer may change it at any time.
         let arm = words[self.base + E::Peer::ARM].load(Ordering::Relaxed);
-        let ahead = arm.wrapping_sub(old) & !ARM_ENABLED;
-        Kick::new(arm & ARM_ENABLED != 0 && ahead < n)
+        Kick::new(is_due(arm, old, n))
     }
 }
 
@@ -490,6 +518,38 @@ mod tests {
                 assert_eq!(rx.arm(start.wrapping_add(ahead)), Armed::Waiting);
                 assert!(!tx.post(1).is_wanted(), "{ahead} posts too early");
                 assert!(!tx.post(u32::MAX).is_wanted() || ahead <= u64::from(u32::MAX));
+            }
+        }
+    }
+
+    /// The same arithmetic in words of 8 bits, with all inputs, against numbers that do not wrap
+    /// around. Two ends are less than a quarter of all positions apart, as positions of 64 bits
+    /// always are.
+    #[test]
+    fn all_positions_of_narrow_words() {
+        mod narrow {
+            positions!(u8, i8);
+        }
+        const POSITIONS: i128 = 1 << 7;
+        let narrow = |position: i128| u8::try_from(position.rem_euclid(256)).unwrap();
+        for start in 0..=u8::MAX {
+            // As the receiver stores it, `arm` has a bit less.
+            for distance in -POSITIONS / 2..POSITIONS / 2 {
+                let at = i128::from(start) + distance;
+                let (arm, seq) = (narrow(at) | narrow::ENABLED, start);
+                assert_eq!(i128::from(narrow::difference(arm, seq)), distance, "{start} {at}");
+                assert_eq!(i128::from(narrow::difference(narrow(at), seq)), distance);
+                assert_eq!(narrow::was_due(arm, seq), distance < 0, "{start} {at}");
+                assert!(!narrow::was_due(arm & !narrow::ENABLED, seq));
+            }
+            // A position that is ahead is met by the posts that reach it, and by no others.
+            for (ahead, n) in
+                (0..POSITIONS).flat_map(|ahead| (0..=u8::MAX).map(move |n| (ahead, n)))
+            {
+                let arm = narrow(i128::from(start) + ahead) | narrow::ENABLED;
+                let met = (0..i128::from(n)).contains(&ahead);
+                assert_eq!(narrow::is_due(arm, start, n), met, "{start} {ahead} {n}");
+                assert!(!narrow::is_due(arm & !narrow::ENABLED, start, n));
             }
         }
     }

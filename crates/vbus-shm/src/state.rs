@@ -114,6 +114,13 @@ impl Layout {
         SLOTS_OFFSET / WORD + slot * self.slot_words as usize
     }
 
+    /// Whether the slot of a version is still untouched when `passed` versions have followed it:
+    /// the owner may be writing one more.
+    #[inline(always)]
+    fn is_kept(&self, passed: u64) -> bool {
+        passed < u64::from(self.slots - 1)
+    }
+
     /// Writes the header of a fresh page over zeroed memory. Versions count from `start`. The
     /// driver does this before it registers the region, because the memory belongs to it. Either
     /// end may be the owner of the value.
@@ -302,7 +309,7 @@ impl<M: Memory, E: End> Reader<M, E> {
         // the load below sees the `seq` of the version before that value.
         fence(Fence::Read);
         let passed = self.rx.seen(words).wrapping_sub(version);
-        (passed < u64::from(self.layout.slots - 1)).then_some(version)
+        self.layout.is_kept(passed).then_some(version)
     }
 
     /// Like [`read`](Self::read), but returns `None` if the version is still `than`.
@@ -382,6 +389,51 @@ mod tests {
         let memory: Vec<Word> = (0..layout.words()).map(|_| Word::new(0)).collect();
         layout.format(&&memory[..], start).unwrap();
         memory
+    }
+
+    /// All layouts that there are, by numbers that do not wrap around.
+    #[test]
+    fn slots_of_all_layouts_lie_within_the_page_and_apart() {
+        assert!(Layout::new(0, 4).is_err() && Layout::new(MAX_VALUE + 1, 4).is_err());
+        for slots in 0..=65 {
+            let Ok(first) = Layout::new(1, slots) else {
+                assert!(![4, 8, 16, 32, 64].contains(&slots), "{slots}");
+                continue;
+            };
+            assert!(first.slots == slots && slots.is_power_of_two());
+            for bytes in 1..=MAX_VALUE {
+                let layout = Layout::new(bytes, slots).unwrap();
+                let stride = u128::from(bytes).div_ceil(64) * 64;
+                assert_eq!(layout.slot_bytes() as u128, stride);
+                let all = SLOTS_OFFSET as u128 + stride * u128::from(slots);
+                assert_eq!((layout.bytes() as u128, layout.words() as u128), (all, all / 8));
+                let last = u64::from(slots - 1);
+                let end = layout.slot_at(last) + layout.value_bytes().div_ceil(WORD);
+                assert!(layout.slot_at(0) * WORD == SLOTS_OFFSET && end <= layout.words());
+                let apart = layout.slot_at(last) - layout.slot_at(last - 1);
+                assert_eq!((apart * WORD) as u128, stride);
+                assert!(layout.value_bytes() <= layout.slot_bytes());
+            }
+        }
+    }
+
+    /// All pages, all versions around what could wrap around, and all numbers of versions that an
+    /// owner may have written meanwhile: a copy counts exactly if its slot was not written.
+    #[test]
+    fn a_value_counts_as_long_as_its_slot_is_untouched() {
+        let around = |middle: u64| (0..=256).map(move |n| middle.wrapping_sub(128).wrapping_add(n));
+        for slots in [4, 8, 16, 32, 64] {
+            let layout = Layout::new(72, slots).unwrap();
+            for version in [0, 1 << 31, 1 << 32, 1 << 63].into_iter().flat_map(around) {
+                let mut touched = false;
+                for passed in 0..=2 * u64::from(slots) {
+                    // The owner has written `passed` versions, and may be writing the next one.
+                    let written = version.wrapping_add(passed).wrapping_add(1);
+                    touched |= layout.slot_at(written) == layout.slot_at(version);
+                    assert_eq!(layout.is_kept(passed), !touched, "{slots} {version:#x} {passed}");
+                }
+            }
+        }
     }
 
     #[test]
