@@ -150,8 +150,8 @@ impl<E: End> fmt::Debug for Kick<E> {
     }
 }
 
-/// The arithmetic of positions in words of a type, `$signed` with a sign. The tests have it for words
-/// so narrow that they try all there is.
+/// The arithmetic of positions in words of a type, `$signed` with a sign. The tests have it for
+/// words so narrow that they try all there is.
 macro_rules! positions {
     ($word:ty, $signed:ty) => {
         /// The bit of `arm` that says that the receiver wants a kick.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Finds the place of a path. A path in an allowed folder cannot lead out of the folder, whoever
-//! changes links and folders within it. Neither does it lead over a mount there: it may be of a file
-//! system that another user made (FUSE), and nobody may wait for that.
+//! changes links and folders within it. Neither does it lead over a mount there: it may be of a
+//! file system that another user made (FUSE), and nobody may wait for that.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
