@@ -33,9 +33,12 @@ const COPY_MAX: usize = 256;
 /// So many bytes of a frame's page are copied before they are looked at: the header, and the
 /// longest headers of a frame.
 const LOOK: usize = 160;
-/// The place of a frame's checksum ends within so many bytes, or the frame is invalid. It may be
-/// behind what is looked at: IPv6 may have long options.
+/// The place of a frame's checksum, and the headers of a frame that is to be cut, end within so
+/// many bytes, or the frame is invalid. It may be behind what is looked at first: IPv6 may have
+/// long options.
 const CHECKSUM_END: usize = 512;
+/// The bytes of the longest header of TCP.
+const TCP_MOST: usize = 60;
 /// So many bytes of them are enough for the header before a frame: whole words.
 const HEADER: usize = HASH_HEADER_BYTES.next_multiple_of(8);
 /// Where the device begins in a page when programs of XDP run: the kernel lets them grow a frame to
@@ -62,6 +65,13 @@ enum Verdict {
     Dropped,
     /// Its page belongs to somebody else.
     Gone,
+}
+
+/// Why the stack does not get a frame.
+enum Refused {
+    /// The frame breaks a rule.
+    Invalid,
+    NoMemory,
 }
 
 /// How a poll ended.
@@ -299,38 +309,22 @@ impl RxQueue {
         let rest = ffi::RxPiece { offset: begin + HEADER as u32, ..*first };
         load(&rest, &mut look[HEADER..seen.next_multiple_of(8).max(HEADER)]);
         let seen = look.get(header_bytes..seen).unwrap_or_default();
-        let headers = header_length(seen, &header).map(|length| match header.csum {
-            // The place of the checksum has to be in the copy.
-            Some((start, offset)) => length.max(usize::from(start) + usize::from(offset) + 2),
-            None => length,
-        });
-        let most = CHECKSUM_END.min(first.bytes as usize);
-        let Some(headers) = headers.filter(|length| (14..=most).contains(length)) else {
-            stats.invalid.add(1);
-            self.give_again(pages);
-            return;
-        };
-        let copy = if headers <= seen.len() {
-            seen.as_ptr()
+        let built = if is_long(&header, seen.len()) {
+            self.build_long(header_bytes, &header, *first, pages.len())
         } else {
-            // The place of the checksum is behind what was looked at.
-            // SAFETY: the piece is in its page.
-            unsafe { first.memory.add(first.offset as usize) }
+            self.build(seen, &header, *first, pages.len())
         };
-        let frags =
-            pieces.len() - usize::from(headers == pieces.first().map_or(0, |p| p.bytes as usize));
-        if frags > FRAGS_MAX {
-            stats.invalid.add(1);
-            self.give_again(pages);
-            return;
-        }
-        // SAFETY: the bytes are those of `look`, or of the first piece, which has as many.
-        let skb = unsafe { ffi::shim_rx_skb(self.group, copy, headers as u32) };
-        if skb.is_null() {
-            stats.alloc_failed.add(1);
-            self.give_again(pages);
-            return;
-        }
+        let (skb, headers) = match built {
+            Ok(built) => built,
+            Err(refused) => {
+                match refused {
+                    Refused::Invalid => stats.invalid.add(1),
+                    Refused::NoMemory => stats.alloc_failed.add(1),
+                }
+                self.give_again(pages);
+                return;
+            }
+        };
         let mut rest = &mut *pieces;
         if let Some(first) = rest.first_mut() {
             first.offset += headers as u32;
@@ -342,6 +336,58 @@ impl RxQueue {
             }
         }
         self.deliver(skb, &header, rest, stats);
+    }
+
+    /// Makes a frame of the stack with the headers of a frame, and returns it with their bytes.
+    /// `seen` is a copy of the frame's first bytes, `first` its first piece of `pieces`.
+    #[inline]
+    fn build(
+        &self,
+        seen: &[u8],
+        header: &Header,
+        first: ffi::RxPiece,
+        pieces: usize,
+    ) -> Result<(Handle, usize), Refused> {
+        let headers = header_length(seen, header).map(|length| match header.csum {
+            // The place of the checksum has to be in the copy.
+            Some((start, offset)) => length.max(usize::from(start) + usize::from(offset) + 2),
+            None => length,
+        });
+        let most = CHECKSUM_END.min(first.bytes as usize);
+        let headers = headers.filter(|length| (14..=most).contains(length));
+        let headers = headers.ok_or(Refused::Invalid)?;
+        if pieces - usize::from(headers == first.bytes as usize) > FRAGS_MAX {
+            return Err(Refused::Invalid);
+        }
+        let copy = if headers <= seen.len() {
+            seen.as_ptr()
+        } else {
+            // The place of the checksum is behind what was looked at.
+            // SAFETY: the piece is in its page.
+            unsafe { first.memory.add(first.offset as usize) }
+        };
+        // SAFETY: the bytes are those of `seen`, or of the first piece, which has as many.
+        let skb = unsafe { ffi::shim_rx_skb(self.group, copy, headers as u32) };
+        if skb.is_null() { Err(Refused::NoMemory) } else { Ok((skb, headers)) }
+    }
+
+    /// The same for a frame that is to be cut and whose headers may be longer than what is looked
+    /// at first. `header_bytes` are before the first piece.
+    #[cold]
+    #[inline(never)]
+    fn build_long(
+        &self,
+        header_bytes: usize,
+        header: &Header,
+        first: ffi::RxPiece,
+        pieces: usize,
+    ) -> Result<(Handle, usize), Refused> {
+        let mut look = [0u8; HEADER + CHECKSUM_END];
+        let whole = ffi::RxPiece { offset: first.offset - header_bytes as u32, ..first };
+        let seen = look.len().min(header_bytes + first.bytes as usize);
+        load(&whole, &mut look[..seen.next_multiple_of(8)]);
+        let seen = look.get(header_bytes..seen).unwrap_or_default();
+        self.build(seen, header, first, pieces)
     }
 
     /// Gives a short frame to the stack as a copy.
@@ -502,6 +548,12 @@ impl RxQueue {
     fn index_of(&self, number: u32) -> usize {
         number as usize & (self.pages.len() - 1)
     }
+}
+
+/// Whether the headers of a frame that is to be cut may end behind the first `seen` bytes of it.
+fn is_long(header: &Header, seen: usize) -> bool {
+    let end = header.csum.map_or(0, |(start, _)| usize::from(start) + TCP_MOST);
+    header.segments.is_some() && end > seen
 }
 
 /// Copies the first bytes of a piece, whose place is a multiple of 8.

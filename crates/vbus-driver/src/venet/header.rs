@@ -10,6 +10,13 @@ const TCP_CSUM: u16 = 16;
 const UDP_CSUM: u16 = 6;
 const TCP_LEAST: usize = 20;
 const UDP: usize = 8;
+/// IPv6's protocol numbers of extension headers with a length of their own.
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const DESTINATION: u8 = 60;
+/// The most extension headers that a frame to be cut may have: each of these once, and the last
+/// one twice (RFC 8200, 4.1).
+const EXTENSIONS_MAX: u32 = 4;
 
 /// The kind of segments into which a frame is to be cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,8 +162,8 @@ impl Header {
 }
 
 /// The bytes of all headers of `frame`, of which the first bytes suffice: Ethernet with up to two
-/// tags, IPv4 or IPv6 without extension headers, TCP or UDP. If it knows less, it counts less. The
-/// result is at most the length of `frame`.
+/// tags, IPv4 or IPv6, up to four extension headers of IPv6 (hop-by-hop, routing, destination), TCP
+/// or UDP. If it knows less, it counts less. The result is at most the length of `frame`.
 ///
 /// With `header`, whose frame is to be cut, `None` says that the frame is of another kind, that its
 /// transport header is not where `header` says, or that it is not complete within `frame`.
@@ -185,18 +192,30 @@ fn walk(frame: &[u8], length: &mut usize) -> Option<(usize, Gso)> {
     }
     let network = *length;
     let first = *frame.get(network)?;
-    let (bytes, protocol, tcp) = match (kind, first >> 4) {
+    let (bytes, place, tcp) = match (kind, first >> 4) {
         (0x0800, 4) => (usize::from(first & 0xf) * 4, 9, Gso::Tcp4),
         (0x86dd, 6) => (40, 6, Gso::Tcp6),
         _ => return None,
     };
+    let mut protocol = *frame.get(network + place)?;
     // Fragments have no whole transport header.
     if tcp == Gso::Tcp4 && (bytes < 20 || u16_at(network + 6)? & 0x3fff != 0) {
         return None;
     }
     *length += bytes;
+    if tcp == Gso::Tcp6 {
+        for _ in 0..EXTENSIONS_MAX {
+            // A fragment's header is none of these: it has no whole transport header either.
+            if !matches!(protocol, HOP_BY_HOP | ROUTING | DESTINATION) {
+                break;
+            }
+            let [next, more] = [*frame.get(*length)?, *frame.get(*length + 1)?];
+            *length += (usize::from(more) + 1) * 8;
+            protocol = next;
+        }
+    }
     let transport = *length;
-    let kind = match *frame.get(network + protocol)? {
+    let kind = match protocol {
         6 => {
             let bytes = usize::from(*frame.get(transport + 12)? >> 4) * 4;
             if bytes < TCP_LEAST {
@@ -326,6 +345,53 @@ mod tests {
         fragment[20] = 0x20;
         assert_eq!(header_length(&fragment, &to_cut), None);
         assert_eq!(header_length(&fragment, &plain), Some(14));
+    }
+
+    /// TCP over IPv6 behind extension headers: the protocol number and the bytes of each.
+    fn tcp6(extensions: &[(u8, usize)]) -> Vec<u8> {
+        let mut frame = vec![0; 12];
+        frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 0]);
+        let mut protocols = extensions.iter().map(|(protocol, _)| *protocol).chain([6]);
+        frame.extend([protocols.next().unwrap(), 64]);
+        frame.extend([0; 32]);
+        for ((_, bytes), next) in extensions.iter().zip(protocols) {
+            let mut extension = vec![0; *bytes];
+            extension[..2].copy_from_slice(&[next, u8::try_from(bytes / 8 - 1).unwrap()]);
+            frame.extend(extension);
+        }
+        frame.extend([0; 12]);
+        frame.push(5 << 4);
+        frame.extend([0; 2000]);
+        frame
+    }
+
+    #[test]
+    fn a_transport_header_may_be_behind_extension_headers() {
+        let to_cut = |extensions: &[(u8, usize)]| {
+            let start = 54 + extensions.iter().map(|(_, bytes)| bytes).sum::<usize>();
+            let frame = tcp6(extensions);
+            let header = cut(Gso::Tcp6, u16::try_from(start).unwrap());
+            let length = header_length(&frame, &header);
+            // All of them have to be there.
+            let all = length.unwrap_or(start + TCP_LEAST);
+            for short in 0..all {
+                assert_eq!(header_length(&frame[..short], &header), None, "{short} bytes");
+            }
+            // Another place is refused.
+            assert_eq!(header_length(&frame, &cut(Gso::Tcp6, 54 + 4)), None);
+            length.map(|length| length - start)
+        };
+        assert_eq!(to_cut(&[]), Some(20));
+        assert_eq!(to_cut(&[(0, 8)]), Some(20));
+        assert_eq!(to_cut(&[(0, 136), (60, 16), (43, 24), (60, 8)]), Some(20));
+        assert_eq!(to_cut(&[(0, 8); 5]), None);
+        // A fragment, an authentication header, and what nobody knows.
+        for unknown in [44, 51, 59, 135, 254] {
+            assert_eq!(to_cut(&[(unknown, 8)]), None, "protocol {unknown}");
+            assert_eq!(to_cut(&[(60, 8), (unknown, 8)]), None, "protocol {unknown}");
+        }
+        assert_eq!(header_length(&tcp6(&[(60, 16)]), &Header::default()), Some(90));
+        assert_eq!(header_length(&tcp6(&[(60, 16)])[..60], &Header::default()), Some(60));
     }
 
     #[test]

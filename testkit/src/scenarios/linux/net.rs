@@ -25,6 +25,8 @@ use crate::wire::{FAR, NICS, Wire};
 const GROUP: &str = "33:33:00:00:00:42";
 /// How long a transfer or a load may take on a loaded machine.
 const LIMIT: Duration = Duration::from_secs(300);
+/// The bytes of the longest frame of an MTU of 1500 that is not to be cut.
+const FRAME: u64 = 1514;
 /// Bytes of a transfer whose hash is compared.
 const BYTES: u64 = 16 << 20;
 
@@ -136,16 +138,27 @@ impl Station {
         ])
     }
 
-    /// A packet whose headers are so long that the place of its checksum is far behind. It is one
-    /// segment: a NIC cannot cut such.
+    /// Packets whose headers are so long that the place of their checksum is far behind: one that
+    /// is a segment of its own, and larger ones that nobody cuts on the way.
     fn long_headers(&self) -> Result<()> {
         let guest = self.guest();
         guest.ok(&format!("{IP} addr add fd00::1/64 dev near nodad"))?;
         guest.ok(&format!("{FAR} {IP} addr add fd00::2/64 dev far nodad"))?;
-        let receiver = guest.start(&format!("{FAR} guest-agent receive [fd00::2]:4000"))?;
-        nic::wait_port_in(guest, FAR, 4000)?;
-        let sent = guest.start("guest-agent send [fd00::2]:4000 1000 7 options")?.ok(LIMIT)?;
-        ensure!(sent == receiver.ok(LIMIT)?, "the bytes have changed");
+        let counts = || -> Result<[u64; 2]> {
+            Ok([self.0.counter(1, "rx_frames")?, self.0.counter(1, "rx_bytes")?])
+        };
+        let before = counts()?;
+        for (bytes, port) in [(1000, 4000), (1_000_000, 4001)] {
+            let receive = format!("{FAR} guest-agent receive [fd00::2]:{port}");
+            let receiver = guest.start(&receive)?;
+            nic::wait_port_in(guest, FAR, port)?;
+            let send = format!("guest-agent send [fd00::2]:{port} {bytes} 7 options");
+            let sent = guest.start(&send)?.ok(LIMIT)?;
+            ensure!(sent == receiver.ok(LIMIT)?, "the bytes have changed");
+        }
+        let now = counts()?;
+        let [frames, bytes] = [now[0] - before[0], now[1] - before[1]];
+        ensure!(bytes > frames * FRAME, "{bytes} bytes have come in {frames} frames: all were cut");
         self.check(&[(
             &format!("{FAR} ethtool -S far | awk '/ rx[0-9]+_invalid/{{n+=$2}} END{{print n}}'"),
             "0",
