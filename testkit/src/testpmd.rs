@@ -192,18 +192,24 @@ impl Testpmd {
         self.counts()
     }
 
-    /// The frames that both ports receive in a second, over `seconds` seconds.
-    fn rate(&mut self, seconds: u32) -> Result<f64> {
+    /// What passes over `seconds` seconds. `back_end` is the process that carries the frames.
+    fn rate(&mut self, seconds: u32, back_end: u32) -> Result<Rate> {
         let until = Instant::now() + LIMIT;
         while self.counts.ports.iter().flatten().any(|count| *count < u64::from(BURST) * 4) {
             self.next(until)?;
         }
-        let (before, began) = (self.counts()?.received(), Instant::now());
+        let before = self.counts()?.received();
+        let (began, cpu) = (Instant::now(), processor_ns(back_end)?);
         loop {
             let now = self.counts()?.received();
             let took = began.elapsed();
             if took >= Duration::from_secs(seconds.into()) {
-                return Ok((now - before) as f64 / took.as_secs_f64());
+                let (frames, cpu) = ((now - before) as f64, processor_ns(back_end)? - cpu);
+                ensure!(frames > 0.0, "no frame has passed in {took:?}");
+                return Ok(Rate {
+                    per_s: frames / took.as_secs_f64(),
+                    cpu_ns_per_frame: cpu as f64 / frames,
+                });
             }
         }
     }
@@ -219,6 +225,27 @@ impl Testpmd {
     }
 }
 
+/// What passed in a measurement.
+#[derive(Clone, Copy)]
+struct Rate {
+    /// Frames that both ports have received in a second.
+    per_s: f64,
+    /// The processor time that the back end has had, for each of these frames, in nanoseconds. If
+    /// the back end polls all the time, it includes the polls that found nothing.
+    cpu_ns_per_frame: f64,
+}
+
+/// The processor time that the threads of a process have had, in nanoseconds.
+fn processor_ns(process: u32) -> Result<u64> {
+    let mut sum = 0;
+    for thread in std::fs::read_dir(format!("/proc/{process}/task"))? {
+        let text = std::fs::read_to_string(thread?.path().join("schedstat"))?;
+        let time = text.split_whitespace().next().context("an empty schedstat")?;
+        sum += time.parse::<u64>()?;
+    }
+    Ok(sum)
+}
+
 /// Lets all threads of a process run on one processor only.
 fn pin(process: u32, cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
@@ -232,8 +259,8 @@ fn pin(process: u32, cpu: usize) -> Result<()> {
 }
 
 /// Frames a second between two devices of the bus, and through DPDK's own back end, which passes
-/// them on without a look. The front end is on one processor, and the back end on another. Both
-/// back ends take turns.
+/// them on without a look; and the processor time of the back end for each frame. The front end is
+/// on one processor, and the back end on another. Both back ends take turns.
 ///
 /// # Errors
 /// A program does not start, or no frames pass. It is a [`Skip`] if this machine has one processor
@@ -247,49 +274,51 @@ pub fn bench(lab: &Lab, seconds: u32, rounds: u32) -> Result<Value> {
     let mut figures = Map::new();
     figures.insert("dpdk".into(), dpdk.version().into());
     for (name, packed) in [("split", false), ("packed", true)] {
-        let mut rates: [Vec<f64>; 2] = Default::default();
-        let mut ratios = Vec::new();
+        let mut all: [Vec<Rate>; 2] = Default::default();
         for number in 0..rounds {
-            let mut of_round = [0.0; 2];
             for turn in 0..2 {
                 // Each round begins with the other one.
                 let which = (turn + number as usize) % 2;
                 let scene = lab.scene(&format!("testpmd-{name}-{number}-{which}"))?;
-                let rate = one(&scene, &dpdk, packed, which == 0, seconds)?;
-                of_round[which] = rate;
-                rates[which].push(rate);
+                all[which].push(one(&scene, &dpdk, packed, which == 0, seconds)?);
             }
-            ratios.push(of_round[0] / of_round[1]);
         }
-        let [vbus, theirs] = rates;
-        let median = |figures| Spread::of(figures).map_or(0.0, |spread| round(spread.median));
-        let (vbus, theirs, ratio) = (median(vbus), median(theirs), median(ratios));
-        eprintln!("{name}: vbus {vbus} frames/s, DPDK {theirs} frames/s, ratio {ratio}");
-        figures.insert(
-            format!("testpmd_{name}_frames_per_s"),
-            json!({ "vbus": vbus, "dpdk": theirs }),
-        );
+        let ratios = all[0].iter().zip(&all[1]).map(|(vbus, dpdk)| vbus.per_s / dpdk.per_s);
+        let ratio = median(ratios.collect());
+        let medians = |of: fn(&Rate) -> f64| {
+            let [vbus, dpdk] = [0, 1].map(|which| median(all[which].iter().map(of).collect()));
+            json!({ "vbus": vbus, "dpdk": dpdk })
+        };
+        let (rates, costs) = (medians(|rate| rate.per_s), medians(|rate| rate.cpu_ns_per_frame));
+        eprintln!("{name}: {rates} frames/s, ratio {ratio}; {costs} ns of the back end a frame");
+        figures.insert(format!("testpmd_{name}_frames_per_s"), rates);
+        figures.insert(format!("testpmd_{name}_cpu_ns_per_frame"), costs);
         figures.insert(format!("testpmd_{name}_vs_dpdk"), ratio.into());
     }
     Ok(figures.into())
 }
 
+/// The middle one of some figures.
+fn median(figures: Vec<f64>) -> f64 {
+    Spread::of(figures).map_or(0.0, |spread| round(spread.median))
+}
+
 /// One measurement, with the bus or with DPDK as the back end.
-fn one(scene: &Scene, dpdk: &Dpdk, packed: bool, by_bus: bool, seconds: u32) -> Result<f64> {
+fn one(scene: &Scene, dpdk: &Dpdk, packed: bool, by_bus: bool, seconds: u32) -> Result<Rate> {
     let socket = |at: usize| -> PathBuf { scene.dir().join(format!("vhost{at}.sock")) };
     let mut bus = None;
     let mut theirs = None;
-    let sockets = if by_bus {
+    let (sockets, back_end) = if by_bus {
         let bus = bus.insert(Bus::start(scene, &config())?);
         pin(bus.process.id(), 0)?;
-        DEVICES.map(|name| bus.socket(name))
+        (DEVICES.map(|name| bus.socket(name)), bus.process.id())
     } else {
         let sockets = [0, 1].map(socket);
-        theirs = Some(Testpmd::back_end(dpdk, scene, &sockets, 0)?);
-        sockets
+        let theirs = theirs.insert(Testpmd::back_end(dpdk, scene, &sockets, 0)?);
+        (sockets, theirs.process.id())
     };
     let mut front_end = Testpmd::front_end(dpdk, scene, &sockets, packed, 1)?;
-    let rate = front_end.rate(seconds)?;
+    let rate = front_end.rate(seconds, back_end)?;
     front_end.stop()?;
     if let Some(theirs) = theirs {
         theirs.stop()?;
