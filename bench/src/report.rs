@@ -7,8 +7,16 @@ use serde_json::{Map, Value};
 use crate::samples::{Place, Samples, Spread};
 
 /// Key of the report, the peer's figure, vbus's.
-const RATIOS: [(&str, &str, &str); 20] = [
+const RATIOS: [(&str, &str, &str); 24] = [
     ("ring_vs_virtio_crates_b16", "ring/b16/virtio_crates", "ring/b16/vbus"),
+    ("engine_vs_virtio_queue_b1", "ring/b1/virtio_crates", "ring/b1/virtio_engine"),
+    ("engine_vs_virtio_queue_b16", "ring/b16/virtio_crates", "ring/b16/virtio_engine"),
+    ("engine_vs_virtio_queue_b64", "ring/b64/virtio_crates", "ring/b64/virtio_engine"),
+    (
+        "engine_vs_virtio_queue_pingpong",
+        "ring/pingpong/virtio_crates",
+        "ring/pingpong/virtio_engine",
+    ),
     ("ring_vs_virtio_hand_b1", "ring/b1/virtio_hand", "ring/b1/vbus"),
     ("ring_vs_virtio_hand_b16", "ring/b16/virtio_hand", "ring/b16/vbus"),
     ("ring_vs_virtio_hand_b64", "ring/b64/virtio_hand", "ring/b64/vbus"),

@@ -102,7 +102,7 @@ fn exchange<A: Driver, B: Device, const LAZY: bool>(
 type Run = fn(usize, usize, usize, Wait) -> f64;
 
 /// What is measured: its name, and a run with a fresh pair of ends.
-const CONTENDERS: [(&str, Run); 33] = [
+const CONTENDERS: [(&str, Run); 34] = [
     ("vbus", |batch, window, total, wait| {
         run(vbus::real::pair::<{ vbus::ENTRIES_ALL }>(), batch, window, total, wait)
     }),
@@ -148,6 +148,9 @@ const CONTENDERS: [(&str, Run); 33] = [
         run(packed::pair::<{ packed::BATCH }, true, false>(), batch, window, total, wait)
     }),
     ("virtio_crates", |batch, window, total, wait| run(crates::pair(), batch, window, total, wait)),
+    ("virtio_engine", |batch, window, total, wait| {
+        run(crates::pair_with_engine(), batch, window, total, wait)
+    }),
     ("slots_two_arrays", |batch, window, total, wait| {
         run(slots::pair::<{ slots::TWO_ARRAYS }>(), batch, window, total, wait)
     }),

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The crates: `virtio-drivers` on the driver's end, `virtio-queue` on the device's. The driver's
-//! end is the transmit queue of the crate's network driver, since its queues are private.
+//! The crates: `virtio-drivers` on the driver's end; on the device's, `virtio-queue` or the split
+//! queue of `vbus-virtio`. The driver's end is the transmit queue of the crate's network driver,
+//! since its queues are private.
 
 use std::cell::Cell;
 use std::ptr::NonNull;
 
+use vbus_core::{Access, MemoryContext};
+use vbus_virtio::queue;
 use virtio_drivers::device::net::VirtIONetRaw;
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
@@ -13,6 +16,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMma
 use zerocopy::FromBytes;
 
 use super::{Device, Driver, ENTRIES};
+use crate::region::Region;
 
 const MEMORY: usize = 64 * PAGE_SIZE;
 
@@ -116,9 +120,26 @@ pub struct Near {
     number: usize,
 }
 
+/// The device's end by `virtio-queue`.
 pub struct Far {
     queue: Queue,
     memory: &'static GuestMemoryMmap,
+}
+
+/// The device's end by `vbus-virtio`.
+pub struct Engine {
+    queue: queue::Queue,
+    memory: MemoryContext,
+    chain: queue::Chain,
+}
+
+/// The driver's end, and where its queue's three parts are in the memory at `base`.
+fn near(base: *mut u8) -> (Near, [PhysAddr; 3]) {
+    ARENA.set((base as usize, 1));
+    let driver = VirtIONetRaw::new(Nowhere).expect("a driver");
+    // SAFETY: the arena's second half, which nobody writes. It is mapped for ever.
+    let buffers = unsafe { std::slice::from_raw_parts(base.add(MEMORY / 2).cast(), ENTRIES) };
+    (Near { driver, buffers, of_token: vec![0; ENTRIES], number: 0 }, QUEUE.get())
 }
 
 pub fn pair() -> (Near, Far) {
@@ -126,19 +147,26 @@ pub fn pair() -> (Near, Far) {
     // Mapped for ever, as all the others' memory: the driver's end may outlive the device's.
     let memory = Box::leak(Box::new(memory));
     memory.write_slice(&vec![0; MEMORY], GuestAddress(0)).expect("touching every page");
-    let base = memory.get_host_address(GuestAddress(0)).expect("it begins there");
-    ARENA.set((base as usize, 1));
-    let driver = VirtIONetRaw::new(Nowhere).expect("a driver");
-    let [descriptors, available, used] = QUEUE.get();
+    let (near, [descriptors, available, used]) =
+        near(memory.get_host_address(GuestAddress(0)).expect("it begins there"));
     let mut queue = Queue::new(ENTRIES as u16).expect("a queue");
     queue.try_set_desc_table_address(GuestAddress(descriptors)).expect("aligned");
     queue.try_set_avail_ring_address(GuestAddress(available)).expect("aligned");
     queue.try_set_used_ring_address(GuestAddress(used)).expect("aligned");
     queue.set_ready(true);
     assert!(queue.is_valid(memory));
-    // SAFETY: the arena's second half, which nobody writes.
-    let buffers = unsafe { std::slice::from_raw_parts(base.add(MEMORY / 2).cast(), ENTRIES) };
-    (Near { driver, buffers, of_token: vec![0; ENTRIES], number: 0 }, Far { queue, memory })
+    (near, Far { queue, memory })
+}
+
+pub fn pair_with_engine() -> (Near, Engine) {
+    let (region, file) = Region::with_file(MEMORY);
+    let (near, [descriptors, driver_area, device_area]) = near(region.pointer());
+    let memory = MemoryContext::new();
+    memory.map(0, MEMORY as u64, Some((&file, 0)), Access::BOTH).expect("mapped");
+    let (format, size) = (queue::Format::Split, ENTRIES as u16);
+    let layout = queue::Layout { format, size, descriptors, driver_area, device_area };
+    let queue = queue::Queue::new(layout, queue::RingFeatures::default()).expect("a queue");
+    (near, Engine { queue, memory, chain: queue::Chain::new() })
 }
 
 impl Driver for Near {
@@ -185,6 +213,26 @@ impl Device for Far {
         }
         if n != 0 {
             std::hint::black_box(self.queue.needs_notification(self.memory).expect("readable"));
+        }
+        n
+    }
+}
+
+impl Device for Engine {
+    #[inline]
+    fn serve(&mut self, max: usize) -> usize {
+        let Engine { queue, memory, chain } = self;
+        // As a device does it for each of its polls.
+        let view = memory.view();
+        let mut turn = queue.turn(&view).expect("the memory is there");
+        let mut n = 0;
+        while n < max && turn.next(chain).expect("the driver keeps the rules") {
+            let addr = chain.readable()[0].addr;
+            turn.complete(chain, addr as u32);
+            n += 1;
+        }
+        if n != 0 {
+            std::hint::black_box(turn.flush().is_wanted());
         }
         n
     }
