@@ -178,7 +178,9 @@ pub fn function(slot: usize) -> String {
 /// # Errors
 /// The driver makes none.
 pub fn interface(guest: &Guest, slot: usize) -> Result<String> {
-    let command = once(&format!("ls {}/net", function(slot)));
+    // virtio puts a device of its own between.
+    let function = function(slot);
+    let command = once(&format!("{{ ls {function}/net || ls {function}/virtio*/net; }}"));
     let name = guest.start(&command)?.ok(LIMIT);
     let name = name.with_context(|| format!("no interface of the device in slot {slot}"))?;
     Ok(name.trim().to_owned())

@@ -54,6 +54,20 @@ impl Wire {
         Self::start_with(scene, system, settings, &[], change)
     }
 
+    /// As [`start`](Self::start), with NICs of another class.
+    ///
+    /// # Errors
+    /// As of [`start`](Self::start).
+    pub fn start_class(
+        scene: &Scene,
+        system: &System,
+        class: &str,
+        settings: [&str; 2],
+        change: impl FnOnce(VmSpec) -> VmSpec,
+    ) -> Result<Self> {
+        Self::start_all(scene, system, class, settings, &[], change)
+    }
+
     /// As [`start`](Self::start), with more devices of the bus: name, class and settings of each.
     /// They are behind the root ports from 2 on.
     ///
@@ -66,9 +80,19 @@ impl Wire {
         more: &[(&str, &str, &str)],
         change: impl FnOnce(VmSpec) -> VmSpec,
     ) -> Result<Self> {
-        let one = |at: usize| {
-            device(NICS[at], "venet", &format!("backend = \"switch\"\n{}", settings[at]))
-        };
+        Self::start_all(scene, system, "venet", settings, more, change)
+    }
+
+    fn start_all(
+        scene: &Scene,
+        system: &System,
+        class: &str,
+        settings: [&str; 2],
+        more: &[(&str, &str, &str)],
+        change: impl FnOnce(VmSpec) -> VmSpec,
+    ) -> Result<Self> {
+        let one =
+            |at: usize| device(NICS[at], class, &format!("backend = \"switch\"\n{}", settings[at]));
         let others = more.iter().map(|(name, class, settings)| device(name, class, settings));
         let bus = Bus::start(scene, &(one(0) + &one(1) + &others.collect::<String>()))?;
         let mut machine = VmSpec::new("a");
@@ -77,8 +101,24 @@ impl Wire {
         }
         machine.system = Some(system.clone());
         let vm = change(machine).boot(scene)?;
-        vm.guest.ok(&format!("{IP} netns add far && {IP} -n far link set lo up"))?;
-        Ok(Self { vm, bus })
+        let wire = Self { vm, bus };
+        wire.add_namespace()?;
+        Ok(wire)
+    }
+
+    fn add_namespace(&self) -> Result<()> {
+        let add = format!("{IP} netns add far && {IP} -n far link set lo up");
+        self.guest().ok(&add).map(drop)
+    }
+
+    /// Resets the guest, and waits until it has booted for the second time.
+    ///
+    /// # Errors
+    /// It does not boot.
+    pub fn reset(&mut self) -> Result<()> {
+        self.vm.reset()?;
+        self.vm.wait_boot(2)?;
+        self.add_namespace()
     }
 
     /// The guest.

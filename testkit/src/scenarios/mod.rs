@@ -71,8 +71,18 @@ pub const SCENARIOS: &[Scenario] = &[
         vm::virtio::net,
     ),
     in_guests(
+        "vm::virtio_intel_iommu",
+        "the same driver behind Intel's IOMMU: packed and split, mappings come and go under load",
+        vm::virtio_iommu::intel,
+    ),
+    in_guests(
+        "vm::virtio_virtio_iommu",
+        "the same behind virtio's IOMMU",
+        vm::virtio_iommu::virtio,
+    ),
+    in_guests(
         "vm::vhost_user",
-        "the same driver behind QEMU's vhost-user: split and packed, two pairs; the bus dies",
+        "the kernel's virtio driver behind QEMU's vhost-user: split and packed, two pairs; the bus dies",
         vm::vhost_user::net,
     ),
     in_guests(

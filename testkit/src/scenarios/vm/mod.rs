@@ -21,3 +21,4 @@ pub(super) mod vfio_user;
 pub(super) mod vhost_migrate;
 pub(super) mod vhost_user;
 pub(super) mod virtio;
+pub(super) mod virtio_iommu;
