@@ -124,14 +124,23 @@ impl Bus {
         Self::start_with(scene.lab.vbus(), scene, config)
     }
 
+    /// The same with a keeper: the bus is a child of [`process`](Self::process).
+    pub fn start_kept(scene: &Scene, config: &str) -> Result<Self> {
+        Self::start_by(scene.lab.vbus(), scene, config, &["--keep"])
+    }
+
     /// The same with another program, which has all commands of `vbus` and classes of its own.
     pub fn start_with(program: &Path, scene: &Scene, config: &str) -> Result<Self> {
+        Self::start_by(program, scene, config, &[])
+    }
+
+    fn start_by(program: &Path, scene: &Scene, config: &str, more: &[&str]) -> Result<Self> {
         let dir = scene.dir();
         let file = dir.join("bus.toml");
         fs::write(&file, config)?;
         let folder = dir.join("bus");
         let mut command = Command::new(program);
-        command.arg("serve").arg("--config").arg(&file).arg("--dir").arg(&folder);
+        command.arg("serve").args(more).arg("--config").arg(&file).arg("--dir").arg(&folder);
         let log = dir.join("bus.log");
         let process = Process::start(command, "vbus serve", &log)?;
         let client = BusClient::new(program, &folder);

@@ -21,7 +21,8 @@
 //! - `guest-agent watch` fills memory and checks later that nobody has written it;
 //! - `guest-agent xdp` lets a program of XDP run on an interface;
 //! - `guest-agent qstats` prints what netlink tells of an interface's queues;
-//! - `guest-agent numbers` sends and receives datagrams with numbers: none may be lost or doubled;
+//! - `guest-agent numbers` sends and receives datagrams with numbers: none may be lost or doubled,
+//!   or it counts those;
 //! - `guest-agent datagrams` sends and receives datagrams of UDP;
 //! - `guest-agent lie` serves the device of another vfio-user server, with a lie about it.
 
@@ -79,6 +80,8 @@ fn main() -> ExitCode {
         ["datagrams", "print", address, interface] => datagrams::print(address, interface),
         ["numbers", "send", address] => numbers::send(address),
         ["numbers", "receive", address] => numbers::receive(address),
+        ["numbers", "throw", address] => numbers::throw(address),
+        ["numbers", "count", address] => numbers::count(address),
         ["qstats", interface] => qstats::qstats(interface),
         ["watch", mib, seconds] => watch::watch(mib, seconds),
         ["xdp", interface, what] => xdp::xdp(interface, what),
@@ -100,7 +103,7 @@ fn main() -> ExitCode {
                  nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME | \
                  watch MIB SECONDS | xdp INTERFACE pass|drop|back|around | qstats INTERFACE | \
                  datagrams send|receive ADDRESS:PORT COUNT BYTES SEGMENT | \
-                 numbers send|receive ADDRESS:PORT | \
+                 numbers send|receive|throw|count ADDRESS:PORT | \
                  datagrams throw ADDRESS:PORT COUNT | datagrams print ADDRESS:PORT INTERFACE"
             );
             return ExitCode::from(2);

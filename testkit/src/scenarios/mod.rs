@@ -124,6 +124,11 @@ pub const SCENARIOS: &[Scenario] = &[
         "the bus is upgraded again and again under load, and upgrades fail: no frame is lost",
         vm::take_over::upgrades,
     ),
+    in_guests(
+        "vm::keep",
+        "the bus is killed again and again under load, and its keeper starts the next one",
+        vm::keep::kills,
+    ),
     in_guests("vm::reset_guest", "a guest is reset in mid-traffic", vm::deaths::reboot),
     in_guests("vm::reopen", "the driver is opened 100 times, without a leak", vm::deaths::reopen),
     in_guests(

@@ -9,6 +9,7 @@ pub(super) mod flat;
 pub(super) mod harness;
 pub(super) mod hostile;
 pub(super) mod idle;
+pub(super) mod keep;
 pub(super) mod plug;
 pub(super) mod sched;
 pub(super) mod snapshot_qmp;

@@ -32,14 +32,14 @@ const TIMES: u32 = 6;
 const FRAMES: u64 = 200;
 
 /// More settings of each NIC: a guest without processor time for a while loses nothing.
-const PATIENT: &str = "switch = \"lan\"\nbackpressure-ms = 60000\n";
+pub(super) const PATIENT: &str = "switch = \"lan\"\nbackpressure-ms = 60000\n";
 
 /// The addresses of guests a and b: between their vbus NICs, and between a's virtio card and b.
-const A: [&str; 2] = ["10.0.0.1", "10.0.1.1"];
-const B: [&str; 2] = ["10.0.0.2", "10.0.1.2"];
+pub(super) const A: [&str; 2] = ["10.0.0.1", "10.0.1.1"];
+pub(super) const B: [&str; 2] = ["10.0.0.2", "10.0.1.2"];
 
 /// The NICs whose frames are counted.
-const NICS: [&str; 3] = ["net-a", "virt-a", "net-b"];
+pub(super) const NICS: [&str; 3] = ["net-a", "virt-a", "net-b"];
 
 /// The number of descriptors that a new bus may have which is to fail for want of them: enough to
 /// start, and too few for what the devices of this scenario have.
@@ -133,7 +133,7 @@ pub fn upgrades(scene: &Scene) -> Result<()> {
     b.power_off()
 }
 
-fn boot(scene: &Scene, bus: &Bus, has_tap: bool) -> Result<(Vm, Vm)> {
+pub(super) fn boot(scene: &Scene, bus: &Bus, has_tap: bool) -> Result<(Vm, Vm)> {
     let mut a = VmSpec::new("a");
     for name in ["net-a", "virt-a", "values"] {
         a = a.device(bus.socket(name));
@@ -150,7 +150,7 @@ fn boot(scene: &Scene, bus: &Bus, has_tap: bool) -> Result<(Vm, Vm)> {
 }
 
 /// Sets up what is on the switch. Returns the driver of guest b.
-fn up(a: &Guest, b: &Guest, bus: &Bus) -> Result<Vec<Running>> {
+pub(super) fn up(a: &Guest, b: &Guest, bus: &Bus) -> Result<Vec<Running>> {
     linux::insert(a, "")?;
     let (vbus, virtio) = (linux::interface(a, 0)?, interface(a, 0)?);
     for (name, address) in [(&vbus, A[0]), (&virtio, A[1])] {
