@@ -81,6 +81,8 @@ pub struct Pair<T, R: RxRing> {
     drops: bool,
     /// A frame of the device itself, which is sent before the next one of the ring.
     own: Option<Vec<u8>>,
+    /// The back end has it in part, or lets it wait.
+    own_begun: bool,
 }
 
 impl<T: TxRing, R: RxRing> Pair<T, R> {
@@ -107,6 +109,7 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
             begun: false,
             drops: false,
             own: None,
+            own_begun: false,
         }
     }
 
@@ -116,30 +119,42 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
         self.tx = tx;
         self.queue.forget();
         (self.waiting, self.moved, self.until, self.begun) = (false, false, None, false);
+        self.own_begun = false;
     }
 
-    /// Whether the frames of the transmit ring are dropped from now on, in place of being sent.
+    /// Whether the frames of the transmit ring are dropped from now on, in place of being sent. The
+    /// task has to be woken: a frame that waited for the back end does so no longer.
     pub fn set_drops(&mut self, drops: bool) {
         if drops && std::mem::take(&mut self.begun) {
             self.queue.forget();
+            (self.waiting, self.moved, self.until) = (false, false, None);
         }
         self.drops = drops;
     }
 
     /// Sends a frame of the device itself with the next poll.
     pub fn send_own(&mut self, frame: Vec<u8>) {
+        if std::mem::take(&mut self.own_begun) {
+            self.queue.forget();
+        }
         self.own = Some(frame);
     }
 
-    /// Sends the frame of the device itself. If the back end has no room, a later poll does.
+    /// Sends the frame of the device itself, unless the back end has begun with one of the ring.
+    /// While it has no room for it, no frame of the ring passes it.
     fn transmit_own(&mut self) {
         let Some(packet) = self.own.as_deref().filter(|_| !self.begun).and_then(Packet::plain)
         else {
             return;
         };
-        match self.queue.send(&packet) {
+        let sent = self.queue.send(&packet);
+        self.own_begun = matches!(sent, Sent::Part | Sent::Wait { .. });
+        match sent {
             Sent::Done { .. } | Sent::Dropped(_) => self.own = None,
-            Sent::Part | Sent::Wait { .. } => self.queue.forget(),
+            Sent::Part => self.moved = true,
+            Sent::Wait { until, moved } => {
+                (self.waiting, self.until, self.moved) = (true, until, moved);
+            }
         }
     }
 
@@ -194,8 +209,11 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
 
     /// Sends frames with at most `budget` units of work. Returns the units that it used.
     fn transmit(&mut self, view: &View<'_>, budget: u32) -> Result<u32, ErrorCode> {
-        self.transmit_own();
         (self.waiting, self.moved, self.until) = (false, false, None);
+        self.transmit_own();
+        if self.own_begun && !self.drops {
+            return Ok(0);
+        }
         let Some(tx) = &mut self.tx else { return Ok(0) };
         let counters = &self.counters.tx;
         let (mut frames, mut bytes, mut taken, mut spent) = (0, 0, 0, 0_u32);
@@ -260,6 +278,8 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
             tx.done(view)?;
         }
         self.moved |= tx.ring.took();
+        // The own frame waited until the back end was done with one of the ring.
+        self.moved |= self.own.is_some() && !self.begun && !self.own_begun;
         if taken != 0 {
             counters.frames.add(frames);
             counters.bytes.add(bytes);
@@ -309,13 +329,14 @@ impl<T: TxRing, R: RxRing> Pair<T, R> {
 
     fn arm(&mut self) -> Armed {
         let rx = self.rx.with(RxQueue::arm).unwrap_or(Armed::Waiting);
-        // While a frame waits for the back end, the task need not know of more frames.
-        let tx = if self.waiting {
-            self.queue.arm()
-        } else {
-            self.tx.as_mut().map_or(Armed::Waiting, |tx| tx.ring.arm(0))
+        let back = if self.waiting { self.queue.arm() } else { Armed::Waiting };
+        // While a frame waits for the back end, the task need not know of more frames, unless it
+        // drops them.
+        let tx = match &mut self.tx {
+            Some(tx) if !self.waiting || self.drops => tx.ring.arm(0),
+            _ => Armed::Waiting,
         };
-        if tx == Armed::Missed { tx } else { rx }
+        if [back, tx].contains(&Armed::Missed) { Armed::Missed } else { rx }
     }
 
     fn disarm(&mut self) {

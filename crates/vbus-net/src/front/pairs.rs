@@ -175,6 +175,7 @@ impl<T: TxRing + 'static, R: RxRing + 'static> Pairs<T, R> {
     pub fn set_drops(&self, number: usize, drops: bool) {
         if let Some(running) = self.pairs.get(number) {
             lock(&running.pair).set_drops(drops);
+            running.task.wake();
         }
     }
 
@@ -287,17 +288,20 @@ impl<T: TxRing, R: RxRing> Drop for Pairs<T, R> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
     use std::sync::atomic::AtomicU64;
     use std::time::Duration;
 
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
     use serde_json::{Value, json};
-    use vbus_core::memory::{DriverSlice, View};
+    use vbus_core::memory::{DriverSlice, PAGE, View};
     use vbus_core::settings::Settings;
     use vbus_core::shm::signal::Armed;
-    use vbus_core::{ConnectionCounters, Tuning};
-    use vbus_tap::Mac;
+    use vbus_core::{Access, ConnectionCounters, Progress, Tuning};
+    use vbus_tap::{HEADER_BYTES, Mac};
 
     use super::super::config::Config;
+    use super::super::counters::PairCounters;
     use super::*;
     use crate::backend::{Backend, Queue, Sent};
     use crate::filter::Filter;
@@ -456,13 +460,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_the_back_end_cannot_do_is_taken_back() {
-        let slow = Slow::default();
-        let mut settings = Settings::new(&json!({ "backend": "null", "queue-pairs": 2 })).unwrap();
-        let config = Config::take(&mut settings).unwrap();
-        let nic = Nic::new("n", config, Arc::default(), Box::new(slow.clone()));
-        let receiver = Arc::new(Receiver {
+    fn receiver() -> Arc<Receiver> {
+        Arc::new(Receiver {
             mtu: 1500,
             filter: Arc::new(Filter::new([2, 0, 0, 0, 0, 1])),
             offloads: AtomicU64::new(Offloads::CSUM.bits()),
@@ -470,7 +469,151 @@ mod tests {
             hash: false,
             backpressure: Duration::ZERO,
             moved: Box::new(|| {}),
-        });
+        })
+    }
+
+    /// A ring with so many frames of 60 bytes, all zero.
+    struct Frames(u32);
+
+    impl Ring for Frames {
+        fn post(&mut self) -> bool {
+            false
+        }
+
+        fn interrupt(&self, _wanted: bool) {}
+
+        fn arm(&mut self, _after: u32) -> Armed {
+            if self.0 > 0 { Armed::Missed } else { Armed::Waiting }
+        }
+
+        fn disarm(&mut self) {}
+
+        fn pending(&self) -> u32 {
+            self.0
+        }
+    }
+
+    impl TxRing for Frames {
+        fn take(&mut self, _view: &View<'_>) -> Result<Option<usize>, ErrorCode> {
+            Ok((self.0 > 0).then_some(HEADER_BYTES + 60))
+        }
+
+        fn slices<'v>(
+            &self,
+            view: &'v View<'_>,
+            mut each: impl FnMut(DriverSlice<'v>),
+        ) -> Result<(), ErrorCode> {
+            each(view.slice(0, HEADER_BYTES as u64 + 60, false)?);
+            Ok(())
+        }
+
+        fn took(&mut self) -> bool {
+            false
+        }
+
+        fn done(&mut self, _view: &View<'_>) -> Result<(), ErrorCode> {
+            self.0 -= 1;
+            Ok(())
+        }
+    }
+
+    /// A back end's queue that answers as it is told, and [`Sent::Done`] afterwards.
+    #[derive(Clone, Default)]
+    struct Told(Arc<Mutex<ToldState>>);
+
+    #[derive(Default)]
+    struct ToldState {
+        answers: VecDeque<Sent>,
+        /// The first byte of each frame that was sent.
+        sent: Vec<u8>,
+        armed: u32,
+    }
+
+    impl Queue for Told {
+        fn send(&mut self, packet: &Packet<'_>) -> Sent {
+            let mut state = lock(&self.0);
+            state.sent.push(packet.front()[0]);
+            state.answers.pop_front().unwrap_or(Sent::Done { units: 1 })
+        }
+
+        fn arm(&mut self) -> Armed {
+            lock(&self.0).armed += 1;
+            Armed::Waiting
+        }
+    }
+
+    /// A pair with a ring of `frames` frames, before this queue.
+    fn pair(told: &Told, frames: u32) -> PairTask<Frames, NoRing> {
+        let memory = Arc::new(MemoryContext::new());
+        let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, PAGE).unwrap();
+        memory.map(0, PAGE, Some((file, 0)), Access::BOTH).unwrap();
+        let counters = Arc::<PairCounters>::default();
+        let rx = Rx::Own(RxSlot::new(counters.clone(), false));
+        let (receiver, offloads) = (receiver(), Offloads::NONE);
+        let mut pair = Pair::new(rx, Box::new(told.clone()), memory, receiver, offloads, counters);
+        pair.set_tx(Some(TxQueue::new(Frames(frames), HEADER_BYTES, Arc::default())));
+        PairTask { pair: Arc::new(Mutex::new(pair)), number: 0 }
+    }
+
+    const WAIT: Sent = Sent::Wait { until: None, moved: false };
+
+    /// A frame of the device itself for which there is no room goes as soon as there is, and before
+    /// the driver's next one.
+    #[test]
+    fn a_frame_of_the_device_itself_waits_for_room() {
+        for frames in [0, 1] {
+            let told = Told::default();
+            let mut task = pair(&told, frames);
+            lock(&told.0).answers.extend([WAIT, WAIT]);
+            lock(&task.pair).send_own(vec![7; 60]);
+            for armed in 1..=2 {
+                assert_eq!(task.poll(8), Ok(Progress::Idle));
+                assert_eq!(task.arm(), Ok(Armed::Waiting));
+                assert_eq!(lock(&told.0).armed, armed, "the end of the wait wakes the task");
+            }
+            task.poll(8).unwrap();
+            task.poll(8).unwrap();
+            let ring = vec![0; frames as usize];
+            assert_eq!(lock(&told.0).sent, [vec![7; 3], ring].concat());
+        }
+        // While a frame of the ring is on its way.
+        let told = Told::default();
+        let mut task = pair(&told, 1);
+        lock(&told.0).answers.push_back(WAIT);
+        task.poll(8).unwrap();
+        lock(&task.pair).send_own(vec![7; 60]);
+        while task.poll(8) == Ok(Progress::Busy) {}
+        assert_eq!(lock(&told.0).sent, [0, 0, 7]);
+    }
+
+    /// A driver disables a ring whose frame waits for room: that and all others are dropped, though
+    /// there is no room, and though a frame of the device itself waits for some.
+    #[test]
+    fn a_ring_that_is_disabled_waits_for_no_room() {
+        for own in [false, true] {
+            let told = Told::default();
+            let mut task = pair(&told, 3);
+            lock(&told.0).answers.extend([WAIT; 8]);
+            if own {
+                lock(&task.pair).send_own(vec![7; 60]);
+            }
+            task.poll(8).unwrap();
+            assert_eq!(task.arm(), Ok(Armed::Waiting));
+            lock(&task.pair).set_drops(true);
+            task.poll(8).unwrap();
+            assert_eq!(task.arm(), Ok(Armed::Waiting), "no frame is left in the ring");
+            assert_eq!(lock(&told.0).sent.len(), if own { 2 } else { 1 });
+        }
+    }
+
+    #[test]
+    fn what_the_back_end_cannot_do_is_taken_back() {
+        let slow = Slow::default();
+        let mut settings = Settings::new(&json!({ "backend": "null", "queue-pairs": 2 })).unwrap();
+        let config = Config::take(&mut settings).unwrap();
+        let nic = Nic::new("n", config, Arc::default(), Box::new(slow.clone()));
+        let receiver = receiver();
         let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
         let counters = Arc::new(ConnectionCounters::of("n"));
         let pairs: Pairs<NoRing, NoRing> = Pairs::start(&Setup {
