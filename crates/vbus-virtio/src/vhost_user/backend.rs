@@ -71,6 +71,8 @@ struct Ring {
     enabled: Option<bool>,
     /// The device has it.
     runs: bool,
+    /// The device has had it, or was to have it, since its last GET_VRING_BASE.
+    began: bool,
 }
 
 impl Ring {
@@ -462,9 +464,12 @@ impl Backend {
         self.stop(at);
         self.rings[at].kick = Kick::Stopped;
         let _ = self.host().doorbells().set_eventfd(ring, None);
-        // From now on the front end has to know where the ring is.
-        if let Some(region) = self.region(at) {
-            region.settle();
+        // From now on the front end has to know where the ring is. What a back end that has died
+        // left in flight in a ring that has not begun since, it does not know.
+        if std::mem::take(&mut self.rings[at].began) {
+            if let Some(region) = self.region(at) {
+                region.settle();
+            }
         }
         let base = self.rings[at].base;
         let format = Format::of(self.features);
@@ -632,9 +637,12 @@ impl Backend {
         let Some(layout) = self.layout(at)? else { return Ok(()) };
         self.check_log(at, &layout)?;
         let index = u16::try_from(at).unwrap_or(u16::MAX);
-        let host = self.shared.host();
         let position = self.position(at, &layout)?;
         let features = RingFeatures::of(self.features);
+        if !std::mem::replace(&mut self.rings[at].began, true) {
+            self.tell_unkept(at);
+        }
+        let host = self.shared.host();
         let (queue, taken) = match self.region(at) {
             Some(region) => {
                 let view = host.memory().view();
@@ -652,6 +660,18 @@ impl Backend {
             Err(code) => return Err(self.shared.broken(running, code)),
         }
         Ok(())
+    }
+
+    /// Tells the log if the buffers of ring `at` are kept nowhere, though there is memory for that.
+    fn tell_unkept(&self, at: usize) {
+        let (Some(kept), None) = (&self.kept, self.region(at)) else { return };
+        tracing::warn!(
+            device = self.host().name(),
+            ring = at,
+            size = self.rings[at].size,
+            "the memory for buffers in flight is for {kept}: what this ring has in flight is lost \
+             if the bus dies"
+        );
     }
 
     /// Where ring `at` is in the driver's memory.

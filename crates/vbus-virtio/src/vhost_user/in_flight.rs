@@ -2,6 +2,7 @@
 //! The memory in which the device keeps which buffers are in flight. The front end has it, so it
 //! outlives this process.
 
+use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -44,6 +45,17 @@ pub struct Kept {
     format: Format,
     rings: u16,
     size: u16,
+}
+
+impl fmt::Display for Kept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Kept { format, rings, size, .. } = self;
+        let format = match format {
+            Format::Split => "split",
+            Format::Packed => "packed",
+        };
+        write!(f, "{rings} {format} rings of {size}")
+    }
 }
 
 impl Kept {

@@ -186,6 +186,45 @@ fn a_reset_forgets_what_a_process_that_died_had_in_flight() {
     assert_eq!(second.stop(0), 1);
 }
 
+/// A front end asks for the base of a ring that has not begun since a process died. What that had
+/// in flight stays so.
+#[test]
+fn a_ring_that_has_not_begun_keeps_what_a_process_that_died_had_in_flight() {
+    let lab = Lab::new();
+    let (one, two) = (lab.serve(0, json!({})), lab.serve(1, json!({})));
+    let (mut first, _rx, mut tx) = FrontEnd::card(&one, 0);
+    let mut second = FrontEnd::connect(&two);
+    second.agree(VERSION_1);
+    assert!(second.share());
+    let (told, file) = second.get_in_flight(2, 64);
+    assert!(second.tell(SET_INFLIGHT_FD, &told, &[file.as_fd()]));
+    let mut rx = second.ring(0, 64);
+    second.start(&rx, 0);
+    let places = [(); 3].map(|()| second.post(&mut rx, 2048));
+    first.send(&mut tx, &frame(1, 0, b"one"));
+    assert_eq!(second.receive(&mut rx, places[0]), frame(1, 0, b"one"));
+    let FrontEnd { memory, socket, .. } = second;
+    drop(socket);
+    let mut second = FrontEnd::connect_with(&two, memory);
+    second.agree(VERSION_1);
+    assert!(second.share());
+    assert!(second.tell(SET_INFLIGHT_FD, &told, &[file.as_fd()]));
+    assert!(second.tell_words(request::SET_VRING_NUM, &[0, 64]));
+    assert_eq!(second.stop(0), 0);
+    let mut version = [0; 2];
+    rustix::io::pread(&file, &mut version, 8).unwrap();
+    assert_eq!(version, [1, 0], "it is still in use");
+    second.start(&rx, 0);
+    for (addr, word) in places[1..].iter().zip([b"two", b"new"]) {
+        first.send(&mut tx, &frame(1, 0, word));
+        assert_eq!(second.receive(&mut rx, *addr), frame(1, 0, word));
+    }
+    // When it has begun, its base counts.
+    assert_eq!(second.stop(0), 3);
+    rustix::io::pread(&file, &mut version, 8).unwrap();
+    assert_eq!(version, [0, 0]);
+}
+
 #[test]
 fn regions_that_cannot_be_are_refused_and_lost_ones_harm_nobody() {
     let lab = Lab::new();
