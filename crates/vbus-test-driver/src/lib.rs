@@ -33,11 +33,13 @@
 //! ```
 #![allow(clippy::unwrap_used)] // Tests may panic.
 
+mod lingering;
 mod mutation;
 mod random;
 pub mod saved;
 pub mod virtio;
 
+pub use lingering::lingering;
 pub use mutation::mutate;
 pub use random::Random;
 

@@ -86,7 +86,7 @@ fn descriptors_without_end_end_the_connection() {
     let request = message(1, command::DMA_READ, Kind::Command { no_reply: true }, &[0; 16]);
     let (mut client, mut server) = negotiated();
     client.set_patience(Patience::limit(NEVER));
-    let (socket, peer) = crate::malformed::lingering();
+    let (socket, peer) = vbus_test_driver::lingering();
     crate::support::send_with(&server, &request, &[socket.as_fd()]);
     drop(socket);
     let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();

@@ -504,19 +504,6 @@ fn good_client(path: &std::path::Path) {
     client.reset().unwrap();
 }
 
-/// A TCP socket whose close waits: it lingers, its peer reads nothing, and its data is not sent.
-pub fn lingering() -> (OwnedFd, std::net::TcpStream) {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (peer, _) = listener.accept().unwrap();
-    socket.set_nonblocking(true).unwrap();
-    while std::io::Write::write(&mut socket, &[0; 65536]).is_ok() {}
-    socket.set_nonblocking(false).unwrap();
-    let for_ever = Some(Duration::from_secs(24 * 3600));
-    rustix::net::sockopt::set_socket_linger(&socket, for_ever).unwrap();
-    (socket.into(), peer)
-}
-
 /// Nobody waits while a descriptor of the client is closed: not its server's thread, not the next
 /// client, and not the end of the server.
 #[test]
@@ -528,7 +515,7 @@ fn a_descriptor_whose_close_waits_keeps_nobody_waiting() {
     // access, with a message that is never whole, and from a client that is refused.
     for act in 0..5 {
         let mut raw = Raw::negotiated(&mut bench);
-        let (socket, peer) = lingering();
+        let (socket, peer) = vbus_test_driver::lingering();
         peers.push(peer);
         match act {
             0 => {
@@ -585,7 +572,7 @@ fn closes_that_wait_keep_the_next_client_out_no_more() {
     let mut peers = Vec::new();
     for _ in 0..6 {
         let mut raw = Raw::negotiated(&mut bench);
-        let (socket, peer) = lingering();
+        let (socket, peer) = vbus_test_driver::lingering();
         peers.push(peer);
         raw.send_with(&info, &[socket.as_fd()]);
         drop(socket);
@@ -612,7 +599,7 @@ fn closes_that_wait_keep_the_next_client_out_no_more() {
 fn too_many_descriptors_are_not_closed_while_they_are_received() {
     let mut bench = Bench::new();
     let mut raw = Raw::negotiated(&mut bench);
-    let (socket, peer) = lingering();
+    let (socket, peer) = vbus_test_driver::lingering();
     let (pipe, _end) = rustix::pipe::pipe().unwrap();
     let mut many = vec![pipe.as_fd(); 40];
     many.push(socket.as_fd());

@@ -297,7 +297,7 @@ fn a_socket_for_messages_that_cannot_be_closed_at_once_keeps_nobody_waiting() {
     let served = lab.serve(0, json!({}));
     let (mut front_end, _rx, _tx) = FrontEnd::card(&served, 0);
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let (lingers, peer) = lingering();
+    let (lingers, peer) = vbus_test_driver::lingering();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     let fds = [lingers.as_fd()];
@@ -308,18 +308,6 @@ fn a_socket_for_messages_that_cannot_be_closed_at_once_keeps_nobody_waiting() {
     let (_other, next) = UnixStream::pair().unwrap();
     assert!(front_end.tell(SET_BACKEND_REQ_FD, &[], &[next.as_fd()]));
     drop(peer);
-}
-
-/// A TCP socket whose close waits: it lingers, its peer reads nothing, and its data is not sent.
-fn lingering() -> (std::net::TcpStream, std::net::TcpStream) {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (peer, _) = listener.accept().unwrap();
-    socket.set_nonblocking(true).unwrap();
-    while socket.write(&[0; 65536]).is_ok() {}
-    socket.set_nonblocking(false).unwrap();
-    rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::from_secs(24 * 3600))).unwrap();
-    (socket, peer)
 }
 
 /// The frames of a ring that was disabled are taken and dropped.
