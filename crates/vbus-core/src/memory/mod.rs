@@ -46,7 +46,7 @@ use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 
 use rustix::io::Errno;
@@ -155,6 +155,8 @@ struct Snapshot {
     table: Table,
     /// Number of views that have it. Changed only under the lock of `current`.
     views: AtomicUsize,
+    /// Another snapshot has taken its place.
+    replaced: AtomicBool,
 }
 
 /// What views need. Locked for a few instructions at a time.
@@ -320,10 +322,11 @@ impl MemoryContext {
 
     /// Gives `table` to views from now on.
     fn publish(&self, table: Table) {
-        let next = Arc::new(Snapshot { table, views: AtomicUsize::new(0) });
+        let next = Arc::new(Snapshot { table, ..Snapshot::default() });
         let mut current = lock(&self.current);
         current.earlier.retain(|earlier| earlier.strong_count() > 0);
         let before = std::mem::replace(&mut current.snapshot, next);
+        before.replaced.store(true, Ordering::Release);
         if before.views.load(Ordering::Relaxed) > 0 {
             current.earlier.push(Arc::downgrade(&before));
         }
@@ -723,6 +726,16 @@ impl Drop for View<'_> {
 impl View<'_> {
     fn table(&self) -> &Table {
         self.snapshot.as_deref().map_or(&EMPTY, |snapshot| &snapshot.table)
+    }
+
+    /// Whether the memory is still as this view has it. A driver behind an IOMMU maps a buffer just
+    /// before it makes it available. If a device finds the buffer and this is true *afterwards*,
+    /// the view has all that the driver had mapped for it; if it is false, a newer view may have
+    /// more.
+    #[inline(always)]
+    pub fn is_current(&self) -> bool {
+        // Pairs with the store of whoever changed the memory.
+        self.snapshot.as_deref().is_some_and(|own| !own.replaced.load(Ordering::Acquire))
     }
 
     /// Whether what is written through this view is logged.

@@ -683,7 +683,6 @@ impl<R: RxRing> RxQueue<R> {
             return Armed::Waiting;
         }
         let memory = self.memory.clone();
-        let view = memory.view();
         loop {
             let lacking = self.lacking();
             // A sender of a frame for which more buffers never come does something else.
@@ -691,9 +690,15 @@ impl<R: RxRing> RxQueue<R> {
                 self.wake_waiters();
                 return Armed::Missed;
             }
+            if self.ring.arm(lacking - 1) == Armed::Waiting {
+                return Armed::Waiting;
+            }
+            // The driver may have mapped the buffer just before it made it available, so an earlier
+            // view might not have it.
+            let view = memory.view();
             // The driver's count says that there is a buffer, but there is none. The driver is
             // hostile or broken, so the loop ends.
-            if self.ring.arm(lacking - 1) == Armed::Waiting || !self.refill(&view) {
+            if !self.refill(&view) {
                 return Armed::Waiting;
             }
             // No more than the frame needs: a driver could have very many, each of many parts.

@@ -7,7 +7,7 @@ use vbus_core::View;
 use vbus_core::memory::DriverSlice;
 use vbus_core::shm::signal::Armed;
 
-use super::chain::{Chain, Head};
+use super::chain::{Chain, Head, Part};
 use super::inflight::{Found, InFlightRegion, Tracker, assign};
 use super::layout::{BadLayout, Format, Layout, RingFeatures};
 use super::memory::{Area, Areas, areas};
@@ -285,8 +285,32 @@ pub struct Turn<'t> {
 impl Turn<'_> {
     /// Takes the next chain that the driver has made available. False: there is none, and `chain`
     /// is empty. After an error the queue is retired. `chain` must not be taken.
+    ///
+    /// A chain whose memory was mapped after the turn's view was taken is none yet: a turn with a
+    /// newer view takes it, and until then [`arm`](Self::arm) says that one was missed. Of memory
+    /// that no view has, the device learns when it looks a part up.
     #[inline]
     pub fn next(&mut self, chain: &mut Chain) -> Result<bool, Violation> {
+        let found = self.take(chain)?;
+        if found && !self.view.is_current() && !self.has(chain) {
+            let back = self.put_back(chain);
+            debug_assert!(back, "it was taken last");
+            return Ok(false);
+        }
+        Ok(found)
+    }
+
+    /// Whether the view has all of the chain's parts.
+    #[cold]
+    fn has(&self, chain: &Chain) -> bool {
+        let each = |parts: &[Part], write| {
+            parts.iter().all(|part| self.view.slice(part.addr, part.len.into(), write).is_ok())
+        };
+        each(chain.readable(), false) && each(chain.writable(), true)
+    }
+
+    #[inline]
+    fn take(&mut self, chain: &mut Chain) -> Result<bool, Violation> {
         debug_assert!(!chain.is_taken(), "a taken chain is lost");
         chain.clear();
         let Some(areas) = &self.areas else { return Ok(false) };
@@ -307,6 +331,11 @@ impl Turn<'_> {
                 queue.given = queue.given.saturating_add(1);
                 queue.held += 1;
                 Ok(true)
+            }
+            Err(Violation::IndirectUnmapped) if !self.view.is_current() => {
+                // Neither format has moved on.
+                chain.clear();
+                Ok(false)
             }
             Err(violation) => {
                 chain.clear();

@@ -931,3 +931,74 @@ fn an_interrupt_is_owed_for_any_number_of_laps() {
         }
     }
 }
+
+/// A driver behind an IOMMU maps a buffer, and perhaps its table, just before it makes it
+/// available. A view that is older has neither. The device takes the buffer with a newer one.
+#[test]
+fn a_buffer_that_was_mapped_after_the_view_is_taken_later() {
+    const LATE: u64 = PAGES * PAGE;
+    const NOWHERE: u64 = LATE + PAGE;
+    let features = RingFeatures { indirect: true, ..RingFeatures::default() };
+    let formats = [Format::Split, Format::Packed];
+    // Where the buffer's table is, if it has one.
+    for (format, table) in formats
+        .into_iter()
+        .flat_map(|format| [None, Some(TABLES), Some(LATE)].map(|table| (format, table)))
+    {
+        let layout = Layout {
+            format,
+            size: 8,
+            descriptors: DESCRIPTORS,
+            driver_area: DRIVER_AREA,
+            device_area: DEVICE_AREA,
+        };
+        let memory = memory(false);
+        let old = memory.view();
+        let file = memfd_create("late", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, PAGE).unwrap();
+        memory.map(LATE, PAGE, Some((file, 0)), Access::BOTH).unwrap();
+        let new = memory.view();
+        assert!(new.is_current() && !old.is_current());
+        let areas = driver_areas(&layout, &new);
+        let start = Position::start(format);
+        let mut driver = Driver::new(format, 8, features, start, 0..8);
+        driver.format(&areas);
+        let mut offer = |raw: Raw, table: Option<u64>| {
+            let raw = table.map_or(raw, |addr| {
+                let words = [raw.addr.to_le_bytes(), raw.second_word(None).to_le_bytes()];
+                // A table that is nowhere cannot be written.
+                let _ = new.write(addr, words.as_flattened());
+                Raw { addr, len: 16, flags: INDIRECT }
+            });
+            driver.add(&areas, &[raw], 0).unwrap();
+            driver.publish(&areas);
+        };
+        let mut queue = Queue::new(layout, features).unwrap();
+        let mut chain = Chain::new();
+        let raw = |addr| Raw { addr, len: 64, flags: 0 };
+        offer(raw(0x3000), None);
+        offer(raw(LATE + 0x100), table);
+        offer(raw(0x4000), None);
+        let mut turn = queue.turn(&old).unwrap();
+        assert_eq!(turn.next(&mut chain), Ok(true), "the old view has the first");
+        turn.complete(&mut chain, 0);
+        for _ in 0..2 {
+            assert_eq!(turn.next(&mut chain), Ok(false), "{format:?} {table:x?}");
+            assert_eq!(turn.arm(), Armed::Missed);
+        }
+        turn.publish();
+        let mut turn = queue.turn(&new).unwrap();
+        for addr in [LATE + 0x100, 0x4000] {
+            assert_eq!(turn.next(&mut chain), Ok(true), "{format:?} {table:x?}");
+            assert_eq!(chain.readable(), [Part { addr, len: 64 }]);
+            turn.complete(&mut chain, 0);
+        }
+        // What no view has is no buffer to wait for.
+        offer(raw(NOWHERE), None);
+        assert_eq!(turn.next(&mut chain), Ok(true));
+        turn.complete(&mut chain, 0);
+        offer(raw(NOWHERE), Some(NOWHERE));
+        assert_eq!(turn.next(&mut chain), Err(Violation::IndirectUnmapped));
+        assert_eq!(turn.arm(), Armed::Waiting, "it is retired");
+    }
+}

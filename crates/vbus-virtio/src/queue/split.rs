@@ -119,7 +119,11 @@ impl Split {
                 areas.descriptors.prefetch(usize::from(next) * DESCRIPTOR_BYTES);
             }
         }
-        self.walk(areas, tables, chain, head)?;
+        if let Err(violation) = self.walk(areas, tables, chain, head) {
+            // The queue may look at this buffer again.
+            self.fetched = None;
+            return Err(violation);
+        }
         if self.mark(head, true) {
             return Err(Violation::InFlight(head));
         }
