@@ -266,7 +266,11 @@ impl Station {
                 "ethtool -L near combined {pairs} && \
                  ethtool -l near | awk '/^Combined/{{n=$2}} END{{print n}}'"
             );
-            self.check(&[(&set, &pairs.to_string())])?;
+            self.check(&[
+                (&set, &pairs.to_string()),
+                // The kernel has so many queues: the connection was made anew with them.
+                ("ls /sys/class/net/near/queues | wc -l", &(2 * pairs).to_string()),
+            ])?;
             self.0.flow(FLOW).with_context(|| format!("with {pairs} queue pairs"))?;
         }
         load.end()?;
@@ -275,7 +279,10 @@ impl Station {
 
     /// The function is reset by its file in sysfs while frames go. The interface stays.
     fn reset_under_load(&self) -> Result<()> {
-        let load = self.0.load()?;
+        // The driver ends the connection before the reset, and opens it after it. If it did not,
+        // the watch would find the connection lost, and open it again.
+        let found_lost = || self.guest().ok("dmesg | grep -c 'opens it again' || true");
+        let (load, before) = (self.0.load()?, found_lost()?);
         for _ in 0..3 {
             self.0.flow(FLOW)?;
             let reset = format!("echo 1 > {}/reset", linux::function(0));
@@ -283,7 +290,10 @@ impl Station {
         }
         self.0.flow(FLOW)?;
         load.end()?;
-        self.transfers()
+        self.transfers()?;
+        let after = found_lost()?;
+        ensure!(after == before, "connections found lost: {before} before the resets, {after} now");
+        Ok(())
     }
 
     /// What netlink tells of the queues are the counts of ethtool, and their sum is that of ip.
