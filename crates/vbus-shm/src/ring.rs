@@ -779,7 +779,17 @@ impl<M: Memory> DeviceEnd<M> {
     /// use.
     #[inline(always)]
     pub fn take(&mut self) -> Result<Option<Entry>, Corrupt> {
-        let entry = self.peek()?;
+        self.take_if(|_| true)
+    }
+
+    /// Takes the next submitted entry if `wanted` says so of it. If not, it stays in the ring, and
+    /// [`arm`](Self::arm) says that it was missed.
+    #[inline(always)]
+    pub fn take_if(
+        &mut self,
+        wanted: impl FnOnce(&Entry) -> bool,
+    ) -> Result<Option<Entry>, Corrupt> {
+        let entry = self.peek()?.filter(wanted);
         self.taken = self.taken.wrapping_add(u64::from(entry.is_some()));
         Ok(entry)
     }

@@ -34,6 +34,22 @@ pub struct Chain {
     took: bool,
 }
 
+/// Takes the next entry of `ring`, for the device to read or to `write`.
+///
+/// Behind an IOMMU a driver maps a buffer just before it posts it. A view that was taken before
+/// lacks it: the entry stays in the ring for a poll with a newer view, and until then the ring's
+/// `arm` says that it was missed. Of memory that no view has, the device learns when it looks the
+/// entry up.
+#[inline]
+fn take(
+    ring: &mut DeviceEnd<Window>,
+    view: &View<'_>,
+    write: bool,
+) -> Result<Option<Entry>, ErrorCode> {
+    let has = |entry: &Entry| view.slice(entry.addr, entry.len.into(), write).is_ok();
+    Ok(ring.take_if(|entry| view.is_current() || has(entry))?)
+}
+
 impl<S: Default> Entries<S> {
     pub fn new(ring: DeviceEnd<Window>, interrupt: Interrupt) -> Entries<S> {
         Entries { ring, interrupt, state: S::default() }
@@ -63,10 +79,10 @@ impl<S: Send> Ring for Entries<S> {
 }
 
 impl TxRing for TxEntries {
-    fn take(&mut self, _view: &View<'_>) -> Result<Option<usize>, ErrorCode> {
+    fn take(&mut self, view: &View<'_>) -> Result<Option<usize>, ErrorCode> {
         let chain = &mut self.state;
         while chain.entries.last().is_none_or(|last| last.flags & NEXT != 0) {
-            let Some(entry) = self.ring.take()? else { return Ok(None) };
+            let Some(entry) = take(&mut self.ring, view, false)? else { return Ok(None) };
             chain.bytes = chain.bytes.saturating_add(entry.len as usize);
             if entry.len == 0 || chain.entries.len() == CHAIN_MAX || chain.bytes > FRAME_MAX {
                 return Err(ErrorCode::BAD_LENGTH);
@@ -108,8 +124,8 @@ impl RxRing for RxEntries {
         CHAIN_MAX
     }
 
-    fn take(&mut self, _view: &View<'_>) -> Result<Option<Entry>, ErrorCode> {
-        match self.ring.take()? {
+    fn take(&mut self, view: &View<'_>) -> Result<Option<Entry>, ErrorCode> {
+        match take(&mut self.ring, view, true)? {
             Some(entry) if entry.len < BUFFER_MIN => Err(ErrorCode::BAD_LENGTH),
             entry => Ok(entry),
         }
@@ -150,5 +166,56 @@ impl RxRing for RxEntries {
 
     fn holds_all(&self) -> bool {
         self.ring.held() == self.ring.layout().entries()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use vbus_core::MemoryContext;
+    use vbus_core::memory::Access;
+    use vbus_core::shm::ring::{DriverEnd, Layout, Returns};
+
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    fn map(memory: &MemoryContext, addr: u64) {
+        let file = memfd_create("memory", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, PAGE).unwrap();
+        memory.map(addr, PAGE, Some((file, 0)), Access::BOTH).unwrap();
+    }
+
+    #[test]
+    fn an_entry_that_was_mapped_after_the_view_is_taken_later() {
+        const LATE: u64 = 16 * PAGE;
+        for write in [false, true] {
+            let memory = MemoryContext::new();
+            map(&memory, 0);
+            map(&memory, PAGE);
+            let layout = Layout::new(8, Returns::Entries).unwrap();
+            let window = || memory.window(0, PAGE).unwrap();
+            let mut driver = DriverEnd::create(window(), layout, 0).unwrap();
+            let mut ring = DeviceEnd::attach(window()).unwrap();
+            let old = memory.view();
+            map(&memory, LATE);
+            let new = memory.view();
+            assert!(new.is_current() && !old.is_current());
+            let mut submit = |addr| {
+                driver.submit(Entry { addr, len: 64, id: 0, flags: 0 }).unwrap();
+                let _ = driver.post(); // Nobody sleeps.
+            };
+            submit(PAGE);
+            submit(LATE);
+            let addr = |entry: Result<Option<Entry>, ErrorCode>| entry.unwrap().map(|e| e.addr);
+            assert_eq!(addr(take(&mut ring, &old, write)), Some(PAGE), "the old view has it");
+            assert_eq!(addr(take(&mut ring, &old, write)), None);
+            assert_eq!(ring.arm(0), Armed::Missed);
+            assert_eq!(addr(take(&mut ring, &new, write)), Some(LATE));
+            assert_eq!(ring.arm(0), Armed::Waiting);
+            // For what no view has, nobody waits.
+            submit(2 * LATE);
+            assert_eq!(addr(take(&mut ring, &new, write)), Some(2 * LATE));
+        }
     }
 }
