@@ -47,13 +47,15 @@ mod tests {
 
     #[test]
     fn the_table_has_room_and_no_descriptor_stays_open() {
-        let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
-        let before = open();
         make_room_for_descriptors(std::io::stderr(), 700);
         assert!(room() >= 700, "{}", room());
         // Beyond every limit: as far as the limit goes.
         make_room_for_descriptors(std::io::stderr(), RawFd::MAX);
         make_room_for_descriptors(std::io::stderr(), 0);
-        assert_eq!(open(), before);
+        // Other tests of this process open some with low numbers meanwhile.
+        for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            assert!(name.parse::<RawFd>().unwrap() < 600, "{name} is open");
+        }
     }
 }

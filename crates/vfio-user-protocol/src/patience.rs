@@ -252,8 +252,15 @@ impl Wait {
 
     /// The call has ended.
     pub(crate) fn end(self, waited: &mut Waited) {
+        self.end_at(Instant::now(), waited);
+    }
+
+    fn end_at(self, now: Instant, waited: &mut Waited) {
         if let Some(allowance) = &self.patience.allowance {
-            waited.end(allowance, self.began, Instant::now());
+            // A call that ends well after its deadline had its reply all the time: this process
+            // stood still, and the server is not to blame for that.
+            let end = self.deadline.map_or(now, |deadline| now.min(deadline));
+            waited.end(allowance, self.began, end);
         }
         if self.told {
             self.tell(false);
@@ -321,6 +328,23 @@ mod tests {
         // Much more than all: nothing overflows.
         let most = Allowance { at_once: Duration::MAX, call: Duration::MAX, share: u32::MAX };
         assert_eq!(Waited::default().begin(&most, start), Duration::MAX);
+    }
+
+    /// As by a debugger, or a control group that is frozen.
+    #[test]
+    fn a_stop_of_the_process_itself_is_not_the_servers() {
+        let mut waited = Waited::default();
+        let wait = Wait::begin(command::DEVICE_RESET, Patience::default(), &mut waited);
+        let hour = wait.began + Duration::from_secs(3600);
+        wait.end_at(hour, &mut waited);
+        let allowance = Allowance::default();
+        assert_eq!(waited.begin(&allowance, hour), allowance.at_once + allowance.call);
+        let wait = Wait::begin(command::DEVICE_RESET, Patience::default(), &mut waited);
+        let (began, soon) = (wait.began, wait.began + Duration::from_secs(30));
+        wait.end_at(soon, &mut waited);
+        // 5 s of it count, less what the rest has taken off.
+        let left = waited.begin(&allowance, soon);
+        assert!(left >= allowance.at_once - TIMEOUT, "{left:?} of a stop of {:?}", soon - began);
     }
 
     #[test]
