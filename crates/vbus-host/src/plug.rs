@@ -319,12 +319,19 @@ fn peripherals(qmp: &mut Qmp, kind: &str) -> Result<Vec<String>> {
     Ok(ids)
 }
 
+/// The class of QEMU's error for an object that it does not have.
+const NOT_FOUND: &str = "DeviceNotFound";
+
 /// The children of the object `path`. `None`: QEMU has no such object, because it has gone since it
 /// was listed.
 fn children(qmp: &mut Qmp, path: &str) -> Result<Option<Value>> {
     match qmp.run("qom-list", json!({ "path": path })) {
         Ok(list) => Ok(Some(list)),
-        Err(error) if error.is::<QemuError>() => Ok(None),
+        Err(error)
+            if error.downcast_ref().is_some_and(|QemuError { class, .. }| class == NOT_FOUND) =>
+        {
+            Ok(None)
+        }
         Err(error) => Err(error),
     }
 }

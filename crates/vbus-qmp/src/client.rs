@@ -97,7 +97,8 @@ impl Qmp {
     ) -> Result<Value> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
-        let mut socket = Until { socket: &self.socket, deadline: self.deadline };
+        let deadline = self.deadline.max(Instant::now() + more);
+        let mut socket = Until { socket: &self.socket, deadline };
         socket.write_all(line.as_bytes()).map_err(|error| match error.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => anyhow!("QEMU did not read in time"),
             _ => anyhow!("QEMU has gone"),
@@ -319,7 +320,7 @@ mod tests {
         assert!(asked >= 3);
         qmp.set_timeout(short);
         let error = qmp.run_while("stuck", json!({}), LONG, &mut || false).unwrap_err();
-        assert!(format!("{error:#}").contains("in time"), "{error:#}");
+        assert!(format!("{error:#}").contains("answer in time"), "{error:#}");
         assert_eq!(qmp.process(), Some(std::process::id()));
     }
 

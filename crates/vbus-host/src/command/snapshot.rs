@@ -285,7 +285,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Runs a command of QEMU's monitor on the snapshot `name`. It says nothing if it succeeds.
+    /// Runs a command of QEMU's monitor on the snapshot `name`. It says nothing if it succeeds. Once
+    /// somebody wants the end, it does not wait longer, though QEMU may carry the command out.
     fn monitor(&mut self, command: &str, name: &str, disks: &[PathBuf]) -> Result<()> {
         if is_readable(&self.stop) {
             bail!("interrupted");
@@ -294,10 +295,11 @@ impl Machine {
         let line = json!({ "command-line": format!("{command} {name}") });
         let process = self.qmp.process();
         let since = Instant::now();
+        let stop = &self.stop;
         let mut works = Works { process, disks, last: Vec::new(), since, standstill: STANDSTILL };
         let said =
             self.qmp.run_while("human-monitor-command", line, LOOK_FOR_PROGRESS, &mut || {
-                works.goes_on()
+                !is_readable(stop) && works.goes_on()
             })?;
         let said = said.as_str().unwrap_or_default().trim();
         ensure!(said.is_empty(), "QEMU's {command}: {said}");

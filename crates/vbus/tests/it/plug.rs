@@ -83,7 +83,8 @@ fn serve(
             ] })]),
             // It has left since it was listed.
             ("qom-list", Some("/machine/peripheral/gone")) => {
-                failed("Device '/machine/peripheral/gone' not found")
+                let (class, desc) = ("DeviceNotFound", "Device 'gone' not found");
+                Some(vec![json!({ "error": { "class": class, "desc": desc } })])
             }
             ("qom-list", Some("/machine/peripheral/p1/p1")) => {
                 let child = node("child[0]", "link<vfio-user-pci>");
