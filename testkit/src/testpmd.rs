@@ -204,7 +204,8 @@ impl Testpmd {
             let now = self.counts()?.received();
             let took = began.elapsed();
             if took >= Duration::from_secs(seconds.into()) {
-                let (frames, cpu) = ((now - before) as f64, processor_ns(back_end)? - cpu);
+                let (frames, cpu) =
+                    ((now - before) as f64, processor_ns(back_end)?.saturating_sub(cpu));
                 ensure!(frames > 0.0, "no frame has passed in {took:?}");
                 return Ok(Rate {
                     per_s: frames / took.as_secs_f64(),
@@ -239,7 +240,8 @@ struct Rate {
 fn processor_ns(process: u32) -> Result<u64> {
     let mut sum = 0;
     for thread in std::fs::read_dir(format!("/proc/{process}/task"))? {
-        let text = std::fs::read_to_string(thread?.path().join("schedstat"))?;
+        // A thread may end meanwhile. Those that work do not.
+        let Ok(text) = std::fs::read_to_string(thread?.path().join("schedstat")) else { continue };
         let time = text.split_whitespace().next().context("an empty schedstat")?;
         sum += time.parse::<u64>()?;
     }

@@ -257,6 +257,7 @@ mod tests {
         assert_eq!(skipped_tests(&said, &["c".to_owned()]), [("a", "no tun")]);
         assert_eq!(before("ok. 12 passed; 3 failed", " passed"), 12);
     }
+
     #[test]
     fn of_several_threads_that_panicked_the_test_s_own_counts() {
         let worker = "thread '<unnamed>' (7) panicked at a.rs:1:2:\nit went\n";

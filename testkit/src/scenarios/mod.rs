@@ -82,7 +82,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ),
     in_guests(
         "vm::vhost_user",
-        "the kernel's virtio driver behind QEMU's vhost-user: split and packed, two pairs; the bus dies",
+        "the kernel's virtio driver behind QEMU's vhost-user: split, packed, two pairs; the bus dies",
         vm::vhost_user::net,
     ),
     in_guests(

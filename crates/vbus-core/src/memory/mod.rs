@@ -326,6 +326,7 @@ impl MemoryContext {
         let mut current = lock(&self.current);
         current.earlier.retain(|earlier| earlier.strong_count() > 0);
         let before = std::mem::replace(&mut current.snapshot, next);
+        // Pairs with the load in `View::is_current`.
         before.replaced.store(true, Ordering::Release);
         if before.views.load(Ordering::Relaxed) > 0 {
             current.earlier.push(Arc::downgrade(&before));
@@ -734,7 +735,7 @@ impl View<'_> {
     /// more.
     #[inline(always)]
     pub fn is_current(&self) -> bool {
-        // Pairs with the store of whoever changed the memory.
+        // Pairs with the store in `MemoryContext::publish`.
         self.snapshot.as_deref().is_some_and(|own| !own.replaced.load(Ordering::Acquire))
     }
 

@@ -112,13 +112,15 @@ fn what_the_kernel_unmasks_while_a_connection_opens_stays_unmasked() {
     let page = Page::new().unwrap();
     thread::scope(|scope| {
         let page = &page;
-        let (done, is_done) = mpsc::channel();
+        let ((begin, has_begun), (done, is_done)) = (mpsc::channel(), mpsc::channel());
         // The kernel unmasks the line just after the driver has looked which lines it wants.
         setup.page(page, || {
             scope.spawn(move || {
+                begin.send(()).unwrap();
                 page.set_masked(LINE, false);
                 done.send(()).unwrap();
             });
+            has_begun.recv().unwrap();
             // It has to wait for the page.
             assert!(is_done.recv_timeout(PAUSE).is_err());
             unmasked(&[])

@@ -90,6 +90,7 @@ impl Kept {
         &self.file
     }
 
+    /// Pairs with the store in `set_word`: the text that the word names is whole.
     fn load_word(&self) -> u64 {
         let view = self.memory.view();
         let slice = view.slice(WORD, 8, false);
@@ -116,7 +117,8 @@ impl Kept {
     fn set_word(&self, word: u64) {
         let view = self.memory.view();
         if let Ok(slice) = view.slice(WORD, 8, true) {
-            // After the text, whenever this process dies.
+            // After the text, whenever this process dies. Pairs with the load in `load_word`, in
+            // the next process.
             let _ = slice.store(0, word, Ordering::Release);
         }
     }

@@ -21,7 +21,7 @@ use rustix::net::{
     sendmsg,
 };
 use rustix::pipe::PipeFlags;
-use rustix::process::Signal;
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use serde_json::{Value, json};
 use vbus_driver::{Function, state::Pages};
 use vbus_process::{MEMORY_BYTES, Process};
@@ -509,7 +509,7 @@ fn a_new_process_without_memory_leaves_the_old_one_serving() {
         command.get_args().map(|word| format!("'{}'", word.to_str().unwrap())).collect::<Vec<_>>();
     let program = env!("CARGO_BIN_EXE_vbus");
     for mib in [4, 16, 48, 96, 160, 256] {
-        let script = format!("ulimit -v {}; exec {program} {}", mib * 1024, words.join(" "));
+        let script = format!("ulimit -S -v {}; exec {program} {}", mib * 1024, words.join(" "));
         let mut new = Command::new("sh")
             .args(["-c", &script])
             .env_remove("NOTIFY_SOCKET")
@@ -523,7 +523,13 @@ fn a_new_process_without_memory_leaves_the_old_one_serving() {
         });
         match ended {
             Some(status) => assert!(!status.success(), "with {mib} MiB"),
-            None => bus.child = new,
+            None => {
+                // It has taken over. What it serves with later is not in question here.
+                let (process, all) =
+                    (Pid::from_child(&new), Rlimit { current: None, maximum: None });
+                prlimit(Some(process), Resource::As, all).unwrap();
+                bus.child = new;
+            }
         }
         driver.goes_on(&format!("with {mib} MiB for the new process"));
     }
