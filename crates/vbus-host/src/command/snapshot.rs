@@ -285,8 +285,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Runs a command of QEMU's monitor on the snapshot `name`. It says nothing if it succeeds. Once
-    /// somebody wants the end, it does not wait longer, though QEMU may carry the command out.
+    /// Runs a command of QEMU's monitor on the snapshot `name`. It says nothing if it succeeds.
+    /// Once somebody wants the end, it does not wait longer, though QEMU may carry the command out.
     fn monitor(&mut self, command: &str, name: &str, disks: &[PathBuf]) -> Result<()> {
         if is_readable(&self.stop) {
             bail!("interrupted");

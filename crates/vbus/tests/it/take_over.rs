@@ -630,8 +630,7 @@ fn the_service_manager_follows_the_upgrade() {
     let next: i32 = told.trim_start_matches("MAINPID=").trim().parse().unwrap();
     assert!(!has_ended(next));
     hear("WATCHDOG=1");
-    rustix::process::kill_process(rustix::process::Pid::from_raw(next).unwrap(), Signal::TERM)
-        .unwrap();
+    rustix::process::kill_process(Pid::from_raw(next).unwrap(), Signal::TERM).unwrap();
     hear("STOPPING=1");
     wait_until("it ends", || has_ended(next));
     wait_until("its sockets go", || std::fs::read_dir(&dir).unwrap().count() == 0);
