@@ -46,10 +46,10 @@ pub struct Allowance {
 }
 
 impl Default for Allowance {
-    /// 20 s at once (four of the slowest calls, one after another), 20 ms for each call (a server
+    /// 20 s at once (four of the slowest calls, one after another), 100 ms for each call (a server
     /// on a busy machine, in turn with others), and 10 %.
     fn default() -> Allowance {
-        Allowance { at_once: Duration::from_secs(20), call: Duration::from_millis(20), share: 10 }
+        Allowance { at_once: Duration::from_secs(20), call: Duration::from_millis(100), share: 10 }
     }
 }
 
