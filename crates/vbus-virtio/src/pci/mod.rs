@@ -115,7 +115,8 @@ pub fn function(
     let transport: Arc<dyn Transport> = shared.clone();
     device.attach(Arc::downgrade(&transport));
     let registers = Registers::new(&kind);
-    let handler = VirtioFunction { device, kind, vectors, registers, shared, kept: None };
+    let handler =
+        VirtioFunction { device, kind, vectors, registers, shared, kept: None, of_former: false };
     let endpoint = handler.shared.endpoint.clone();
     PciFunction::new(space, interrupts, executor, worker)
         .of_device(&endpoint)
@@ -328,6 +329,9 @@ struct VirtioFunction {
     shared: Arc<Shared>,
     /// What outlives this process, if the bus has or had a keeper.
     kept: Option<Arc<Kept>>,
+    /// `kept` is that of a former process, which was killed: the next state that is restored is
+    /// older.
+    of_former: bool,
 }
 
 impl VirtioFunction {
@@ -426,15 +430,22 @@ impl VirtioFunction {
         })
     }
 
-    /// Makes the session of `saved`, with the queues of the registers.
-    fn resume_session(&self, running: &mut Running, saved: &SavedSession) -> Result<(), String> {
+    /// Makes the session of `saved`, with the queues of the registers. `of_former`: what is newer is
+    /// in the memory of a former process.
+    fn resume_session(
+        &self,
+        running: &mut Running,
+        saved: &SavedSession,
+        of_former: bool,
+    ) -> Result<(), String> {
         let driver = self.driver(running);
         let mut own = saved.own.clone();
-        if let Some(kept) = &self.kept {
+        if let Some(kept) = self.kept.as_ref().filter(|_| of_former) {
             // The driver may have chosen more since the state was saved.
             let choices = kept.choices()?.unwrap_or_default();
+            let own = own.as_object_mut().ok_or("the session's own state is no object")?;
             let choices = choices.as_object().into_iter().flatten();
-            choices.for_each(|(name, choice)| own[name] = choice.clone());
+            own.extend(choices.map(|(name, choice)| (name.clone(), choice.clone())));
         }
         let mut session = self.device.clone().restart(driver, &own)?;
         self.record(&mut *session);
@@ -443,7 +454,7 @@ impl VirtioFunction {
         for (index, layout) in self.registers.enabled() {
             let failed = |error: &dyn std::fmt::Display| format!("queue {index}: {error}");
             let (queue, taken) = match states.remove(&index) {
-                _ if self.kept.is_some() => match self.take_up(index, layout) {
+                _ if of_former => match self.take_up(index, layout) {
                     Some(Ok(taken_up)) => taken_up,
                     Some(Err(error)) => return Err(failed(&error)),
                     // The driver was stopping it, and does that now.
@@ -551,6 +562,11 @@ impl VirtioFunction {
         if saved.session.is_some() && (!is_started || saved.needs_reset || saved.broken.is_some()) {
             return Err("a session is there without a driver that has started".into());
         }
+        let of_former = std::mem::take(&mut self.of_former);
+        if !of_former {
+            // Of another driver's life, as of the machine that has just come. It is made anew.
+            self.kept = None;
+        }
         let shared = self.shared.clone();
         shared.endpoint.restore(&saved.device).map_err(|error| error.why)?;
         self.registers = saved.registers.clone();
@@ -565,7 +581,7 @@ impl VirtioFunction {
         let state = match (&saved.session, saved.broken) {
             (Some(session), _) => {
                 let mut running = lock(&shared.running);
-                let resumed = self.resume_session(&mut running, session);
+                let resumed = self.resume_session(&mut running, session, of_former);
                 if resumed.is_err() {
                     shared.end(&mut running);
                 }
@@ -573,7 +589,7 @@ impl VirtioFunction {
                     Ok(()) => ConnectionState::Open,
                     // The driver may write what it likes while no bus is there, and it must not
                     // keep the others from going on.
-                    Err(why) if self.kept.is_some() => {
+                    Err(why) if of_former => {
                         tracing::warn!(device = shared.host().name(), "its driver ends: {why}");
                         shared.broken(&ErrorCode::CORRUPT.into());
                         ConnectionState::Broken(ErrorCode::CORRUPT)
@@ -785,6 +801,7 @@ impl BarHandler for VirtioFunction {
     fn adopt_memory(&mut self, memory: OwnedFd) -> Result<(), String> {
         let of = self.shared.host().memory().clone();
         self.kept = Some(Arc::new(Kept::of_former(&self.kind, memory, &of)?));
+        self.of_former = true;
         Ok(())
     }
 

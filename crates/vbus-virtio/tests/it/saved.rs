@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use vbus_core::state::Document;
-use vbus_pci::{FunctionState, IrqIndex, Options, Peer, device_function};
+use vbus_core::{ConnectionState, ErrorCode};
+use vbus_pci::{FunctionState, IrqIndex, Options, PciFunction, Peer, device_function};
 use vbus_test_driver::saved::{
     Verdict, World, content, document, forge, same_when_saved, still, try_out,
 };
@@ -110,6 +111,30 @@ impl Cards {
             endpoint.quiesce().unwrap();
             function.adopt_memory(memory).unwrap();
             function.restore(&state, Peer::Same).unwrap();
+            (card.driver.function, card.driver.endpoint) = (function, endpoint);
+        }
+        self.commit();
+        self.lab = lab;
+    }
+
+    /// Both cards move to another bus, which has a keeper.
+    fn move_to_a_kept_bus(&mut self) {
+        let lab = Lab::new();
+        for card in &self.cards {
+            card.driver.endpoint.quiesce().unwrap();
+        }
+        for (number, card) in self.cards.iter_mut().enumerate() {
+            let state = card.driver.function.save().unwrap();
+            let endpoint = lab.endpoint(number, self.settings.clone());
+            card.driver.memory.share(&endpoint);
+            let mut function = device_function(endpoint.clone(), Options::default());
+            let eventfds = card.driver.function.irq_eventfds(IrqIndex::Intx).unwrap();
+            function.connect_irqs(IrqIndex::Intx, 0, eventfds).unwrap();
+            // What its keeper has of the device before.
+            endpoint.quiesce_to_outlast(Instant::now() + TIMEOUT).unwrap();
+            function.save().unwrap();
+            assert!(function.kept_memory().unwrap().is_some());
+            function.restore(&state, Peer::Other).unwrap();
             (card.driver.function, card.driver.endpoint) = (function, endpoint);
         }
         self.commit();
@@ -289,6 +314,21 @@ fn drivers_do_not_see_that_the_process_of_their_cards_was_killed() {
     same_when_saved(0..16, 50, |seed| Cards::kept(seed, settings.clone()));
 }
 
+#[test]
+fn cards_that_move_to_a_bus_with_a_keeper_keep_their_queues() {
+    let mut world = Cards::new(1, json!({}));
+    for move_or_die in [Cards::move_to_a_kept_bus, Cards::die] {
+        move_or_die(&mut world);
+        world.send(&[0; HEADER], &frame(MACS[1], MACS[0], 100));
+        let card = &mut world.cards[1];
+        let addr = card.driver.memory.alloc(2048);
+        card.rx.add(&card.driver.memory, &[(addr, 2048, true)]);
+        card.driver.notify(&card.rx);
+        let (_, len) = card.rx.wait(&card.driver.memory);
+        assert_eq!(len as usize, HEADER + frame(MACS[1], MACS[0], 100).len());
+    }
+}
+
 /// The driver writes nonsense while no process is there. Its session ends, and no other one.
 #[test]
 fn a_queue_that_makes_no_sense_after_a_kill_ends_its_session_alone() {
@@ -315,6 +355,32 @@ fn a_queue_that_makes_no_sense_after_a_kill_ends_its_session_alone() {
 /// Whatever a forged state says, it is refused, or the card that goes on from it is safe.
 #[test]
 fn forged_states_do_no_harm() {
+    forge_states(|_| {});
+}
+
+/// The same of a state beside the memory of a process that was killed.
+#[test]
+fn forged_states_of_a_process_that_was_killed_do_no_harm() {
+    let mut world = Cards::kept(1, json!({ "rss": true, "queue-pairs": 2 }));
+    (0..20).for_each(|n| world.command(n));
+    let (state, memory) = world.kept.remove(1);
+    forge_states(|function| function.adopt_memory(memory.try_clone().unwrap()).unwrap());
+    // There is nothing to put the driver's choices into.
+    for own in [json!(7), json!("own"), json!([1]), json!(true)] {
+        let mut forged = content(&state);
+        *forged.pointer_mut("/bars/0/state/session/own").unwrap() = own;
+        let lab = Lab::new();
+        let endpoint = lab.endpoint(1, world.settings.clone());
+        endpoint.quiesce().unwrap();
+        world.cards[1].driver.memory.share(&endpoint);
+        let mut function = device_function(endpoint.clone(), Options::default());
+        function.adopt_memory(memory.try_clone().unwrap()).unwrap();
+        function.restore(&document(&forged).unwrap(), Peer::Same).unwrap();
+        assert_eq!(endpoint.state(), ConnectionState::Broken(ErrorCode::CORRUPT));
+    }
+}
+
+fn forge_states(before: impl Fn(&mut PciFunction)) {
     let mut world = Cards::new(1, json!({ "rss": true, "queue-pairs": 2 }));
     world.post();
     for _ in 0..3 {
@@ -331,6 +397,7 @@ fn forged_states_do_no_harm() {
         endpoint.quiesce().unwrap();
         world.cards[1].driver.memory.share(&endpoint);
         let mut function = device_function(endpoint.clone(), Options::default());
+        before(&mut function);
         let verdict = match function.restore(&state, Peer::Other) {
             Err(error) => Verdict::Refused(error.why),
             Ok(()) => Verdict::Taken,
