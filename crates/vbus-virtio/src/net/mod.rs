@@ -24,6 +24,7 @@ mod work;
 use std::any::Any;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::Value;
 use vbus_core::settings::{self, Settings};
@@ -153,7 +154,8 @@ impl DeviceClass for VirtioNetClass {
             }
             Reached::VhostUser => Box::new(Front::new(nic.clone())),
         };
-        Ok(Arc::new(OnBus { nic, front, reached, news: Default::default() }))
+        let (news, is_kept) = Default::default();
+        Ok(Arc::new(OnBus { nic, front, reached, news, is_kept }))
     }
 
     fn has_vbus_drivers(&self) -> bool {
@@ -165,6 +167,9 @@ impl DeviceClass for VirtioNetClass {
     }
 }
 
+/// Why no keeper can have a card whose queues the kernel serves.
+const NOT_KEPT: &str = "with vhost = true the kernel serves its queues, and a kill ends that";
+
 /// The card as a device of the bus.
 struct OnBus {
     nic: Arc<VirtioNic>,
@@ -172,6 +177,8 @@ struct OnBus {
     front: Box<dyn Any + Send + Sync>,
     reached: Reached,
     news: std::sync::Mutex<Option<TaskHandle>>,
+    /// A keeper has the card's state. It stands alone: nothing is read after it.
+    is_kept: AtomicBool,
 }
 
 impl Device for OnBus {
@@ -213,6 +220,9 @@ impl Device for OnBus {
         if changed.len() > 1 {
             return Err("vhost changes alone".into());
         }
+        if vhost && self.is_kept.load(Ordering::Relaxed) {
+            return Err(format!("the bus has a keeper, and {NOT_KEPT}"));
+        }
         self.nic.set_vhost(vhost)
     }
 
@@ -242,11 +252,11 @@ impl Device for OnBus {
 
     fn outlast(&self, device: &mut Value, _: Option<&mut Value>) -> Result<(), String> {
         if self.nic.vhost().is_wanted() {
-            return Err(
-                "with vhost = true the kernel serves its queues, and a kill ends that".into()
-            );
+            return Err(NOT_KEPT.into());
         }
-        state::read_part::<CardState>(device)?.outlast()
+        state::read_part::<CardState>(device)?.outlast()?;
+        self.is_kept.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     fn restore(&self, saved: &Value) -> Result<(), String> {

@@ -329,6 +329,19 @@ fn cards_that_move_to_a_bus_with_a_keeper_keep_their_queues() {
     }
 }
 
+/// The kernel would serve queues of which the keeper has an older state.
+#[test]
+fn a_card_with_a_keeper_does_not_change_to_vhost() {
+    let world = Cards::kept(1, json!({}));
+    let change = |old: bool, new: bool| {
+        let [old, new] = [old, new].map(|vhost| json!({ "backend": "tap", "vhost": vhost }));
+        world.cards[0].driver.endpoint.device().reconfigure(&old, &new)
+    };
+    let error = change(false, true).unwrap_err();
+    assert!(error.starts_with("the bus has a keeper, and with vhost = true"), "{error}");
+    assert_eq!(change(true, false), Ok(()));
+}
+
 /// The driver writes nonsense while no process is there. Its session ends, and no other one.
 #[test]
 fn a_queue_that_makes_no_sense_after_a_kill_ends_its_session_alone() {
