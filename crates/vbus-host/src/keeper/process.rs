@@ -160,13 +160,19 @@ impl Keeper {
                         let _ = wait(&mut bus);
                     }
                     journal = Journal::default();
-                    bus = self.adopt_again()?;
+                    let Some(next) = self.adopt_again()? else {
+                        return Ok(Ended { status: None });
+                    };
+                    bus = next;
                     continue;
                 }
                 Followed::Lost => {
                     tracing::error!("the bus (process {}) has dropped its keeper", bus.pid);
                     journal = Journal::default();
-                    bus = self.adopt_again()?;
+                    let Some(next) = self.adopt_again()? else {
+                        return Ok(Ended { status: None });
+                    };
+                    bus = next;
                     continue;
                 }
                 Followed::Died => {}
@@ -187,14 +193,14 @@ impl Keeper {
             self.clean_up(&journal);
             bus = loop {
                 deaths += 1;
-                if self.rests(pause(deaths)) {
-                    return Ok(Ended { status });
-                }
-                if deaths > DEATHS_MAX {
+                let Some(pause) = pause(deaths) else {
                     bail!(
                         "the bus has died {DEATHS_MAX} times in a row without {PROGRESS:?} of \
                          service: its keeper gives up, and its clients lose their connections"
                     );
+                };
+                if self.rests(pause) {
+                    return Ok(Ended { status });
                 }
                 tracing::error!("the bus (process {}) {how}; the keeper starts it again", bus.pid);
                 let mut next = match self.start(true) {
@@ -254,11 +260,14 @@ impl Keeper {
             ends
         };
         let (left, ended) = std::thread::scope(|scope| {
-            let watcher = scope.spawn(watch);
+            // The system may have no thread now. This process is the last that has everything, so
+            // it must not panic.
+            let watcher = std::thread::Builder::new().spawn_scoped(scope, watch);
+            let watcher = watcher.context("a thread that watches the next bus")?;
             let left = leave(next.socket.as_fd(), &mut Heritage(journal), &AFTER_DEATH);
             let _ = rustix::io::write(&done, &1_u64.to_ne_bytes());
-            (left, watcher.join().unwrap_or(false))
-        });
+            anyhow::Ok((left, watcher.join().unwrap_or(false)))
+        })?;
         self.asked |= ended && left.is_err();
         left
     }
@@ -311,16 +320,21 @@ impl Keeper {
         Ok(Bus { socket, process, pid, child: None })
     }
 
-    /// As [`adopt`](Self::adopt), when the bus has moved.
-    fn adopt_again(&self) -> Result<Bus> {
+    /// As [`adopt`](Self::adopt), when the bus has moved. `None`: somebody wants the keeper to end
+    /// meanwhile. The bus gets no signal: its process is not known.
+    fn adopt_again(&mut self) -> Result<Option<Bus>> {
         let mut tries = 1;
         loop {
             match self.adopt() {
+                Ok(bus) => return Ok(Some(bus)),
                 Err(error) if tries == ADOPT_TRIES => {
                     return Err(error.context("the bus goes on without a keeper"));
                 }
-                Err(_) => std::thread::sleep(ADOPT_PAUSE),
-                bus => return bus,
+                Err(_) if self.rests(ADOPT_PAUSE) => {
+                    tracing::warn!("the keeper ends, and the bus goes on without one");
+                    return Ok(None);
+                }
+                Err(_) => {}
             }
             tries += 1;
         }
@@ -441,11 +455,12 @@ fn ends(process: &OwnedFd, limit: Duration) -> bool {
 }
 
 /// The pause before the keeper starts a bus that has died, or did not start, for the `deaths`th
-/// time in a row.
-fn pause(deaths: u32) -> Duration {
-    match deaths.min(DEATHS_MAX + 1).checked_sub(2) {
-        None => Duration::ZERO,
-        Some(doubled) => START_PAUSE * (1 << doubled),
+/// time in a row. `None`: it starts it no more.
+fn pause(deaths: u32) -> Option<Duration> {
+    match (deaths.checked_sub(2), deaths) {
+        (None, _) => Some(Duration::ZERO),
+        (Some(doubled), ..=DEATHS_MAX) => Some(START_PAUSE * (1 << doubled)),
+        _ => None,
     }
 }
 
@@ -466,9 +481,26 @@ mod tests {
 
     #[test]
     fn a_bus_that_died_once_is_started_at_once_and_later_ones_after_pauses_that_double() {
-        let millis: Vec<_> = (1..=DEATHS_MAX).map(|deaths| pause(deaths).as_millis()).collect();
-        assert_eq!(millis, [0, 100, 200, 400, 800, 1600, 3200, 6400]);
-        assert!(pause(u32::MAX) <= Duration::from_secs(15), "however often it died");
+        let pauses = (1..=DEATHS_MAX).map(|deaths| pause(deaths).unwrap().as_millis());
+        assert_eq!(pauses.collect::<Vec<_>>(), [0, 100, 200, 400, 800, 1600, 3200, 6400]);
+        for deaths in [DEATHS_MAX + 1, u32::MAX] {
+            assert_eq!(pause(deaths), None, "nobody waits for a bus that is given up");
+        }
+    }
+
+    #[test]
+    fn a_keeper_that_is_to_end_asks_no_more_for_the_bus_that_has_moved() {
+        let nowhere = tempfile::tempdir().unwrap();
+        let mut keeper = Keeper {
+            program: PathBuf::new(),
+            arguments: Vec::new(),
+            dir: nowhere.path().to_owned(),
+            stop: eventfd(1, EventfdFlags::CLOEXEC).unwrap(),
+            hangup: None,
+            restarts: 0,
+            asked: false,
+        };
+        assert!(keeper.adopt_again().unwrap().is_none() && keeper.asked);
     }
 
     #[test]
