@@ -2,7 +2,7 @@
 //! A device and its server as data: what another process needs to go on with the same client.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -30,6 +30,14 @@ pub struct SavedServer {
     pub descriptors: Vec<OwnedFd>,
     /// What a process that was killed has given away for keeping (`Target::hold`).
     pub held: Held,
+}
+
+impl SavedServer {
+    /// The listening socket, and then those of the connections, as far as the state has them. They
+    /// are not checked.
+    pub fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.descriptors.iter().take(self.data.server.sockets()).map(AsFd::as_fd)
+    }
 }
 
 /// What of a device and its server is no descriptor (spec/take-over.md, "Device"). For serde alone.

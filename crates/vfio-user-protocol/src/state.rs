@@ -136,6 +136,13 @@ impl ServerState {
 }
 
 impl ServerData {
+    /// How many descriptors at the front of [`ServerState::descriptors`] are the listening socket
+    /// and those of connections. If the data are forged, there may be fewer.
+    pub fn sockets(&self) -> usize {
+        let candidates = usize::try_from(self.candidates).unwrap_or(usize::MAX);
+        candidates.saturating_add(1 + usize::from(self.client.is_some()))
+    }
+
     /// Whether no count is higher than one that a server can have reached.
     fn counts_are_possible(&self) -> bool {
         let Stats { clients, refused, messages, failures, violations } = self.stats;

@@ -74,6 +74,11 @@ impl Inherited {
         let descriptor = socket.descriptor.try_clone()?;
         Ok(Some((descriptor, Lease(socket.user.clone()))))
     }
+
+    /// Whether the socket at `path` is one of these.
+    pub fn has(&self, path: &Path) -> bool {
+        lock(&self.0).contains_key(path)
+    }
 }
 
 impl Inherited {

@@ -34,7 +34,7 @@ use crate::metrics::{self, Door, Exporter, Kept, MetricsServer, MetricsSpec};
 use crate::rights::Rights;
 use crate::sandbox::{Protections, Sandbox};
 use crate::supervisor::{Permits, Purpose, Supervisor};
-use crate::take_over::{self, Departure, DeviceParcel, Handed, Joining, Spec};
+use crate::take_over::{self, Departure, DeviceParcel, Handed, Joining, Remains, Spec};
 use health::Health;
 use host::{Held, Host};
 use inherited::Inherited;
@@ -423,8 +423,8 @@ fn take_over(
     (specs, pid): (Vec<Spec>, i32),
     keep: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    for spec in &specs {
-        host.check(&spec.device())?;
+    if !joining.is_after_death() {
+        specs.iter().try_for_each(|spec| host.check(&spec.device()))?;
     }
     joining.make_room(specs.len());
     let (stopped, parcels) = joining.ready()?;
@@ -434,7 +434,7 @@ fn take_over(
         joining.taken()?;
         Ok(made)
     });
-    let made = taken.unwrap_or_else(|error| {
+    let Restored { mut made, lost } = taken.unwrap_or_else(|error| {
         joining.fail(&error);
         let _ = vbus_cli::exit(Err(error));
         log::flush();
@@ -442,6 +442,17 @@ fn take_over(
         std::process::exit(1)
     });
     let all_made = past();
+    for (spec, remains, why) in lost {
+        let name = &spec.name;
+        tracing::error!(
+            "device {name:?} cannot go on from what the former bus left: {why:#}; it is made anew, \
+             and the connection of its client ends"
+        );
+        match host.make_anew(spec.device(), remains) {
+            Ok(endpoint) => made.push((spec, endpoint)),
+            Err(error) => tracing::error!("device {name:?} is gone: {error:#}"),
+        }
+    }
     // Before anything changes: until the keeper has all of this bus, it has the former one's.
     if let Err(error) = keep() {
         tracing::error!("the bus goes on without a keeper: {error:#}");
@@ -462,6 +473,15 @@ fn take_over(
     Ok(())
 }
 
+/// The devices of a bus that has stopped.
+#[derive(Default)]
+struct Restored {
+    made: Vec<(Spec, Arc<Endpoint>)>,
+    /// Those of a bus that has died whose state nobody can go on from, and why. They are no reason
+    /// to end the others: their clients may have done it on purpose.
+    lost: Vec<(Spec, Remains, anyhow::Error)>,
+}
+
 /// Makes all devices of the other bus, which has stopped at `stopped`. Those that carry the
 /// interrupts of others come last.
 fn restore(
@@ -469,17 +489,27 @@ fn restore(
     host: &Host,
     specs: &[Spec],
     (stopped, parcels): (u64, Vec<DeviceParcel>),
-) -> Result<Vec<(Spec, Arc<Endpoint>)>> {
+) -> Result<Restored> {
     ensure!(specs.len() == parcels.len(), "the state is that of other devices than the offer");
     let carries = |name: &str| specs.iter().any(|spec| spec.pic.as_deref() == Some(name));
     let both = specs.iter().zip(parcels);
     let (last, first): (Vec<_>, Vec<_>) = both.partition(|(spec, _)| carries(&spec.name));
-    let mut made = Vec::new();
+    let mut restored = Restored::default();
     for (spec, parcel) in first.into_iter().chain(last) {
         joining.check_time(stopped)?;
-        made.push((spec.clone(), host.restore(spec.device(), parcel)?));
+        let spec = spec.clone();
+        if !joining.is_after_death() {
+            let endpoint = host.restore(spec.device(), parcel)?;
+            restored.made.push((spec, endpoint));
+            continue;
+        }
+        let remains = Remains::of(&parcel);
+        match host.restore_or_leave(spec.device(), parcel) {
+            Ok(endpoint) => restored.made.push((spec, endpoint)),
+            Err(why) => restored.lost.push((spec, remains, why)),
+        }
     }
-    Ok(made)
+    Ok(restored)
 }
 
 /// The sockets of the metrics.

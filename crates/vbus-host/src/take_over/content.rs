@@ -165,6 +165,36 @@ pub enum DeviceContent {
     Alone(Box<DeviceState>),
 }
 
+/// What of a device outlasts a state that nobody can go on from: enough to make it anew. All are
+/// duplicates.
+#[derive(Debug, Default)]
+pub struct Remains {
+    /// The descriptors of its back end.
+    pub opened: Vec<(String, OwnedFd)>,
+    /// Where its clients connect.
+    pub listener: Option<OwnedFd>,
+    /// The connections of its clients, which can only end.
+    pub connections: Vec<OwnedFd>,
+}
+
+impl Remains {
+    /// Those of a device. What this process has no descriptors for is not among them: a back end is
+    /// then opened again, and a connection ends when the keeper lets go of it.
+    pub fn of(parcel: &DeviceParcel) -> Remains {
+        let opened = parcel.opened.iter();
+        let opened = opened.filter_map(|(name, fd)| Some((name.clone(), fd.try_clone().ok()?)));
+        let mut remains = Remains { opened: opened.collect(), ..Remains::default() };
+        if let DeviceContent::Served(saved) = &parcel.state {
+            let mut sockets = saved.sockets().map(|fd| fd.try_clone_to_owned());
+            let listener = sockets.next().and_then(Result::ok);
+            remains.listener =
+                listener.filter(|fd| check_socket(fd, &[AddressFamily::UNIX], true).is_ok());
+            remains.connections = sockets.flatten().collect();
+        }
+        remains
+    }
+}
+
 /// A message as a parcel.
 pub fn pack(content: &impl Serialize, descriptors: Vec<OwnedFd>) -> Result<Parcel> {
     Ok(Parcel { body: serde_json::to_vec(content)?, descriptors })

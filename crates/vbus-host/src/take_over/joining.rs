@@ -25,6 +25,8 @@ const ANSWER_MAX: usize = 64 << 10;
 pub struct Joining {
     socket: UnixStream,
     limits: Limits,
+    /// The other one is no bus, but the keeper of one that has died.
+    after_death: bool,
 }
 
 impl Joining {
@@ -35,7 +37,7 @@ impl Joining {
     /// No bus serves there, it is that of another user, or it cannot be handed over.
     pub fn connect(dir: &Path) -> Result<(Joining, Handed)> {
         let socket = ask(dir, "take-over", ("take over", "taken over"))?;
-        Joining::begin(socket, LIMITS)
+        Joining::begin(Joining { socket, limits: LIMITS, after_death: false })
     }
 
     /// Takes what a keeper has at the other end of `socket`, as from a bus.
@@ -43,15 +45,19 @@ impl Joining {
     /// # Errors
     /// It has nothing that this bus can go on with.
     pub fn over(socket: UnixStream) -> Result<(Joining, Handed)> {
-        Joining::begin(socket, AFTER_DEATH)
+        Joining::begin(Joining { socket, limits: AFTER_DEATH, after_death: true })
     }
 
-    fn begin(socket: UnixStream, limits: Limits) -> Result<(Joining, Handed)> {
-        let joining = Joining { socket, limits };
+    fn begin(joining: Joining) -> Result<(Joining, Handed)> {
         let handed = joining.taking().offer().and_then(content::read_offer);
         // The log of the other bus shows why, too.
         let handed = handed.inspect_err(|error| joining.fail(error))?;
         Ok((joining, handed))
+    }
+
+    /// Whether the other bus has died. Nobody goes on if this one does not.
+    pub fn is_after_death(&self) -> bool {
+        self.after_death
     }
 
     fn taking(&self) -> Taking<'_> {
@@ -200,7 +206,10 @@ mod tests {
     #[test]
     fn a_bus_that_is_late_begins_no_device_before_the_other_one_goes_on() {
         let ago = |millis: u64| content::now() - millis * 1_000_000;
-        let with = |limits| Joining { socket: UnixStream::pair().unwrap().0, limits };
+        let with = |limits| {
+            let socket = UnixStream::pair().unwrap().0;
+            Joining { socket, limits, after_death: false }
+        };
         let joining = with(LIMITS);
         assert!(joining.check_time(ago(0)).is_ok() && joining.check_time(u64::MAX).is_ok());
         let error = joining.check_time(ago(2500)).unwrap_err().to_string();

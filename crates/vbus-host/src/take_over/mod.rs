@@ -15,8 +15,8 @@ mod steps;
 mod wire;
 
 pub use content::{
-    DeviceContent, DeviceParcel, DevicePart, FORMAT, Handed, HeldPart, Offer, Spec, StatePart, now,
-    pack, read,
+    DeviceContent, DeviceParcel, DevicePart, FORMAT, Handed, HeldPart, Offer, Remains, Spec,
+    StatePart, now, pack, read,
 };
 pub use joining::{Joining, adopt};
 pub use leaving::Departure;

@@ -6,6 +6,7 @@
 //! few.
 
 use std::io::{Read as _, Write as _};
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
@@ -14,9 +15,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::process::{Pid, Signal, kill_process};
-use vbus_driver::{Function, state::Pages};
+use vbus_driver::pic::Nesting;
+use vbus_driver::{Dma as _, Function, Hal as _, state::Pages};
 use vbus_process::{MEMORY_BYTES, Process};
+use vbus_shm::pic::{DriverEnd, PAGE_BYTES};
+use vfio_user_protocol::Client;
 
 use crate::support::{Served, TIMEOUT, exchange, has_ended, program, vbus, wait_until};
 use crate::take_over_net::{Card, ENTRIES, frame};
@@ -428,6 +434,50 @@ fn the_statistics_say_how_often_the_bus_was_started_again() {
         text.contains("\nvbus_restarts_total 1\n") && text.contains("\nvbus_keeper 1\n"),
         "{text}"
     );
+}
+
+fn has_hung_up(socket: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)];
+    poll(&mut fds, Some(&Timespec::default())).unwrap() > 0
+}
+
+/// What a client or its guest does to its own memory is no reason to end the others' connections.
+#[test]
+fn a_client_that_spoils_its_memory_loses_its_own_connection_alone() {
+    let bus =
+        Kept::start(&[PAGES, &nic(1), "[[device]]\nname = \"pic\"\nclass = \"pic\"\n"].concat());
+    let socket = |name: &str| bus.0.dir.join(format!("{name}.sock"));
+    let neighbour = Worker::start(&bus);
+    neighbour.exchanges(&bus, 1, "at first");
+    // Its page says something else than when it was registered.
+    let forger = Process::connect(socket("pic"), MEMORY_BYTES).unwrap();
+    let mut function = Function::probe(forger.clone()).unwrap();
+    function.open(0).unwrap();
+    let page = forger.alloc(PAGE_BYTES).unwrap();
+    let _ = DriverEnd::create(page.clone(), 16, Nesting::Flat).unwrap();
+    let _region = function.region_add(0, 0, &page, (0, PAGE_BYTES), None).unwrap();
+    page.copy_in(0, &[0xff; PAGE_BYTES]);
+    // Its file is shorter than what is mapped of it.
+    let file = memfd_create("memory", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, 1 << 20).unwrap();
+    let mut shrinker = Client::connect(socket("net1")).unwrap();
+    shrinker.dma_map(file.as_fd(), 0, 1 << 32, 1 << 20).unwrap();
+    ftruncate(&file, 4096).unwrap();
+    bus.kill();
+    neighbour.exchanges(&bus, 2, "after the kill");
+    for (name, connection) in [("pic", forger.socket()), ("net1", shrinker.as_fd())] {
+        wait_until(&format!("the connection of {name} ends"), || has_hung_up(connection));
+        let line = format!("device \"{name}\" cannot go on from what the former bus left");
+        assert_eq!(bus.log().matches(&line).count(), 1, "{}", bus.log());
+        // The device is there again.
+        Process::connect(socket(name), MEMORY_BYTES).unwrap();
+    }
+    assert_eq!(bus.0.devices(), ["net1", "pic", "values"]);
+    // And so is the keeper, which has nothing of it any more.
+    bus.kill();
+    neighbour.exchanges(&bus, 3, "after another kill");
+    assert_eq!(bus.log().matches("cannot go on from what").count(), 2, "{}", bus.log());
+    neighbour.end();
 }
 
 /// The program of the next bus does nothing at all. SIGTERM does not wait for it.

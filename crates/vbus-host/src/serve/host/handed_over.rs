@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use rustix::net::{Shutdown, shutdown};
 use vbus_core::{DeviceState, Endpoint, lock};
-use vbus_vfio_user::{DeviceServer, Keep, SavedServer};
+use vbus_vfio_user::{Closer, DeviceServer, Keep, SavedServer};
 
 use super::{Held, Host, Member, Served, Server};
 use crate::config::DeviceSpec;
 use crate::keeper::Keeping;
-use crate::take_over::{DeviceContent, DeviceParcel, StatePart};
+use crate::take_over::{DeviceContent, DeviceParcel, Remains, StatePart};
 
 /// The descriptors of a device's back end, those of its server, and the rest of its state.
 pub type SavedMember = (Vec<(String, OwnedFd)>, Vec<OwnedFd>, StatePart);
@@ -271,6 +272,45 @@ impl Host {
         };
         self.lock().insert(name, Member { spec, served });
         Ok(endpoint)
+    }
+
+    /// As [`restore`](Self::restore), of a bus that has died. If it fails, nothing of the device is
+    /// left.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn restore_or_leave(
+        &self,
+        spec: DeviceSpec,
+        parcel: DeviceParcel,
+    ) -> Result<Arc<Endpoint>> {
+        self.check(&spec)?;
+        let name = spec.name.clone();
+        ensure!(self.bus.get(&name).is_err(), "the state has two devices {name:?}");
+        self.restore(spec, parcel).inspect_err(|_| {
+            // It has not been made, or nobody needs it.
+            let _ = self.bus.remove(&name);
+        })
+    }
+
+    /// Makes a device anew whose bus has died, and whose state nobody can go on from. The
+    /// connections of its clients end.
+    ///
+    /// # Errors
+    /// It cannot be made. The connections end all the same.
+    pub fn make_anew(&self, spec: DeviceSpec, remains: Remains) -> Result<Arc<Endpoint>> {
+        let Remains { opened, listener, connections } = remains;
+        for connection in &connections {
+            // The keeper has it, too, so closing it tells the client nothing.
+            let _ = shutdown(connection, Shutdown::Both);
+        }
+        Closer::let_go(connections);
+        let (name, path) = (spec.name.clone(), self.dir().join(spec.socket_path()));
+        if let Some(listener) = listener.filter(|_| !self.inherited.has(&path)) {
+            lock(&self.former).insert(path, listener);
+        }
+        self.supervisor.keep(&name, opened);
+        self.add(spec).inspect_err(|_| self.supervisor.keep(&name, Vec::new()))
     }
 
     /// From now on the supervisor removes the files of the former bus's sockets at the end of this
