@@ -430,8 +430,8 @@ impl VirtioFunction {
         })
     }
 
-    /// Makes the session of `saved`, with the queues of the registers. `of_former`: what is newer is
-    /// in the memory of a former process.
+    /// Makes the session of `saved`, with the queues of the registers. `of_former`: what is newer
+    /// is in the memory of a former process.
     fn resume_session(
         &self,
         running: &mut Running,
