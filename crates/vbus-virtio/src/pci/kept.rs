@@ -7,11 +7,15 @@
 //! The next process copies the memory before it reads it: whoever had the former process may still
 //! write there.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd_create};
+use rustix::fs::{
+    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
+};
 use serde_json::Value;
 use vbus_core::memory::PAGE;
 use vbus_core::{Access, MemoryContext, View, lock};
@@ -52,7 +56,7 @@ impl Kept {
             let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
             let file = memfd_create("vbus-virtio", flags)?;
             ftruncate(&file, bytes)?;
-            fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+            fcntl_add_seals(&file, seals_of_memory())?;
             Ok(file)
         };
         let text = |error: rustix::io::Errno| format!("the memory of its queues: {error}");
@@ -71,14 +75,19 @@ impl Kept {
         if !is_there {
             return Err("the memory of its queues has another size".into());
         }
+        // Only memory has seals, so reading it waits for nobody.
+        if !fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(seals_of_memory())) {
+            return Err("the memory of its queues lacks its seals".into());
+        }
         let kept = Kept::new(kind, of.beside())?;
-        let former = of.beside();
-        map(&former, bytes, file)?;
-        let (from, to) = (former.view(), kept.memory.view());
+        let text = |error: &dyn std::fmt::Display| format!("the memory of its queues: {error}");
+        let former = file.as_fd().try_clone_to_owned().map_err(|error| text(&error))?;
+        // It is not mapped: that would count twice for the client, and could be refused.
+        let (former, to) = (File::from(former), kept.memory.view());
         let mut chunk = [0; 4096];
         for at in (0..bytes).step_by(chunk.len()) {
-            let copied = from.read(at, &mut chunk).and_then(|()| to.write(at, &chunk));
-            copied.map_err(|error| format!("the memory of its queues: {error}"))?;
+            former.read_exact_at(&mut chunk, at).map_err(|error| text(&error))?;
+            to.write(at, &chunk).map_err(|error| text(&error))?;
         }
         drop(to);
         *lock(&kept.word) = kept.load_word();
@@ -181,6 +190,10 @@ impl Kept {
     }
 }
 
+fn seals_of_memory() -> SealFlags {
+    SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL
+}
+
 /// Bytes of the region of a queue.
 fn stride(kind: &Kind) -> u64 {
     InFlightRegion::bytes(Format::Packed, kind.queue_size)
@@ -227,10 +240,27 @@ mod tests {
         assert_eq!(fourth.choices(), Ok(None));
     }
 
+    /// A mapping would count twice for the client.
+    #[test]
+    fn the_memory_of_the_former_process_is_read_and_not_mapped() {
+        use std::os::fd::AsRawFd as _;
+        let context = MemoryContext::new();
+        let kept = Kept::new(&KIND, context.beside()).unwrap();
+        kept.choose(&json!(7));
+        // Nobody can map this one to write there, as a device maps memory.
+        let path = format!("/proc/self/fd/{}", kept.file().as_raw_fd());
+        let next = Kept::of_former(&KIND, File::open(path).unwrap(), &context).unwrap();
+        assert_eq!(next.choices(), Ok(Some(json!(7))));
+    }
+
     #[test]
     fn forged_memory_is_an_error_or_another_choice() {
         let context = MemoryContext::new();
         let kept = Kept::new(&KIND, context.beside()).unwrap();
+        let file = memfd_create("forged", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&file, bytes(&KIND)).unwrap();
+        let Err(why) = Kept::of_former(&KIND, &file, &context) else { panic!("it can shrink") };
+        assert!(why.contains("seals"), "{why}");
         let others = Kind { queues: 5, ..KIND };
         assert!(Kept::of_former(&others, kept.file(), &context).is_err(), "of another kind");
         kept.choose(&json!(7));
