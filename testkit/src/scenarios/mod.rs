@@ -204,6 +204,11 @@ pub const SCENARIOS: &[Scenario] = &[
         linux::pic::carries,
     ),
     in_guests(
+        "linux::pic_sleep",
+        "suspended to RAM and woken under load: pic carries interrupts again, by messages and INTx",
+        linux::pic::sleeps,
+    ),
+    in_guests(
         "linux::state",
         "an ordinary user reads, writes, maps and awaits state pages; unplug while they are open",
         linux::state::pages,

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use super::restart::suspend;
 use crate::bus::{Bus, device};
 use crate::guest::Guest;
 use crate::lab::Scene;
@@ -42,26 +43,7 @@ const QUEUES: [&str; 2] = ["vbus-net-a-0", "vbus-net-a-1"];
 /// The controllers carry interrupts, and each of these happens under load: routes move, CPUs go and
 /// come, connections are lost, devices are unplugged, the module is unloaded.
 pub fn carries(scene: &Scene) -> Result<()> {
-    let system = linux::chosen_system(scene)?;
-    let settings = [
-        "backend = \"switch\"\nmsix = true\nqueue-pairs = 2\npic = \"pic\"",
-        "backend = \"switch\"\npic = \"pic-single\"",
-    ];
-    let config = NICS.iter().zip(settings).map(|(name, more)| device(name, "venet", more));
-    let config = config.collect::<String>()
-        + &device(PIC, "pic", "msix = true\ncpus = 8")
-        + &device(SINGLE, "pic", "");
-    let bus = Bus::start(scene, &config)?;
-    let mut machine = VmSpec::new("a");
-    for name in [NICS[0], NICS[1], PIC, SINGLE] {
-        machine = machine.device(bus.socket(name));
-    }
-    machine.cpus = 2;
-    machine.system = Some(system);
-    let vm = machine.boot(scene)?;
-    vm.guest.ok(&format!("{IP} netns add far && {IP} -n far link set lo up"))?;
-    let mut wire = Wire { vm, bus };
-
+    let mut wire = start(scene)?;
     linux::insert(wire.guest(), "")?;
     wire.up()?;
     carried(&wire).context("after insmod")?;
@@ -113,6 +95,54 @@ pub fn carries(scene: &Scene) -> Result<()> {
         linux::insert(wire.guest(), "")?;
         wire.up()
     })?;
+    linux::check_kernel(wire.guest())?;
+    wire.vm.power_off()
+}
+
+/// Starts a guest with two CPUs, both NICs and their controllers, without the module.
+fn start(scene: &Scene) -> Result<Wire> {
+    let system = linux::chosen_system(scene)?;
+    let settings = [
+        "backend = \"switch\"\nmsix = true\nqueue-pairs = 2\npic = \"pic\"",
+        "backend = \"switch\"\npic = \"pic-single\"",
+    ];
+    let config = NICS.iter().zip(settings).map(|(name, more)| device(name, "venet", more));
+    let config = config.collect::<String>()
+        + &device(PIC, "pic", "msix = true\ncpus = 8")
+        + &device(SINGLE, "pic", "");
+    let bus = Bus::start(scene, &config)?;
+    let mut machine = VmSpec::new("a");
+    for name in [NICS[0], NICS[1], PIC, SINGLE] {
+        machine = machine.device(bus.socket(name));
+    }
+    machine.cpus = 2;
+    machine.system = Some(system);
+    let vm = machine.boot(scene)?;
+    vm.guest.ok(&format!("{IP} netns add far && {IP} -n far link set lo up"))?;
+    Ok(Wire { vm, bus })
+}
+
+/// The system is suspended to RAM and wakes, under load, and the controllers carry interrupts
+/// again: also those of a NIC that has INTx, and by a controller that has INTx itself.
+pub fn sleeps(scene: &Scene) -> Result<()> {
+    let mut wire = start(scene)?;
+    for (what, slot) in [("a NIC has INTx", 1), ("its controller has INTx too", SINGLE_SLOT)] {
+        let mut all = || -> Result<()> {
+            let folder = linux::function(slot);
+            wire.guest().ok(&format!("echo 0 > {folder}/msi_bus"))?;
+            linux::insert(wire.guest(), "")?;
+            let kind = wire.guest().ok(&format!("cat {folder}/vbus/interrupts"))?;
+            ensure!(kind.trim() == "intx 1", "the device interrupts by {kind}");
+            wire.up()?;
+            carried(&wire).context("after insmod")?;
+            for time in 1..=scene.lab.times().unwrap_or(1) {
+                under_load(&mut wire, &format!("sleep {time}"), |wire| suspend(&mut wire.vm))?;
+            }
+            moves(&wire)?;
+            linux::remove(wire.guest())
+        };
+        all().context(what)?;
+    }
     linux::check_kernel(wire.guest())?;
     wire.vm.power_off()
 }

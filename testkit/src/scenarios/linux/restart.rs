@@ -95,22 +95,40 @@ pub fn kernel(scene: &Scene) -> Result<()> {
     flooded.vm.power_off()
 }
 
+/// The configuration space of the function (ICH9's bridge) that has the registers for power
+/// management, and where it says at which ports they are, and that they are enabled.
+const BRIDGE: &str = "/sys/bus/pci/devices/0000:00:1f.0/config";
+const POWER: u32 = 0x40;
+
+/// Suspends a machine to RAM, and wakes it.
+///
+/// A wake resets QEMU's machine, and the firmware does not set the registers of power management
+/// again. The machine could not sleep a second time, or power off, so this sets them.
+///
+/// # Errors
+/// The machine does not sleep, or does not wake.
+pub(super) fn suspend(vm: &mut Vm) -> Result<()> {
+    vm.control.forget_events()?;
+    vm.guest.ok(&format!("dd if={BRIDGE} of=/tmp/power bs=1 skip={POWER} count=5"))?;
+    let sleeps = vm.guest.start("echo mem > /sys/power/state")?;
+    let limit = vm.guest.at_most(SLEEP);
+    vm.control.wait_event("SUSPEND", limit, |_| true)?;
+    vm.control.execute("system_wakeup", json!({}))?;
+    sleeps.ok(SLEEP)?;
+    vm.guest.ok(&format!("dd if=/tmp/power of={BRIDGE} bs=1 seek={POWER} conv=notrunc")).map(drop)
+}
+
 /// The system is suspended to RAM and wakes, under a flood of frames. The interface comes back by
 /// itself.
 pub fn sleep(scene: &Scene) -> Result<()> {
     let mut flooded = Flooded::start(scene)?;
     for time in 1..=scene.lab.times().unwrap_or(TIMES) {
         let mut once = || -> Result<()> {
-            flooded.vm.control.forget_events()?;
-            let sleeps = flooded.vm.guest.start("echo mem > /sys/power/state")?;
-            let limit = flooded.guest().at_most(SLEEP);
-            flooded.vm.control.wait_event("SUSPEND", limit, |_| true)?;
-            flooded.vm.control.execute("system_wakeup", json!({}))?;
-            sleeps.ok(SLEEP)?;
+            suspend(&mut flooded.vm)?;
             flood::wait(flooded.guest(), &flooded.bus, NIC, FRAMES)
         };
         once().with_context(|| format!("time {time}"))?;
     }
-    // QEMU does not end if a machine that has slept powers off, so it is ended.
-    linux::check_kernel(flooded.guest())
+    linux::check_kernel(flooded.guest())?;
+    flooded.vm.power_off()
 }
