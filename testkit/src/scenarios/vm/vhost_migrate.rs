@@ -109,8 +109,15 @@ fn one_move(scene: &Scene, bus: &Bus, peer: &Vm, (rings, option): (&str, &str)) 
         std::thread::sleep(Duration::from_millis(20));
     };
     eprintln!("{rings}: the move took {:?}; QEMU: {}", began.elapsed(), told["ram"]);
-    let running = to.control.execute("query-status", json!({}))?;
-    ensure!(running["running"] == Value::Bool(true), "the guest does not run there: {running}");
+    // The sender is done first.
+    loop {
+        let status = to.control.execute("query-status", json!({}))?;
+        if status["running"] == Value::Bool(true) {
+            break;
+        }
+        ensure!(Instant::now() < limit, "the guest does not run there: {status}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     drop((from, inward));
 
     // The streams end as those before the move did.
