@@ -4,11 +4,12 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use vbus_core::state::Document;
-use vbus_core::{ConnectionState, ErrorCode};
+use vbus_core::{ConnectionState, Endpoint, ErrorCode};
 use vbus_pci::{FunctionState, IrqIndex, Options, PciFunction, Peer, device_function};
 use vbus_test_driver::saved::{
     Verdict, World, content, document, forge, same_when_saved, still, try_out,
@@ -45,6 +46,21 @@ struct Cards {
     seen: Vec<Vec<u8>>,
     /// What a keeper has of each card. Empty: there is none.
     kept: Vec<(FunctionState, OwnedFd)>,
+}
+
+/// A fresh function with its endpoint on the bus of `lab`, for the driver of `card`.
+fn successor(
+    card: &Card,
+    lab: &Lab,
+    number: usize,
+    settings: &Value,
+) -> (PciFunction, Arc<Endpoint>) {
+    let endpoint = lab.endpoint(number, settings.clone());
+    card.driver.memory.share(&endpoint);
+    let mut function = device_function(endpoint.clone(), Options::default());
+    let eventfds = card.driver.function.irq_eventfds(IrqIndex::Intx).unwrap();
+    function.connect_irqs(IrqIndex::Intx, 0, eventfds).unwrap();
+    (function, endpoint)
 }
 
 impl Cards {
@@ -103,11 +119,7 @@ impl Cards {
         }
         let kept = std::mem::take(&mut self.kept);
         for (number, (card, (state, memory))) in self.cards.iter_mut().zip(kept).enumerate() {
-            let endpoint = lab.endpoint(number, self.settings.clone());
-            card.driver.memory.share(&endpoint);
-            let mut function = device_function(endpoint.clone(), Options::default());
-            let eventfds = card.driver.function.irq_eventfds(IrqIndex::Intx).unwrap();
-            function.connect_irqs(IrqIndex::Intx, 0, eventfds).unwrap();
+            let (mut function, endpoint) = successor(card, &lab, number, &self.settings);
             endpoint.quiesce().unwrap();
             function.adopt_memory(memory).unwrap();
             function.restore(&state, Peer::Same).unwrap();
@@ -125,11 +137,7 @@ impl Cards {
         }
         for (number, card) in self.cards.iter_mut().enumerate() {
             let state = card.driver.function.save().unwrap();
-            let endpoint = lab.endpoint(number, self.settings.clone());
-            card.driver.memory.share(&endpoint);
-            let mut function = device_function(endpoint.clone(), Options::default());
-            let eventfds = card.driver.function.irq_eventfds(IrqIndex::Intx).unwrap();
-            function.connect_irqs(IrqIndex::Intx, 0, eventfds).unwrap();
+            let (mut function, endpoint) = successor(card, &lab, number, &self.settings);
             // What its keeper has of the device before.
             endpoint.quiesce_to_outlast(Instant::now() + TIMEOUT).unwrap();
             function.save().unwrap();
@@ -249,11 +257,7 @@ impl World for Cards {
         let states = self.cards.each_mut().map(|card| card.driver.function.save().unwrap());
         for (number, card) in self.cards.iter_mut().enumerate() {
             let read = FunctionState::from_text(&states[number].to_text().unwrap()).unwrap();
-            let endpoint = lab.endpoint(number, self.settings.clone());
-            card.driver.memory.share(&endpoint);
-            let mut function = device_function(endpoint.clone(), Options::default());
-            let eventfds = card.driver.function.irq_eventfds(IrqIndex::Intx).unwrap();
-            function.connect_irqs(IrqIndex::Intx, 0, eventfds).unwrap();
+            let (mut function, endpoint) = successor(card, &lab, number, &self.settings);
             endpoint.quiesce().unwrap();
             function.restore(&read, Peer::Same).unwrap();
             (card.driver.function, card.driver.endpoint) = (function, endpoint);
