@@ -10,9 +10,9 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use super::take_over::{A, B, NICS, PATIENT, boot, up};
+use super::take_over::{A, B, NICS, Numbers, PATIENT, boot, up};
 use crate::bus::{Bus, device};
-use crate::guest::{Guest, Running};
+use crate::guest::Guest;
 use crate::lab::Scene;
 use crate::linux;
 use crate::pair::TRANSFER;
@@ -143,7 +143,7 @@ impl Kept {
             if now.iter().zip(&before).all(|(now, before)| *now >= before + FRAMES) {
                 break;
             }
-            streams.iter().try_for_each(Counted::check)?;
+            streams.iter().try_for_each(|stream| stream.0.check())?;
             let log = || bus.log().unwrap_or_default();
             ensure!(
                 began.elapsed() < TRANSFER,
@@ -172,33 +172,20 @@ impl Drop for Kept {
 }
 
 /// A stream of numbered datagrams from one guest to another, some of which may be lost.
-struct Counted {
-    sender: Running,
-    receiver: Running,
-}
+struct Counted(Numbers);
 
 impl Counted {
     fn start(from: &Guest, to: &Guest, address: &str, port: u16) -> Result<Self> {
-        let receiver = to.start(&format!("exec guest-agent numbers count {address}:{port}"))?;
-        receiver.wait_for("ready", TRANSFER)?;
-        let sender = from.start(&format!("exec guest-agent numbers throw {address}:{port}"))?;
-        Ok(Self { sender, receiver })
-    }
-
-    /// Both ends are at work.
-    fn check(&self) -> Result<()> {
-        for end in [&self.sender, &self.receiver] {
-            ensure!(end.runs(), "an end of a stream has ended: {:?}", end.said());
-        }
-        Ok(())
+        Numbers::start_by(["throw", "count"], from, to, address, port).map(Self)
     }
 
     /// Ends the stream. Returns how many datagrams came, how many are missing, and how many came
     /// again.
     fn end(self) -> Result<[u64; 3]> {
-        self.sender.input(&[])?;
-        let sent: u64 = self.sender.ok(TRANSFER)?.trim().parse()?;
-        let said = self.receiver.ok(TRANSFER)?;
+        let Numbers { sender, receiver } = self.0;
+        sender.input(&[])?;
+        let sent: u64 = sender.ok(TRANSFER)?.trim().parse()?;
+        let said = receiver.ok(TRANSFER)?;
         let numbers: Vec<u64> = said
             .trim_start_matches("ready\n")
             .split_whitespace()

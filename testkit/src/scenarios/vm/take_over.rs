@@ -288,21 +288,32 @@ fn killed_in_the_pause(control: &Path) -> Result<()> {
 }
 
 /// A stream of numbered datagrams from one guest to another.
-struct Numbers {
-    sender: Running,
-    receiver: Running,
+pub(super) struct Numbers {
+    pub(super) sender: Running,
+    pub(super) receiver: Running,
 }
 
 impl Numbers {
     fn start(from: &Guest, to: &Guest, address: &str, port: u16) -> Result<Self> {
-        let receiver = to.start(&format!("exec guest-agent numbers receive {address}:{port}"))?;
+        Self::start_by(["send", "receive"], from, to, address, port)
+    }
+
+    /// As the commands `send` and `receive` of the agent's `numbers` do it.
+    pub(super) fn start_by(
+        [send, receive]: [&str; 2],
+        from: &Guest,
+        to: &Guest,
+        address: &str,
+        port: u16,
+    ) -> Result<Self> {
+        let receiver = to.start(&format!("exec guest-agent numbers {receive} {address}:{port}"))?;
         receiver.wait_for("ready", TRANSFER)?;
-        let sender = from.start(&format!("exec guest-agent numbers send {address}:{port}"))?;
+        let sender = from.start(&format!("exec guest-agent numbers {send} {address}:{port}"))?;
         Ok(Self { sender, receiver })
     }
 
     /// Both ends are at work.
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         for end in [&self.sender, &self.receiver] {
             ensure!(end.runs(), "an end of a stream has ended: {:?}", end.said());
         }
