@@ -2,6 +2,7 @@
 //! Reports how each test ended: one line a test, a summary, and the same as JSON.
 
 use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -33,10 +34,16 @@ impl fmt::Display for Skip {
 
 impl std::error::Error for Skip {}
 
-/// The tests of one run.
+/// The tests of one run. Threads that run tests at the same time share it.
 #[derive(Debug)]
 pub struct Report {
     began: Instant,
+    ended: Mutex<Ended>,
+}
+
+/// The tests that have ended.
+#[derive(Debug, Default)]
+struct Ended {
     tests: Vec<Value>,
     passed: u64,
     failed: u64,
@@ -46,13 +53,17 @@ pub struct Report {
 impl Default for Report {
     /// An empty report. Its time starts now.
     fn default() -> Self {
-        Self { began: Instant::now(), tests: Vec::new(), passed: 0, failed: 0, skipped: 0 }
+        Self { began: Instant::now(), ended: Mutex::default() }
     }
 }
 
 impl Report {
+    fn ended(&self) -> MutexGuard<'_, Ended> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Runs one test and records how it ended.
-    pub fn run(&mut self, name: &str, test: impl FnOnce() -> Result<Outcome>) {
+    pub fn run(&self, name: &str, test: impl FnOnce() -> Result<Outcome>) {
         eprintln!("---- {name}");
         let began = Instant::now();
         let outcome = test().unwrap_or_else(|error| Outcome::Failed(format!("{error:#}")));
@@ -60,46 +71,50 @@ impl Report {
     }
 
     /// Records a test that ran elsewhere.
-    pub fn enter(&mut self, name: &str, outcome: &Outcome, took: Duration) {
+    pub fn enter(&self, name: &str, outcome: &Outcome, took: Duration) {
         let seconds = took.as_secs_f64();
         let (word, detail) = match outcome {
             Outcome::Passed => ("ok", ""),
             Outcome::Failed(why) => ("FAILED", why.as_str()),
             Outcome::Skipped(why) => ("skipped", why.as_str()),
         };
+        let mut ended = self.ended();
         match outcome {
-            Outcome::Passed => self.passed += 1,
-            Outcome::Failed(_) => self.failed += 1,
-            Outcome::Skipped(_) => self.skipped += 1,
+            Outcome::Passed => ended.passed += 1,
+            Outcome::Failed(_) => ended.failed += 1,
+            Outcome::Skipped(_) => ended.skipped += 1,
         }
         let colon = if detail.is_empty() { "" } else { ": " };
         eprintln!("{word:7} {name} ({seconds:.1} s){colon}{detail}");
-        self.tests.push(
+        ended.tests.push(
             json!({"name": name, "outcome": word, "detail": detail, "seconds": round(seconds)}),
         );
     }
 
     /// Adds to the numbers of passed and skipped tests, without names.
-    pub fn count(&mut self, passed: u64, skipped: u64) {
-        self.passed += passed;
-        self.skipped += skipped;
+    pub fn count(&self, passed: u64, skipped: u64) {
+        let mut ended = self.ended();
+        ended.passed += passed;
+        ended.skipped += skipped;
     }
 
     /// Prints the tests that failed or were skipped. Returns true if none failed.
     pub fn show_failures(&self) -> bool {
+        let ended = self.ended();
         for word in ["skipped", "FAILED"] {
-            for test in self.tests.iter().filter(|test| test["outcome"] == word) {
+            for test in ended.tests.iter().filter(|test| test["outcome"] == word) {
                 let first =
                     test["detail"].as_str().and_then(|detail| detail.lines().next()).unwrap_or("");
                 eprintln!("{word:7} {}: {first}", test["name"].as_str().unwrap_or(""));
             }
         }
-        self.failed == 0
+        ended.failed == 0
     }
 
     /// The numbers of passed, failed and skipped tests.
     pub fn summary(&self) -> String {
-        format!("{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+        let ended = self.ended();
+        format!("{} passed, {} failed, {} skipped", ended.passed, ended.failed, ended.skipped)
     }
 
     /// Prints the tests that failed or were skipped, and the final line. Returns true if none
@@ -108,18 +123,18 @@ impl Report {
         self.show_failures();
         let seconds = self.began.elapsed().as_secs_f64();
         let line = self.summary();
+        let ended = self.ended();
         if as_json {
             eprintln!("{line}");
-            let (passed, failed, skipped, tests) =
-                (self.passed, self.failed, self.skipped, &self.tests);
-            let all = json!({"ok": failed == 0, "passed": passed, "failed": failed,
+            let Ended { tests, passed, failed, skipped } = &*ended;
+            let all = json!({"ok": *failed == 0, "passed": passed, "failed": failed,
                 "skipped": skipped,
                 "seconds": round(seconds), "tests": tests});
             println!("{all}");
         } else {
             println!("{line} ({seconds:.0} s)");
         }
-        self.failed == 0
+        ended.failed == 0
     }
 }
 

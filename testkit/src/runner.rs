@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Runs scenarios one after the other and reports how each ended.
+//! Runs scenarios and reports how each ended.
+
+use std::thread;
 
 use anyhow::{Result, anyhow};
 
@@ -10,59 +12,85 @@ use crate::report::{Figures, Outcome, Report, Skip};
 use crate::scenario::{Scenario, Test};
 use crate::trial;
 
-/// Runs scenarios one after the other; returns the figures that they measured.
+/// Runs scenarios; returns the figures that they measured.
 ///
-/// The scenarios beside KVM share one L1 as long as they succeed. If there is proof that L1's
-/// emulated processor failed during a scenario (see [`L1::proof`]), the scenario runs once more, in
-/// another L1. Any other failure is one of the test, also if a machine hangs: its logs tell what it
-/// did ([`lost`](crate::lost)). The figure `retries` counts the runs after a proof.
+/// The scenarios beside KVM run one after the other, and so do the others. If `jobs` is more than
+/// one, the two groups run at the same time: most scenarios keep about one processor busy.
 ///
 /// `times` says how often a scenario repeats what it repeats. Without it each has a number of its
 /// own, so small that all scenarios together take minutes.
 pub fn run(
-    report: &mut Report,
+    report: &Report,
     scenarios: &[&Scenario],
     options: &Options,
     clock: Clock,
     times: Option<u32>,
+    jobs: usize,
 ) -> Figures {
-    let mut figures = Figures::new();
-    let mut lab = trial::open(options);
-    if let Ok(lab) = &mut lab {
-        lab.set_times(times);
-    }
-    let mut l1 = None;
-    let mut retries = 0;
-    for scenario in scenarios {
-        report.run(scenario.name, || {
-            let lab =
-                lab.as_ref().map_err(|error| anyhow!("no guest can be started: {error:#}"))?;
-            match scenario.test {
-                Test::InGuests(test) => in_guests(lab, scenario, test),
-                Test::BesideKvm(test) => {
-                    let folder = folder(scenario);
-                    let name = format!("{folder}-1");
-                    match attempt(lab, clock, &mut l1, &name, test, &mut figures) {
-                        Err(Failed { error, proof: Some(proof) }) => {
-                            eprintln!(
-                                "{}: the emulated processor failed, so the scenario runs once \
-                                 more. The proof: {proof}\nThe failure: {error:#}",
-                                scenario.name
-                            );
-                            retries += 1;
-                            let name = format!("{folder}-2");
-                            attempt(lab, clock, &mut l1, &name, test, &mut figures)
-                        }
-                        outcome => outcome,
-                    }
-                    .map_err(|failed| failed.error)
-                }
+    let mut lab = match trial::open(options) {
+        Ok(lab) => lab,
+        Err(error) => {
+            for scenario in scenarios {
+                report.run(scenario.name, || Err(anyhow!("no guest can be started: {error:#}")));
             }
+            return Figures::new();
+        }
+    };
+    lab.set_times(times);
+    let in_guests = || {
+        for scenario in scenarios {
+            if let Test::InGuests(test) = scenario.test {
+                report.run(scenario.name, || run_in_guests(&lab, scenario, test));
+            }
+        }
+    };
+    let beside_kvm = || run_beside_kvm(report, scenarios, &lab, clock);
+    if jobs == 1 {
+        in_guests();
+        return beside_kvm();
+    }
+    thread::scope(|scope| {
+        let others = scope.spawn(in_guests);
+        let figures = beside_kvm();
+        // A scenario that panics ends the whole run, as it does in this thread.
+        others.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        figures
+    })
+}
+
+/// Runs the scenarios beside KVM, one after the other.
+///
+/// They share one L1 as long as they succeed. If there is proof that L1's emulated processor failed
+/// during a scenario (see [`L1::proof`]), the scenario runs once more, in another L1. Any other
+/// failure is one of the test, also if a machine hangs: its logs tell what it did
+/// ([`lost`](crate::lost)). The figure `retries` counts the runs after a proof.
+fn run_beside_kvm(report: &Report, scenarios: &[&Scenario], lab: &Lab, clock: Clock) -> Figures {
+    let mut figures = Figures::new();
+    let mut l1 = None;
+    let mut retries = None;
+    for scenario in scenarios {
+        let Test::BesideKvm(test) = scenario.test else { continue };
+        let retries = retries.get_or_insert(0);
+        report.run(scenario.name, || {
+            let folder = folder(scenario);
+            let name = format!("{folder}-1");
+            match attempt(lab, clock, &mut l1, &name, test, &mut figures) {
+                Err(Failed { error, proof: Some(proof) }) => {
+                    eprintln!(
+                        "{}: the emulated processor failed, so the scenario runs once more. The \
+                         proof: {proof}\nThe failure: {error:#}",
+                        scenario.name
+                    );
+                    *retries += 1;
+                    let name = format!("{folder}-2");
+                    attempt(lab, clock, &mut l1, &name, test, &mut figures)
+                }
+                outcome => outcome,
+            }
+            .map_err(|failed| failed.error)
         });
     }
-    if scenarios.iter().any(|scenario| matches!(scenario.test, Test::BesideKvm(_))) {
-        figures.insert("retries".into(), retries.into());
-    }
+    figures.extend(retries.map(|retries| ("retries".into(), retries.into())));
     figures
 }
 
@@ -75,7 +103,11 @@ fn folder(scenario: &Scenario) -> String {
 }
 
 /// Runs a scenario in guests of its own.
-fn in_guests(lab: &Lab, scenario: &Scenario, test: fn(&Scene) -> Result<()>) -> Result<Outcome> {
+fn run_in_guests(
+    lab: &Lab,
+    scenario: &Scenario,
+    test: fn(&Scene) -> Result<()>,
+) -> Result<Outcome> {
     let scene = lab.scene(&folder(scenario))?;
     match test(&scene) {
         Ok(()) => Ok(Outcome::Passed),

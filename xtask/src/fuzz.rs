@@ -84,7 +84,7 @@ pub fn run(args: &Args) -> Result<bool> {
         names.iter().try_for_each(|name| Target::of(name)?.keep())?;
         return Ok(true);
     }
-    let mut report = Report::default();
+    let report = Report::default();
     let seconds = u64::from(args.minutes) * 60;
     let work = format!(
         "{} for {} min each; the log of each is in {}",
@@ -93,7 +93,7 @@ pub fn run(args: &Args) -> Result<bool> {
         workspace::logs()?.display()
     );
     let progress = Some(Progress::begin("fuzz", &work));
-    run_all(&mut report, &names, seconds, args.jobs.map(|jobs| jobs as usize), progress);
+    run_all(&report, &names, seconds, args.jobs.map(|jobs| jobs as usize), progress);
     Ok(report.finish(false))
 }
 
@@ -112,7 +112,7 @@ pub fn targets() -> Result<Vec<String>> {
 }
 
 /// Builds the targets and runs each for some seconds, as a test.
-pub fn test(report: &mut Report, names: &[String], seconds: u32) {
+pub fn test(report: &Report, names: &[String], seconds: u32) {
     eprintln!("---- fuzz::{}", names.join(", fuzz::"));
     let began = Instant::now();
     let refused = match build(names) {
@@ -129,7 +129,7 @@ pub fn test(report: &mut Report, names: &[String], seconds: u32) {
 /// target has one thread, so as many targets run at once as this machine has processors, if `jobs`
 /// does not say another number.
 fn run_all(
-    report: &mut Report,
+    report: &Report,
     names: &[String],
     seconds: u64,
     jobs: Option<usize>,
@@ -137,15 +137,14 @@ fn run_all(
 ) {
     let processors = thread::available_parallelism().map_or(1, |count| count.get());
     let next = AtomicUsize::new(0);
-    let shared = Mutex::new((report, Shown { progress, targets: BTreeMap::new() }));
+    let shown = Mutex::new(Shown { progress, targets: BTreeMap::new() });
     let one = || {
         while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
             let began = Instant::now();
-            let lock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
-            let ended = run_one(name, seconds, |state| lock().1.show(name, state));
+            let lock = || shown.lock().unwrap_or_else(PoisonError::into_inner);
+            let ended = run_one(name, seconds, |state| lock().show(name, state));
             let outcome = ended.unwrap_or_else(|error| Outcome::Failed(format!("{error:#}")));
-            let (report, shown) = &mut *lock();
-            shown.targets.remove(name.as_str());
+            lock().targets.remove(name.as_str());
             report.enter(&format!("fuzz::{name}"), &outcome, began.elapsed());
         }
     };

@@ -104,8 +104,8 @@ pub fn run(args: &Args) -> Result<bool> {
         "no scenario is called {}; `cargo xtask kvm --list` names them",
         args.names.join(" or ")
     );
-    let mut report = Report::default();
-    let figures = runner::run(&mut report, &scenarios, &args.guests, clock, args.times);
+    let report = Report::default();
+    let figures = runner::run(&report, &scenarios, &args.guests, clock, args.times, 1);
     if args.json {
         let ok = report.show_failures();
         eprintln!("{}", report.summary());

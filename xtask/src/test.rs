@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask test` runs every test in order. Its last line says how many passed.
+//! `cargo xtask test` runs every test. Its last line says how many passed.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -52,8 +53,20 @@ pub struct Args {
     /// default a few times, so that all tests take minutes
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     times: Option<u32>,
+    /// How many guests' scenarios run at the same time, 1 or 2. Those in kvm:: run one after the
+    /// other, and so do the others; 2 runs both groups at once [default: 2 with two processors or
+    /// more]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u8).range(1..=2))]
+    jobs: Option<u8>,
     #[command(flatten)]
     guests: Options,
+}
+
+impl Args {
+    fn jobs(&self) -> usize {
+        let processors = || thread::available_parallelism().map_or(1, |count| count.get().min(2));
+        self.jobs.map_or_else(processors, usize::from)
+    }
 }
 
 /// Runs the chosen tests. Returns false if one failed.
@@ -95,9 +108,9 @@ pub fn run(args: &Args) -> Result<bool> {
         args.names.join(" or ")
     );
 
-    let mut report = Report::default();
+    let report = Report::default();
     if wanted(CARGO) {
-        cargo_tests(&mut report)?;
+        cargo_tests(&report)?;
     }
     if wanted(DOCUMENTS) {
         report.run(DOCUMENTS, || documents(args.guests.as_built));
@@ -109,10 +122,11 @@ pub fn run(args: &Args) -> Result<bool> {
         report.run(LOST, lost_interrupts);
     }
     if !fuzz_targets.is_empty() {
-        fuzz::test(&mut report, &fuzz_targets, args.fuzz_seconds);
+        fuzz::test(&report, &fuzz_targets, args.fuzz_seconds);
     }
     if !scenarios.is_empty() {
-        let figures = runner::run(&mut report, &scenarios, &args.guests, Clock::Time, args.times);
+        let (guests, jobs) = (&args.guests, args.jobs());
+        let figures = runner::run(&report, &scenarios, guests, Clock::Time, args.times, jobs);
         if !figures.is_empty() {
             eprintln!("kvm: {}", Value::Object(figures));
         }
@@ -121,7 +135,7 @@ pub fn run(args: &Args) -> Result<bool> {
 }
 
 /// Runs `cargo test` and reads the numbers from its output.
-fn cargo_tests(report: &mut Report) -> Result<()> {
+fn cargo_tests(report: &Report) -> Result<()> {
     let began = Instant::now();
     eprintln!("---- {CARGO} test --workspace");
     let logs = workspace::logs()?;
