@@ -15,6 +15,7 @@
 mod domain;
 mod ffi;
 mod page;
+mod processor;
 mod routes;
 pub mod sources;
 
@@ -22,12 +23,13 @@ use core::ffi::{c_int, c_void};
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
-use vbus_driver::pic::{Nesting, Pic, Wanted};
+use vbus_driver::pic::{Nesting, Pic};
 use vbus_driver::{Error, Events};
 use vbus_shm::pic::LINES_MAX;
 
 use self::domain::{Allowed, Domain};
-use self::page::{Drained, Page, Unmasked};
+use self::page::Unmasked;
+use self::processor::{Owner, Processor};
 use self::routes::{Carrier, Homes, Lines, Tried, home};
 use self::sources::Carrying;
 use crate::connection::{BUDGET, Connection};
@@ -36,12 +38,8 @@ use crate::hal::KernelHal;
 use crate::interrupt::{Interrupt, Interrupts};
 use crate::kernel::irq::bind;
 use crate::kernel::lock::Mutex;
-use crate::kernel::timer::Timer;
 use crate::kernel::{Errno, KBox, KVec, cpu};
 use crate::watch::{Watch, Watched};
-
-/// How long nobody looks at a page whose lines come without end, in nanoseconds.
-const PAUSE: u64 = 1_000_000;
 
 /// Takes a device of the class.
 pub fn probe(device: &Device) -> Result<KBox<Controller>, Errno> {
@@ -54,7 +52,7 @@ pub fn probe(device: &Device) -> Result<KBox<Controller>, Errno> {
     let is_bound = watch.cpus.len() > 1;
     for (vector, cpu) in (0..).zip(watch.cpus.iter()) {
         let target = NonNull::from(cpu);
-        let run = |cpu: &Cpu, _| cpu.message();
+        let run = |cpu: &Processor<Core>, _| cpu.message();
         let vectors = device.interrupts();
         // SAFETY: the core with its processors stays at its place until the interrupt is dropped.
         let interrupt = unsafe {
@@ -63,7 +61,7 @@ pub fn probe(device: &Device) -> Result<KBox<Controller>, Errno> {
         };
         let interrupt = interrupt?;
         if is_bound {
-            cpu.irq.store(interrupt.number(), Ordering::Relaxed);
+            cpu.set_irq(interrupt.number());
         }
         interrupts.push(interrupt)?;
     }
@@ -78,7 +76,7 @@ pub fn probe(device: &Device) -> Result<KBox<Controller>, Errno> {
 pub struct Controller {
     /// Dropped first: lines have no handlers any more.
     carrying: Option<Carrying>,
-    interrupts: KVec<Interrupt<Cpu>>,
+    interrupts: KVec<Interrupt<Processor<Core>>>,
     watch: KBox<Watch<Core>>,
 }
 
@@ -88,7 +86,7 @@ struct Core {
     /// The kind of doorbell in use.
     doorbell: u8,
     /// With their timers, which are dropped before the domain.
-    cpus: KVec<Cpu>,
+    cpus: KVec<Processor<Core>>,
     /// None only until the core is complete.
     domain: Option<Domain>,
     /// The pages that routes shall lead to.
@@ -106,21 +104,6 @@ struct Core {
     /// The device sends messages without lines.
     fault: AtomicBool,
 }
-
-/// A processor: its page, and what looks at the page if no message does.
-struct Cpu {
-    core: NonNull<Core>,
-    /// The interrupt that belongs to this processor alone; 0: there is none.
-    irq: AtomicU32,
-    /// None only until the core is complete. Dropped before the page, at which it looks.
-    timer: Option<Timer<Cpu>>,
-    page: Page,
-}
-
-// SAFETY: it shares the core, which is Sync.
-unsafe impl Send for Cpu {}
-// SAFETY: as above.
-unsafe impl Sync for Cpu {}
 
 struct State {
     connection: Connection<Open>,
@@ -151,9 +134,7 @@ impl Open {
             // The vectors of the pages have their numbers.
             let vector = u16::try_from(number).unwrap_or(u16::MAX);
             let controller = this.pic.cpu(number, LINES_MAX, Nesting::Flat, vector)?;
-            if cpu.page.install(controller, || core.unmasked()) == Wanted::Pending {
-                cpu.look_after(0);
-            }
+            cpu.install(controller, || core.unmasked());
             this.pages += 1;
         }
         if this.pages == 0 {
@@ -168,7 +149,7 @@ impl Drop for Open {
     fn drop(&mut self) {
         // SAFETY: the core has this connection.
         let core = unsafe { self.core.as_ref() };
-        core.cpus.iter().for_each(|cpu| drop(cpu.page.uninstall()));
+        core.cpus.iter().for_each(Processor::uninstall);
         // The connection ends after that. What it carried comes by its own vectors then, once at
         // once.
     }
@@ -195,15 +176,12 @@ impl Core {
         let this = NonNull::from(&mut *core);
         // SAFETY: the core stays at its place until it is dropped, and the domain with it.
         core.domain = Some(unsafe { Domain::new(device.pci(), LINES_MAX, this) }?);
-        let new = |_| {
-            let (irq, page) = (AtomicU32::new(0), Page::new()?);
-            Ok::<_, Errno>(Cpu { core: this, irq, timer: None, page })
-        };
+        // SAFETY: the core stays at its place until it is dropped, and the processors with it.
+        let new = |_| unsafe { Processor::new(this) };
         core.cpus = KVec::from_fn(usize::try_from(pages).unwrap_or(1), new)?;
         for cpu in core.cpus.iter_mut() {
-            // SAFETY: the processors stay at their places as long as the core. Each stops its timer
-            // when it is dropped.
-            cpu.timer = Some(unsafe { Timer::new(NonNull::from(&*cpu), Cpu::expire) }?);
+            // SAFETY: the processors stay at their places as long as the core.
+            unsafe { cpu.start_timer() }?;
         }
         Ok(core)
     }
@@ -212,14 +190,6 @@ impl Core {
     fn unmasked(&self) -> Unmasked {
         // Pairs with the change in `set_masked`, by the lock of each page.
         self.unmasked.each_ref().map(|word| word.load(Ordering::Relaxed))
-    }
-
-    /// Lets the watch look at events and routes. From any context.
-    fn look_soon(&self) {
-        // SAFETY: the watch is there until it is taken out, by the drop of the controller.
-        if let Some(watch) = unsafe { self.watch.load(Ordering::Acquire).as_ref() } {
-            watch.soon();
-        }
     }
 
     /// The kernel wants no interrupts of a line, or wants them again. It holds the lock of the
@@ -235,9 +205,7 @@ impl Core {
         }
         // All pages: masks do not follow a route.
         for cpu in self.cpus.iter() {
-            if cpu.page.set_masked(line, masked) {
-                cpu.look_after(0);
-            }
+            cpu.set_masked(line, masked);
         }
     }
 
@@ -264,43 +232,23 @@ impl Core {
     }
 }
 
-impl Cpu {
-    fn core(&self) -> &Core {
-        // SAFETY: the core has this processor.
-        unsafe { self.core.as_ref() }
-    }
-
-    /// A message has come, in hard interrupt context, or in the thread of a line of PCI.
-    fn message(&self) {
-        match self.look(true) {
-            Drained::All | Drained::TooMany => return,
-            Drained::Nothing => {}
-            Drained::Futile => self.core().fault.store(true, Ordering::Relaxed),
-        }
-        // Vector 0 is that of the function's events too.
-        self.core().look_soon();
-    }
-
-    /// Handles the lines of the page, in the context of a message or of a timer.
-    fn look(&self, by_message: bool) -> Drained {
-        let Some(domain) = &self.core().domain else { return Drained::Nothing };
-        let drained = self.page.drain(by_message, |line| domain.handle(line));
-        if drained == Drained::TooMany {
-            self.look_after(PAUSE);
-        }
-        drained
-    }
-
-    /// Looks at the page after this time, in nanoseconds. From any context.
-    fn look_after(&self, nanoseconds: u64) {
-        if let Some(timer) = &self.timer {
-            timer.run_after(nanoseconds);
+impl Owner for Core {
+    fn handle(&self, line: u16) {
+        if let Some(domain) = &self.domain {
+            domain.handle(line);
         }
     }
 
-    fn expire(&self) {
-        self.page.resume();
-        self.look(false);
+    /// Lets the watch look at events and routes. From any context.
+    fn look_soon(&self) {
+        // SAFETY: the watch is there until it is taken out, by the drop of the controller.
+        if let Some(watch) = unsafe { self.watch.load(Ordering::Acquire).as_ref() } {
+            watch.soon();
+        }
+    }
+
+    fn fault(&self) {
+        self.fault.store(true, Ordering::Relaxed);
     }
 }
 
@@ -329,7 +277,7 @@ impl Watched for Core {
         lines.update(&mut carrier)?;
         // A processor that was off has lost its interrupt to another one.
         for (number, cpu) in (0..).zip(self.cpus.iter()) {
-            match cpu.irq.load(Ordering::Relaxed) {
+            match cpu.irq() {
                 0 => {}
                 irq => bind(irq, number),
             }

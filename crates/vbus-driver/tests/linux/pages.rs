@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use vbus_core::Bus;
-use vbus_driver::pic::{Line, Nesting, Pic, Source};
+use vbus_driver::pic::{Controller, Line, Nesting, Pic, Source};
 use vbus_driver::state::{Pages, Reader};
 use vbus_shm::pic::LINES_MAX;
 
@@ -22,7 +22,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 const NAME: &str = "values";
 
 /// A controller, and a device with two interrupts.
-struct Setup {
+pub struct Setup {
     pic: RefCell<Pic<Local>>,
     _pages: Pages<Local>,
     _readers: Vec<Reader<Local>>,
@@ -30,7 +30,7 @@ struct Setup {
 }
 
 impl Setup {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let bus = bus();
         let page = |name: &str| json!({ "name": name, "bytes": 8, "owner": "device" });
         let values = json!({ "pages": [page("one"), page("two")] });
@@ -47,16 +47,20 @@ impl Setup {
     }
 
     /// Raises the line of this vector: a route that begins does that.
-    fn raise(&self, vector: u16, number: u16) {
+    pub fn raise(&self, vector: u16, number: u16) {
         let from = Source { device: NAME, vector };
         let mut pic = self.pic.borrow_mut();
         let _ = pic.unroute(from);
         pic.route(from, Line { cpu: 0, number }).unwrap();
     }
 
+    /// The controller of the first processor.
+    pub fn controller(&self) -> Controller<Local> {
+        self.pic.borrow_mut().cpu(0, LINES_MAX, Nesting::Flat, 0).unwrap()
+    }
+
     fn page(&self, page: &Page, unmasked: impl FnOnce() -> Unmasked) {
-        let controller = self.pic.borrow_mut().cpu(0, LINES_MAX, Nesting::Flat, 0).unwrap();
-        let _pending = page.install(controller, unmasked);
+        let _pending = page.install(self.controller(), unmasked);
     }
 }
 
@@ -67,7 +71,7 @@ fn taken(page: &Page) -> Vec<u16> {
     lines.into_inner()
 }
 
-fn unmasked(lines: &[u16]) -> Unmasked {
+pub fn unmasked(lines: &[u16]) -> Unmasked {
     let mut set = Unmasked::default();
     for line in lines {
         set[usize::from(line / 64)] |= 1 << (line % 64);
