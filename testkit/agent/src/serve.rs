@@ -27,6 +27,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::ioctl_fionread;
+
 /// The most bytes of output in one frame.
 const PIECE: usize = 2048;
 
@@ -120,12 +123,14 @@ fn start(command: &str) -> io::Result<Child> {
 fn follow(id: &str, mut child: Child, host: &Channel) -> i32 {
     // Each reader sends when it goes on, and drops its sender at the end of its stream.
     let (goes_on, readers) = channel();
-    if let Some(stream) = child.stdout.take() {
-        copy("out", id, stream, host, goes_on.clone());
-    }
-    if let Some(stream) = child.stderr.take() {
-        copy("err", id, stream, host, goes_on.clone());
-    }
+    let streams = [
+        ("out", child.stdout.take().map(OwnedFd::from)),
+        ("err", child.stderr.take().map(OwnedFd::from)),
+    ];
+    let streams: Vec<Stream> = streams
+        .into_iter()
+        .filter_map(|(kind, stream)| Some(copy(kind, id, stream?, host, goes_on.clone())))
+        .collect();
     drop(goes_on);
     let code = match child.wait() {
         Ok(status) => status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
@@ -134,8 +139,24 @@ fn follow(id: &str, mut child: Child, host: &Channel) -> i32 {
     loop {
         match readers.recv_timeout(QUIET) {
             Ok(()) => {}
+            // A reader may be slow on a busy machine. What the command has said is in its stream.
+            Err(RecvTimeoutError::Timeout) if streams.iter().any(Stream::has_more) => {}
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return code,
         }
+    }
+}
+
+/// A stream that is copied. Its reader has the lock from before it takes a piece until the host has
+/// that piece.
+#[derive(Clone)]
+struct Stream(Arc<(File, Mutex<()>)>);
+
+impl Stream {
+    /// Whether there are bytes that the host does not have. It waits for a piece on its way.
+    fn has_more(&self) -> bool {
+        let (file, turn) = &*self.0;
+        let _turn = lock(turn);
+        ioctl_fionread(file).is_ok_and(|bytes| bytes > 0)
     }
 }
 
@@ -143,19 +164,30 @@ fn follow(id: &str, mut child: Child, host: &Channel) -> i32 {
 fn copy(
     kind: &'static str,
     id: &str,
-    mut from: impl Read + Send + 'static,
+    from: OwnedFd,
     host: &Channel,
     goes_on: Sender<()>,
-) {
+) -> Stream {
     let (id, host) = (id.to_owned(), host.clone());
+    let stream = Stream(Arc::new((File::from(from), Mutex::new(()))));
+    let shared = stream.clone();
     thread::spawn(move || {
+        let (file, turn) = &*shared.0;
         let mut piece = [0; PIECE];
-        while let Ok(length @ 1..) = from.read(&mut piece) {
+        loop {
+            // Without the lock.
+            if poll(&mut [PollFd::new(file, PollFlags::IN)], None).is_err() {
+                continue;
+            }
+            let _turn = lock(turn);
+            let mut from = file;
+            let Ok(length @ 1..) = from.read(&mut piece) else { return };
             // Nobody listens after the end of the command.
             let _ = goes_on.send(());
             host.say(&format!("{kind} {id} {}", encode(&piece[..length])));
         }
     });
+    stream
 }
 
 fn encode(bytes: &[u8]) -> String {
@@ -165,4 +197,42 @@ fn encode(bytes: &[u8]) -> String {
 fn decode(hex: &str) -> Vec<u8> {
     let digits = hex.as_bytes().chunks_exact(2);
     digits.filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_has_not_ended_before_the_host_has_its_output() {
+        let (ours, host) = UnixStream::pair().unwrap();
+        let channel = Channel(Arc::new(Mutex::new(File::from(OwnedFd::from(ours)))));
+        let (ends, end) = std::sync::mpsc::channel();
+        // The reader gets no further than to the channel, as on a machine that has no time for it.
+        let busy = lock(&channel.0);
+        let follows = channel.clone();
+        thread::spawn(move || {
+            let code = follow("7", start("echo text; sleep 0").unwrap(), &follows);
+            follows.say(&format!("end 7 {code}"));
+            ends.send(code).unwrap();
+        });
+        assert!(end.recv_timeout(2 * QUIET).is_err(), "it ended without its output");
+        drop(busy);
+        assert_eq!(end.recv(), Ok(0));
+        let frames: Vec<String> =
+            BufReader::new(host).lines().map_while(Result::ok).take(2).collect();
+        assert_eq!(frames, ["out 7 746578740a", "end 7 0"]);
+    }
+
+    #[test]
+    fn a_process_in_the_background_keeps_no_command_from_its_end() {
+        let (ours, host) = UnixStream::pair().unwrap();
+        let channel = Channel(Arc::new(Mutex::new(File::from(OwnedFd::from(ours)))));
+        let child = start("sleep 1000 & echo $!").unwrap();
+        let group = child.id();
+        assert_eq!(follow("8", child, &channel), 0);
+        Command::new("/bin/sh").args(["-c", &format!("kill -9 -{group}")]).status().unwrap();
+        drop((host, channel));
+    }
 }
