@@ -234,6 +234,11 @@ pub const SCENARIOS: &[Scenario] = &[
         linux::restart::kernel,
     ),
     in_guests(
+        "linux::leaving",
+        "a reboot while functions leave the driver and come back: nobody waits without an end",
+        linux::restart::leaving,
+    ),
+    in_guests(
         "linux::sleep",
         "suspended to RAM and woken under a flood of frames",
         linux::restart::sleep,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The module in each of Debian's kernels: it is loaded, finds its devices, and is unloaded. At the
-//! end frames go.
+//! end each class does its work: frames go, values come and go, an interrupt comes by a line of the
+//! controller, and a virtual CPU's thread follows a task.
 
 use std::fs;
 use std::time::Duration;
@@ -16,21 +17,32 @@ use crate::linux::{self, IP};
 use crate::nic;
 use crate::pair::ADDRESS;
 use crate::report::Skip;
-use crate::vm::VmSpec;
+use crate::scenarios::vm::sched;
+use crate::vm::{Vm, VmSpec};
 use crate::wire::FAR;
 use crate::workspace;
 
 /// The class that the driver does not know: that of `examples/block`.
 const UNKNOWN: &str = "block";
 
-/// The devices of the guest: name, class and settings, in the order of their root ports.
+/// The devices of the guest: name, class and settings, in the order of their root ports. Behind
+/// them is one of the class `sched`, whose settings depend on the machine.
 const DEVICES: [(&str, &str, &str); 5] = [
     ("net0", "venet", "backend = \"switch\""),
-    ("values", "state", "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\" }]"),
+    (
+        "values",
+        "state",
+        "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\" }, \
+         { name = \"heartbeat\", bytes = 64, owner = \"driver\" }]",
+    ),
     ("net1", "venet", "backend = \"switch\"\nqueue-pairs = 2\npic = \"pic0\""),
     ("pic0", "pic", "msix = true"),
     ("disk0", UNKNOWN, "path = \"disk\""),
 ];
+
+/// The interrupt of the first NIC's only vector as a line of the controller: the sum over all CPUs.
+const BY_LINE: &str = "awk '/vbus-pic.*vbus-net1-0/{for(i=2;i<4;i++)n+=$i} END{print n+0}' \
+     /proc/interrupts";
 
 /// How long the controller may take to carry an interrupt.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -71,12 +83,15 @@ fn load(scene: &Scene, kernel: DebianKernel) -> Result<()> {
     let disk = scene.dir().join("disk");
     fs::write(&disk, [0; 512])?;
     let config = config.replace("\"disk\"", &format!("{:?}", disk.display().to_string()));
+    let name = kernel.to_string();
+    let config = config + &device("cpus", "sched", &sched::settings(scene, &name, sched::BOOST));
     let [block_host, _] = workspace::build_block(scene.lab.options().as_built)?;
     let bus = Bus::start_with(&block_host, scene, &config)?;
-    let mut machine = VmSpec::new(&kernel.to_string());
-    for (name, ..) in DEVICES {
+    let mut machine = VmSpec::new(&name);
+    for name in DEVICES.iter().map(|(name, ..)| *name).chain(["cpus"]) {
         machine = machine.device(bus.socket(name));
     }
+    machine.cpus = 2;
     machine.system = Some(system);
     let vm = machine.boot(scene)?;
     let guest = &vm.guest;
@@ -96,7 +111,9 @@ fn load(scene: &Scene, kernel: DebianKernel) -> Result<()> {
     linux::insert(guest, "")?;
     find_devices(guest)?;
     frames_go(guest).context("frames between the NICs")?;
-    linux::check_kernel(guest)?;
+    values_go(guest, &bus).context("values of state pages")?;
+    let vm = threads_follow(bus, vm).context("a virtual CPU's thread")?;
+    linux::check_kernel(&vm.guest)?;
     vm.power_off()
 }
 
@@ -133,7 +150,47 @@ fn frames_go(guest: &Guest) -> Result<()> {
     guest.ok(&format!("{IP} netns add far && {IP} link set {far} netns far"))?;
     nic::set_up_in(guest, FAR, &far, &format!("{}/24", ADDRESS[1]))?;
     nic::set_up(guest, &near, &format!("{}/24", ADDRESS[0]))?;
-    copybreak::follows_setting(guest, &near)
+    let lines = || -> Result<u64> { Ok(guest.ok(BY_LINE)?.trim().parse()?) };
+    let before = lines()?;
+    copybreak::follows_setting(guest, &near)?;
+    let now = lines()?;
+    ensure!(now > before, "the controller's line has interrupted {before} times, and {now} now");
+    Ok(())
+}
+
+/// Values come from the host and go to it, and a program that waits for one is woken.
+fn values_go(guest: &Guest, bus: &Bus) -> Result<()> {
+    guest.ok("until [ -e /dev/vbus/values/setpoint ]; do sleep 0.05; done")?;
+    let watch = guest.start("exec vbus-guest state watch setpoint")?;
+    for value in ["one", "two"] {
+        bus.run(&["state", "set", "values", "setpoint", value])?;
+        watch.wait_for(value, LIMIT)?;
+    }
+    let said = guest.ok("cat /dev/vbus/values/setpoint")?;
+    ensure!(said == format!("{:\0<64}", "two"), "the page has {said:?}");
+    let host = bus.watch("values", "heartbeat")?;
+    guest.ok("vbus-guest state set heartbeat alive")?;
+    host.wait_for("alive", LIMIT)?;
+    watch.kill()?;
+    watch.wait(LIMIT).map(drop)
+}
+
+/// The thread of a virtual CPU gets the class of a task there, and its own class back when the
+/// module goes. Returns the machine.
+fn threads_follow(bus: Bus, vm: Vm) -> Result<Vm> {
+    let may = sched::is_privileged(&bus)?;
+    let stage = sched::Stage::of(bus, vm)?;
+    if !may {
+        eprintln!("sched is left out: setting the class of QEMU's threads needs CAP_SYS_NICE");
+        return Ok(stage.vm);
+    }
+    let busy = stage.vm.guest.start("exec guest-agent fifo 9 taskset 2 guest-agent spin")?;
+    stage.wait("a busy task on CPU 1", [sched::OWN, sched::fifo(9)])?;
+    linux::remove(&stage.vm.guest)?;
+    stage.wait("the module was unloaded", [sched::OWN, sched::OWN])?;
+    busy.kill()?;
+    busy.wait(LIMIT)?;
+    Ok(stage.vm)
 }
 
 /// Opens the NIC that names the interrupt controller, and waits until the controller has a line for

@@ -95,6 +95,49 @@ pub fn kernel(scene: &Scene) -> Result<()> {
     flooded.vm.power_off()
 }
 
+/// Devices that come and go when the system goes down: so many that one of them does at any time.
+const LEAVING: usize = 4;
+
+/// How often it goes down if nobody says how often.
+const REBOOTS: u32 = 2;
+
+/// Functions leave their driver and come back all the time, and the system goes down in the middle
+/// of it: neither waits for the other without an end.
+pub fn leaving(scene: &Scene) -> Result<()> {
+    let names: Vec<String> = (0..LEAVING).map(|at| format!("{NIC}{at}")).collect();
+    let config = names.iter().map(|name| device(name, "venet", "backend = \"null\""));
+    let bus = Bus::start(scene, &config.collect::<String>())?;
+    let mut machine = VmSpec::new("a");
+    for name in &names {
+        machine = machine.device(bus.socket(name));
+    }
+    machine.system = Some(linux::chosen_system(scene)?);
+    let vm = machine.boot(scene)?;
+    let times = scene.lab.times().unwrap_or(REBOOTS);
+    for time in 1..=times {
+        let once = || -> Result<()> {
+            linux::insert(&vm.guest, "")?;
+            for slot in 0..LEAVING {
+                let address = linux::address(slot);
+                vm.guest
+                    .start(&format!(
+                        "cd /sys/bus/pci/drivers/vbus && while echo {address} > unbind; do \
+                     echo {address} > bind; echo; done"
+                    ))?
+                    .wait_for("\n", SLEEP)?;
+            }
+            linux::check_kernel(&vm.guest)?;
+            vm.guest.start("exec reboot -f")?;
+            vm.wait_boot(time + 1)
+        };
+        once().with_context(|| format!("reboot {time}"))?;
+    }
+    linux::insert(&vm.guest, "")?;
+    (0..LEAVING).try_for_each(|slot| linux::interface(&vm.guest, slot).map(drop))?;
+    linux::check_kernel(&vm.guest)?;
+    vm.power_off()
+}
+
 /// The configuration space of the function (ICH9's bridge) that has the registers for power
 /// management, and where it says at which ports they are, and that they are enabled.
 const BRIDGE: &str = "/sys/bus/pci/devices/0000:00:1f.0/config";

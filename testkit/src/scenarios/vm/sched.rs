@@ -36,6 +36,19 @@ pub const fn fifo(priority: u32) -> Class {
     (1, priority, 0)
 }
 
+/// The settings of the device `cpus` for the machine of this name.
+pub fn settings(scene: &Scene, machine: &str, boost: Duration) -> String {
+    let qmp = scene.dir().join(format!("{machine}.qmp"));
+    let boost = boost.as_millis();
+    format!("qmp = \"{}\"\npriority-max = {HIGHEST}\nboost-ms = {boost}", qmp.display())
+}
+
+/// Whether the bus may set the classes of threads, for its device `cpus`.
+pub fn is_privileged(bus: &Bus) -> Result<bool> {
+    let shown: Value = serde_json::from_str(&bus.run(&["device", "show", "cpus", "--json"])?)?;
+    Ok(shown["device"]["privileged"] == true)
+}
+
 /// A guest with two virtual CPUs. The bus asks QEMU for their threads.
 pub struct Stage {
     /// The bus of the device `cpus`.
@@ -56,13 +69,8 @@ impl Stage {
     }
 
     fn set_with(scene: &Scene, boost: Duration, system: Option<System>) -> Result<Stage> {
-        let qmp = scene.dir().join("a.qmp");
-        let boost = boost.as_millis();
-        let settings =
-            format!("qmp = \"{}\"\npriority-max = {HIGHEST}\nboost-ms = {boost}", qmp.display());
-        let bus = Bus::start(scene, &device("cpus", "sched", &settings))?;
-        let shown: Value = serde_json::from_str(&bus.run(&["device", "show", "cpus", "--json"])?)?;
-        if shown["device"]["privileged"] != true {
+        let bus = Bus::start(scene, &device("cpus", "sched", &settings(scene, "a", boost)))?;
+        if !is_privileged(&bus)? {
             return Err(
                 Skip("setting the class of QEMU's threads needs CAP_SYS_NICE".into()).into()
             );
@@ -70,9 +78,14 @@ impl Stage {
         let mut machine = VmSpec::new("a").device(bus.socket("cpus"));
         machine.cpus = 2;
         machine.system = system;
-        let mut vm = machine.boot(scene)?;
-        ensure!(vm.qmp_socket() == qmp, "QEMU listens at {}", vm.qmp_socket().display());
+        let vm = machine.boot(scene)?;
         nic::prepare(&vm.guest)?;
+        Stage::of(bus, vm)
+    }
+
+    /// With the device `cpus` of this bus, and a guest of two virtual CPUs. The device has the
+    /// [`settings`] for it.
+    pub fn of(bus: Bus, mut vm: Vm) -> Result<Stage> {
         let cpus = vm.control.execute("query-cpus-fast", json!({}))?;
         let threads: Vec<_> = cpus
             .as_array()
