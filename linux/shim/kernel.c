@@ -319,10 +319,12 @@ void shim_dma_free(void *pci, u64 bytes, void *memory, u64 address)
 
 void shim_dma_flush(void *pci)
 {
+#ifdef CONFIG_IOMMU_API
 	struct iommu_domain *domain = iommu_get_domain_for_dev(&((struct pci_dev *)pci)->dev);
 
 	if (domain && domain->type == IOMMU_DOMAIN_DMA_FQ)
 		iommu_flush_iotlb_all(domain);
+#endif
 }
 
 void *shim_dma_join(void *const *parts, u64 count, u64 bytes)

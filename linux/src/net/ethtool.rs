@@ -23,11 +23,14 @@ const NAME: usize = 32;
 /// Bytes of the key.
 const KEY: u32 = 40;
 const _: () = assert!(KEY as usize == RSS_KEY_BYTES);
+/// The device holds an interrupt back for so long at most, in microseconds. With a longer time the
+/// interface would seem dead.
+const USECS_MAX: u32 = 1_000_000;
 
 type Read = fn(&Pair) -> &Counter;
 
 /// Statistics of each queue pair, by the driver.
-const DRIVER: [(&str, Read); 21] = [
+const DRIVER: [(&str, Read); 22] = [
     ("rx{}_frames", |pair| &pair.rx_stats.frames),
     ("rx{}_bytes", |pair| &pair.rx_stats.bytes),
     ("rx{}_alloc_failed", |pair| &pair.rx_stats.alloc_failed),
@@ -49,6 +52,7 @@ const DRIVER: [(&str, Read); 21] = [
     ("tx{}_stops", |pair| &pair.tx_stats.stops),
     ("tx{}_wakes", |pair| &pair.tx_stats.wakes),
     ("tx{}_xdp", |pair| &pair.tx_stats.xdp),
+    ("tx{}_xdp_bytes", |pair| &pair.tx_stats.xdp_bytes),
 ];
 
 /// Statistics of each queue pair, by the device: words of the counters page.
@@ -241,6 +245,9 @@ extern "C" fn vbus_net_set_coalesce(net: *mut c_void, coalesce: *const ffi::Coal
     let mut control = net.control();
     if control.offered & F_COALESCE == 0 {
         return Errno::NOT_SUPPORTED.negative();
+    }
+    if coalesce.rx_usecs > USECS_MAX || coalesce.tx_usecs > USECS_MAX {
+        return Errno::INVALID.negative();
     }
     let before = core::mem::replace(&mut control.settings.coalesce, coalesce);
     let (rx, tx) = control.settings.coalescing();

@@ -824,7 +824,12 @@ extern "C" fn vbus_net_vlan(net: *mut c_void, id: u16, on: bool) -> c_int {
     let mut control = net.control();
     control.settings.set_vlan(id, on);
     let Control { nic: Some(nic), settings, .. } = &mut **control else { return 0 };
-    Errno::result(net.set_filter(nic, &settings.vlans).map_err(Errno::from))
+    let result = net.set_filter(nic, &settings.vlans);
+    if on && result.is_err() {
+        // The kernel has no such VLAN then.
+        settings.set_vlan(id, false);
+    }
+    Errno::result(result.map_err(Errno::from))
 }
 
 /// The largest MTU with XDP: frames are in one piece.
@@ -888,7 +893,7 @@ extern "C" fn vbus_net_stats(net: *mut c_void, out: *mut ffi::Stats) {
         out.rx_errors += rx.invalid.get();
         out.rx_dropped += rx.alloc_failed.get() + rx.xdp_dropped.get();
         out.tx_frames += tx.frames.get() + tx.xdp.get();
-        out.tx_bytes += tx.bytes.get();
+        out.tx_bytes += tx.bytes.get() + tx.xdp_bytes.get();
         out.tx_dropped += tx.dropped.get();
     }
 }
@@ -904,7 +909,7 @@ extern "C" fn vbus_net_queue_stats(net: *mut c_void, index: u32, out: *mut ffi::
         rx_bytes: rx.bytes.get(),
         rx_alloc_failed: rx.alloc_failed.get(),
         tx_frames: tx.frames.get() + tx.xdp.get(),
-        tx_bytes: tx.bytes.get(),
+        tx_bytes: tx.bytes.get() + tx.xdp_bytes.get(),
         tx_stops: tx.stops.get(),
         tx_wakes: tx.wakes.get(),
     };

@@ -214,7 +214,6 @@ impl Pair {
                 }
                 sent += 1;
             }
-            self.tx_stats.xdp.add(sent as u64);
             if flush {
                 tx.post(&self.tx_stats);
             }

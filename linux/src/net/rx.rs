@@ -494,7 +494,7 @@ impl RxQueue {
         if frame.is_null() {
             return Verdict::Dropped;
         }
-        if pair.with_tx(|tx| tx.send_xdp_page(frame, piece)) == Some(true) {
+        if pair.with_tx(|tx| tx.send_xdp_page(frame, piece, &pair.tx_stats)) == Some(true) {
             pair.rx_stats.xdp_tx.add(1);
             polled.sent = true;
         } else {

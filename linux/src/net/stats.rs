@@ -45,8 +45,11 @@ pub struct TxStats {
     pub stops: Counter,
     /// Times that the stack was let go on.
     pub wakes: Counter,
-    /// Frames of XDP that were sent.
+    /// Frames of XDP that were sent: those that were redirected here, and those that a program sent
+    /// back.
     pub xdp: Counter,
+    /// Their bytes.
+    pub xdp_bytes: Counter,
 }
 
 /// Counters of the receive half, whose writer is the NAPI poll.

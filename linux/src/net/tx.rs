@@ -378,7 +378,7 @@ impl TxQueue {
         if unsafe { ffi::shim_xdp_map(self.shim, frame, &raw mut piece) } != 0 {
             return false;
         }
-        let is_sent = self.submit_xdp(frame, piece, Kind::Xdp);
+        let is_sent = self.submit_xdp(frame, piece, Kind::Xdp, stats);
         if is_sent {
             stats.mapped.add(1);
         } else {
@@ -402,6 +402,8 @@ impl TxQueue {
             });
         if is_sent {
             stats.copied.add(1);
+            stats.xdp.add(1);
+            stats.xdp_bytes.add(u64::from(bytes));
             // Its page belongs to another pool, whose poll may run now.
             // SAFETY: nothing refers to the frame any more.
             unsafe { ffi::shim_xdp_free(frame, 0) };
@@ -411,11 +413,17 @@ impl TxQueue {
 
     /// Sends a frame of XDP in a page of the receive queue, which stays mapped, without making it
     /// visible. False: there is no room, or the piece is invalid, and the caller keeps the frame.
-    pub fn send_xdp_page(&mut self, frame: Handle, piece: ffi::Piece) -> bool {
-        self.submit_xdp(frame, piece, Kind::XdpPage)
+    pub fn send_xdp_page(&mut self, frame: Handle, piece: ffi::Piece, stats: &TxStats) -> bool {
+        self.submit_xdp(frame, piece, Kind::XdpPage, stats)
     }
 
-    fn submit_xdp(&mut self, frame: Handle, piece: ffi::Piece, kind: Kind) -> bool {
+    fn submit_xdp(
+        &mut self,
+        frame: Handle,
+        piece: ffi::Piece,
+        kind: Kind,
+        stats: &TxStats,
+    ) -> bool {
         if self.fault.is_some() || self.ring.space() < ROOM {
             return false;
         }
@@ -428,6 +436,8 @@ impl TxQueue {
             return false;
         }
         self.note(frame, 0, 2, 1, &[piece], kind);
+        stats.xdp.add(1);
+        stats.xdp_bytes.add(u64::from(piece.bytes));
         true
     }
 

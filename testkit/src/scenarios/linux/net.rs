@@ -222,6 +222,8 @@ impl Station {
         self.refused(&[
             "ethtool -L near combined 1",
             "ethtool -L near combined 5",
+            "ethtool -C near rx-usecs 1000001",
+            "ethtool -C near tx-usecs 1000001",
             "ethtool -G near rx 4096",
         ])?;
         self.check(&[(

@@ -326,6 +326,7 @@ impl Station {
                 words.find(|word| *word == format!("{half}-{what}"))?;
                 words.next()?.parse().ok()
             };
+            let mut of_programs = 0;
             for ((half, what, name), link) in counters.iter().zip(&link) {
                 let mut sum = 0;
                 for queue in 0..4 {
@@ -335,10 +336,16 @@ impl Station {
                         let found = ethtool.lines().find_map(|line| line.split_once(&key));
                         found?.1.trim().parse().ok()
                     };
-                    // Frames that other interfaces have redirected are apart.
-                    let xdp =
-                        if *half == "tx" && *what == "packets" { counter("xdp") } else { None };
-                    let expected = counter(name).map(|frames| frames + xdp.unwrap_or(0));
+                    // Frames of XDP are apart: those of other interfaces, and those sent back.
+                    let xdp = match (*half, *what) {
+                        ("tx", "packets") => counter("xdp"),
+                        ("tx", _) => counter("xdp_bytes"),
+                        _ => Some(0),
+                    };
+                    let expected = counter(name).and_then(|frames| Some(frames + xdp?));
+                    if *what == "packets" {
+                        of_programs += xdp.unwrap_or(0);
+                    }
                     ensure!(
                         count.is_some() && count == expected,
                         "queue {half}{queue} has {count:?} {what}, and for ethtool {expected:?}: \
@@ -351,6 +358,8 @@ impl Station {
                     "the queues have {sum} {half} {what}, the interface has {link}: {said}"
                 );
             }
+            // A program has sent frames back before.
+            ensure!(of_programs >= THROWN, "only {of_programs} frames of XDP were sent");
             return Ok(());
         }
     }
