@@ -33,12 +33,14 @@
 //! ```
 #![allow(clippy::unwrap_used)] // Tests may panic.
 
+mod fresh;
 mod lingering;
 mod mutation;
 mod random;
 pub mod saved;
 pub mod virtio;
 
+pub use fresh::{FreshProcess, serve};
 pub use lingering::lingering;
 pub use mutation::mutate;
 pub use random::Random;

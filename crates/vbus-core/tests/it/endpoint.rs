@@ -658,3 +658,26 @@ fn a_call_that_does_not_end_keeps_nobody_waiting_for_longer_than_he_says() {
     driver.endpoint.close();
     driver.endpoint.quiesce_by(Instant::now()).unwrap();
 }
+
+/// The class has no saved state: whoever asks is told which device of which class, whether a driver
+/// has it open or not, and the driver notices nothing.
+#[test]
+fn a_device_of_a_class_without_state_is_refused_by_name_and_goes_on() {
+    let driver = Driver::new();
+    let refused = || {
+        driver.endpoint.quiesce().unwrap();
+        let error = driver.endpoint.save().unwrap_err();
+        driver.endpoint.resume();
+        let text =
+            "device \"doubler\" of class \"doubler\" cannot be saved: the class has no saved state";
+        assert_eq!(error.to_string(), text);
+        assert_eq!((error.device, error.class), ("doubler".into(), "doubler".into()));
+    };
+    refused();
+    driver.open().unwrap();
+    let (mut ring, request) = driver.ring(BASE + 4096, 16);
+    let handle = driver.endpoint.region_add(request).unwrap();
+    driver.exchange(&mut ring, handle, 100);
+    refused();
+    driver.exchange(&mut ring, handle, 100);
+}

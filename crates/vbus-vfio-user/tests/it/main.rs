@@ -8,6 +8,7 @@ mod device;
 #[path = "../../examples/fairness/echo.rs"]
 mod echo;
 mod fairness;
+mod fresh;
 mod migration;
 mod migration_all;
 mod migration_net;

@@ -14,7 +14,6 @@ use vbus_driver::{Function, Hal};
 use vbus_sched::SchedClass;
 use vbus_vfio_user::DeviceServer;
 use vfio_user_protocol::message::MigrationState;
-use vfio_user_protocol::pci;
 
 use crate::migration::read_all;
 use crate::migration_net::{BYTES, Guest, Machine, PAGE, until};
@@ -64,7 +63,7 @@ impl Host {
 }
 
 /// Takes all lines.
-fn lines<H: Hal>(cpu: &mut Controller<H>) -> Vec<u16> {
+pub fn lines<H: Hal>(cpu: &mut Controller<H>) -> Vec<u16> {
     std::iter::from_fn(|| cpu.take().inspect(|line| cpu.end(*line))).collect()
 }
 
@@ -75,8 +74,7 @@ fn an_interrupt_controller_and_a_sched_device_are_moved() {
     let guests = [0, 1, 2].map(|device| {
         let guest = Guest(Arc::default());
         guest.moves_to(0, Machine::new(&hosts[0].paths[device]));
-        let bus_master = 6u16.to_le_bytes();
-        guest.machine().ask(|client| client.region_write(pci::REGION_CONFIG, 4, &bus_master));
+        guest.set_bus_master();
         guest
     });
     let function = |device: usize| Function::probe(guests[device].clone()).unwrap();

@@ -16,7 +16,9 @@ use vbus_core::memory::MemoryContext;
 use vbus_core::shm::Memory;
 use vbus_core::shm::sync::Word;
 use vbus_core::{Access, Bus, Executor, Tuning, Window, lock};
-use vbus_driver::venet::{FRAME_MAX, HEADER_BYTES, Nic, Piece, Rx, Tx};
+use vbus_driver::venet::{
+    Coalesce, F_COALESCE, F_VLAN, FRAME_MAX, HEADER_BYTES, Nic, Piece, Rx, Tx, VLAN_MAP_BYTES,
+};
 use vbus_driver::{Dma, Function, Hal, HeapTable, NoMemory};
 use vbus_net::{Direct, Switches};
 use vbus_process::Process;
@@ -87,9 +89,17 @@ impl Machine {
         let mapped = Some((file.try_clone().unwrap(), 0));
         context.map(BASE, BYTES, mapped, Access::BOTH).unwrap();
         let memory = context.window(BASE, BYTES).unwrap();
+        let machine = Machine { client: Mutex::default(), file, context, memory };
+        machine.connect(path);
+        machine
+    }
+
+    /// The device of this machine is the one at `path` from now on. Returns the client of the
+    /// former one.
+    pub fn connect(&self, path: &Path) -> Option<Client> {
         let mut client = patiently(|| Client::connect(path));
-        client.dma_map(file.as_fd(), 0, BASE, BYTES).unwrap();
-        Machine { client: Mutex::new(Some(client)), file, context, memory }
+        client.dma_map(self.file.as_fd(), 0, BASE, BYTES).unwrap();
+        lock(&self.client).replace(client)
     }
 
     pub fn ask<R>(&self, ask: impl FnOnce(&mut Client) -> Result<R, ClientError>) -> R {
@@ -140,6 +150,12 @@ impl Guest {
     pub fn moves_to(&self, turn: usize, machine: Machine) {
         assert!(self.0.machines[turn].set(machine).is_ok());
         self.0.now.store(turn, Ordering::Release);
+    }
+
+    /// The system lets the device use its memory.
+    pub fn set_bus_master(&self) {
+        let command = 6u16.to_le_bytes();
+        self.machine().ask(|client| client.region_write(pci::REGION_CONFIG, 4, &command));
     }
 
     fn read(&self, region: u32, offset: u64, bytes: &mut [u8]) {
@@ -229,17 +245,23 @@ impl Dma for Part {
 }
 
 /// A NIC and its driver.
-trait Frames {
+pub trait Frames {
     /// Sends a frame. False: the ring is full.
     fn send(&mut self, frame: &[u8]) -> bool;
 
     /// Takes a frame that has come.
     fn receive(&mut self) -> Option<Vec<u8>>;
+
+    /// The driver says anew what it wants, as `n` has it. It wants all frames to it in any case.
+    /// Returns what came of it.
+    fn choose(&mut self, n: u64) -> String {
+        n.to_string()
+    }
 }
 
 /// A venet with one queue pair and its buffers.
-struct Station<H: Hal> {
-    _nic: Nic<H>,
+pub struct Station<H: Hal> {
+    nic: Nic<H>,
     tx: Tx<H>,
     rx: Rx<H>,
     sending: H::Dma,
@@ -247,15 +269,16 @@ struct Station<H: Hal> {
 }
 
 impl<H: Hal> Station<H> {
-    fn new(hal: H) -> Station<H> {
-        let mut nic = Nic::open(Function::probe(hal.clone()).unwrap(), 0, 0).unwrap();
+    pub fn new(hal: H) -> Station<H> {
+        let function = Function::probe(hal.clone()).unwrap();
+        let mut nic = Nic::open(function, F_COALESCE | F_VLAN, 0).unwrap();
         let buffer = u32::try_from(BUFFER).unwrap();
         let (tx, mut rx) = nic.queue_pair(0, ENTRIES, buffer, 0).unwrap();
         (0..rx.space()).for_each(|id| rx.give(u16::try_from(id).unwrap()).unwrap());
         rx.post();
         nic.start().unwrap();
         let sending = hal.alloc(SLOT * ENTRIES as usize).unwrap();
-        Station { _nic: nic, tx, rx, sending, sent: 0 }
+        Station { nic, tx, rx, sending, sent: 0 }
     }
 }
 
@@ -287,10 +310,24 @@ impl<H: Hal> Frames for Station<H> {
         self.rx.post();
         Some(frame.split_off(self.rx.header_bytes()))
     }
+
+    fn choose(&mut self, n: u64) -> String {
+        let word = u32::try_from(n % 256).unwrap();
+        let result = match n / 256 % 4 {
+            0 => {
+                let [rx, tx] = [word, word % 4].map(|frames| Coalesce { usecs: 100, frames });
+                self.nic.set_coalesce(None, rx, tx)
+            }
+            1 => self.nic.set_vlans(Some(&[n.to_le_bytes()[1]; VLAN_MAP_BYTES])),
+            2 => self.nic.set_vlans(None),
+            _ => self.nic.filter(word % 8, &[[3, 0, 0, 0, 1, n.to_le_bytes()[0]]]),
+        };
+        format!("{result:?}")
+    }
 }
 
 /// A virtio-net card with a queue of each kind. Each buffer has one descriptor.
-struct Card {
+pub struct Card {
     guest: Guest,
     rx: Queue,
     tx: Queue,
@@ -388,7 +425,7 @@ impl Queue {
 }
 
 impl Card {
-    fn new(guest: Guest, packed: bool) -> Card {
+    pub fn new(guest: Guest, packed: bool) -> Card {
         let mut space = [0; 256];
         guest.read(pci::REGION_CONFIG, 0, &mut space);
         let word = |at: usize| u32::from_le_bytes(*space[at..].first_chunk().unwrap());
@@ -459,7 +496,7 @@ impl Frames for Card {
 }
 
 /// A frame to one station from the other, with a number and a content that depends on `value`.
-fn frame(to: u8, from: u8, number: u64, value: u64) -> Vec<u8> {
+pub fn frame(to: u8, from: u8, number: u64, value: u64) -> Vec<u8> {
     let mut frame = vec![2, 0, 0, 0, 0, to, 2, 0, 0, 0, 0, from, 0x88, 0xb5];
     frame.extend(number.to_le_bytes());
     frame.extend(value.to_le_bytes());
@@ -575,8 +612,7 @@ fn moves(class: &str, open: impl Fn(Guest) -> Box<dyn Frames>) {
     let hosts = ["a", "b"].map(|name| Host::new(folder.path(), name, class));
     let guest = Guest(Arc::default());
     guest.moves_to(0, Machine::new(&hosts[0].nic));
-    let bus_master = 6u16.to_le_bytes();
-    guest.machine().ask(|client| client.region_write(pci::REGION_CONFIG, 4, &bus_master));
+    guest.set_bus_master();
     let station = open(guest.clone());
     let mut program = Program { station, next: 0, hash: 0, answers: Vec::new() };
     let at = |host: &Host| Station::new(patiently(|| Process::connect(&host.other, 16 << 20)));

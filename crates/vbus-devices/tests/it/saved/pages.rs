@@ -2,10 +2,7 @@
 //! State pages go on in another device.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -14,11 +11,11 @@ use vbus_core::shm::signal::end;
 use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::state::Document;
 use vbus_core::{Bus, ConnectionState, DeviceState, Endpoint, ErrorCode, Window};
-use vbus_test_driver::Random;
 use vbus_test_driver::saved::{World, content, forged_devices, same_when_saved, save, still};
+use vbus_test_driver::{FreshProcess, Random};
 
 use super::{control, fresh};
-use crate::driver::{Memory, TIMEOUT, add, bus, call, open};
+use crate::driver::{Memory, add, bus, call, open};
 
 #[test]
 fn state_pages_go_on_in_another_device() {
@@ -177,69 +174,31 @@ fn still_of(state: &mut DeviceState) -> Value {
     value
 }
 
-/// The variable of the environment that tells [`serves_another_process`] the driver's memory.
-const MEMORY_FILE: &str = "VBUS_TEST_MEMORY";
-
-/// A device in a process of its own.
-struct Process {
-    child: Child,
-    lines: BufReader<UnixStream>,
-}
-
-impl Process {
-    fn start(memory: &Memory, text: &str) -> Process {
-        let file = memory.file();
-        let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "saved::pages::serves_another_process", "--ignored"])
-            .env(MEMORY_FILE, path)
-            .stdin(OwnedFd::from(theirs))
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        ours.set_read_timeout(Some(TIMEOUT)).unwrap();
-        let mut process = Process { child, lines: BufReader::new(ours) };
-        assert_eq!(process.ask(&json!(text)), Value::Null);
-        process
-    }
-
-    fn ask(&mut self, request: &Value) -> Value {
-        writeln!(self.lines.get_mut(), "{request}").unwrap();
-        let mut line = String::new();
-        self.lines.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).expect("an answer of the other process")
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        self.child.wait().unwrap();
-    }
-}
-
-/// The other process: its standard input is the socket on which it is asked.
+/// The other process: it has the driver's memory by a path, and the state to go on from.
 #[test]
 #[ignore = "a process of another_process_goes_on_with_state_pages"]
 fn serves_another_process() {
-    let path = std::env::var(MEMORY_FILE).expect("another test runs this one");
-    let file = File::options().read(true).write(true).open(path).unwrap();
-    let mut socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
-    let mut lines = BufReader::new(socket.try_clone().unwrap()).lines();
-    let text: String = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
-    let seat = Seat::new(Memory::of(file.into(), MEMORY), Some(&text));
-    writeln!(socket, "null").unwrap();
-    for line in lines {
-        let request = serde_json::from_str(&line.unwrap()).unwrap();
-        writeln!(socket, "{}", seat.ask(&request)).unwrap();
-    }
+    let go_on = |first: Value| {
+        let path = first["memory"].as_str().unwrap();
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let seat = Seat::new(Memory::of(file.into(), MEMORY), first["state"].as_str());
+        (seat, Value::Null)
+    };
+    vbus_test_driver::serve(go_on, |seat, request| seat.ask(&request));
+}
+
+/// A device in a process of its own, which goes on from the state `text`.
+fn start(memory: &Memory, text: &str) -> FreshProcess {
+    let file = memory.file();
+    let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+    let first = json!({ "memory": path, "state": text });
+    FreshProcess::start("saved::pages::serves_another_process", &first).0
 }
 
 /// Where the device is.
 enum Place {
     Here(Box<Seat>),
-    There(Process),
+    There(FreshProcess),
 }
 
 /// The driver's end of a page.
@@ -355,7 +314,7 @@ impl World for Pages {
         let text = self.ask(&json!({ "op": "save" }));
         let text = text.as_str().unwrap();
         self.place = match self.apart {
-            true => Place::There(Process::start(&self.memory, text)),
+            true => Place::There(start(&self.memory, text)),
             false => {
                 let memory = Memory::of(self.memory.file(), MEMORY);
                 Place::Here(Box::new(Seat::new(memory, Some(text))))
