@@ -13,7 +13,7 @@ use crate::TIMEOUT;
 /// The variable of the environment that is set in such a process.
 const MARK: &str = "VBUS_TEST_PROCESS";
 
-/// A process that answers requests. It is killed when this is dropped, and it ends if the test does.
+/// A process that answers requests. It is killed when this is dropped, and ends if the test does.
 #[derive(Debug)]
 pub struct FreshProcess {
     child: Child,

@@ -26,8 +26,9 @@ This command saves or restores in an order that loses nothing:
   3. It plugs the same devices into the same places.
 The machine must run, or its guest releases nothing. A disk that the machine can write must be able
 to hold snapshots (qcow2). If a step fails, or on Ctrl-C, the devices are plugged in again.
-Restore by --load only what this command has saved: a machine that was saved with its devices left
-in believes that they are there, and needs QEMU's loadvm with the same devices.
+The snapshot has the name vbus-NAME in QEMU. --load restores only such ones: a machine that was
+saved with its devices left in believes that they are there, and needs QEMU's loadvm with the same
+devices.
 
 Without this command, a driver of vbus (the Linux driver, vbus-guest) opens its device again by
 itself after loadvm, and the bus warns. Other drivers, such as those of virtio, do not.
@@ -46,6 +47,9 @@ const LOOK_FOR_PROGRESS: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(100);
 /// The longest name of a snapshot, in bytes: QEMU has room for 255.
 const NAME_MAX: usize = 200;
+/// What QEMU's name of a snapshot begins with, before the name that the command was given. QEMU
+/// keeps nothing else that could tell how a snapshot was saved.
+const MARK: &str = "vbus-";
 
 /// Arguments.
 #[derive(clap::Args, Debug)]
@@ -79,7 +83,8 @@ fn name(argument: &str) -> Result<String, String> {
         && argument.chars().all(plain)
         && argument.len() <= NAME_MAX;
     if is_good {
-        Ok(argument.to_owned())
+        // Whoever has the name from QEMU means the same snapshot.
+        Ok(argument.strip_prefix(MARK).unwrap_or(argument).to_owned())
     } else {
         Err("use letters, digits, `.`, `_` and `-`, with a letter first".into())
     }
@@ -109,7 +114,8 @@ pub fn run(args: &Args) -> Result<()> {
     ));
     let done = machine.release(&devices).and_then(|()| {
         progress.show(if args.load { "restoring" } else { "saving" });
-        machine.monitor(if args.load { "loadvm" } else { "savevm" }, &args.name, &disks)
+        let name = format!("{MARK}{}", args.name);
+        machine.monitor(if args.load { "loadvm" } else { "savevm" }, &name, &disks)
     });
     if done.is_err() {
         progress.show("plugging the devices in again");
@@ -165,13 +171,21 @@ fn check(qmp: &mut Qmp, args: &Args) -> Result<Vec<PathBuf>> {
         .flat_map(|node| node["image"]["snapshots"].as_array().into_iter().flatten())
         .filter_map(|snapshot| snapshot["name"].as_str())
         .collect();
-    match (args.load, snapshots.contains(&args.name.as_str())) {
-        (true, false) if snapshots.is_empty() => bail!("there are no snapshots on its disks"),
+    let mut own: Vec<&str> = snapshots.iter().filter_map(|name| name.strip_prefix(MARK)).collect();
+    match (args.load, own.contains(&args.name.as_str())) {
+        (true, false) if snapshots.contains(&args.name.as_str()) => bail!(
+            "the snapshot {:?} was not saved by `vbus snapshot`: a guest that was saved with its \
+             devices left in believes that they are there; restore it by QEMU's loadvm, with the \
+             devices that it had",
+            args.name
+        ),
+        (true, false) if own.is_empty() => {
+            bail!("there are no snapshots of `vbus snapshot` on its disks")
+        }
         (true, false) => {
-            let mut names = snapshots;
-            names.sort_unstable();
-            names.dedup();
-            bail!("there is no snapshot {:?}; there are {}", args.name, names.join(", "))
+            own.sort_unstable();
+            own.dedup();
+            bail!("there is no snapshot {:?}; there are {}", args.name, own.join(", "))
         }
         (false, true) if !args.replace => {
             bail!("there is a snapshot {:?} already; --replace saves in its place", args.name)
@@ -375,6 +389,7 @@ mod tests {
         for good in ["a", "before-update", "v1.2_x"] {
             assert_eq!(name(good).as_deref(), Ok(good));
         }
+        assert_eq!(name("vbus-a").as_deref(), Ok("a"));
         for bad in ["", "1", "-a", "a b", "a\"", "a\n", "ä", &"a".repeat(NAME_MAX + 1)] {
             assert!(name(bad).is_err(), "{bad:?}");
         }

@@ -8,14 +8,15 @@ use serde_json::{Value, json};
 use crate::plug::{Answer, Qemu, event, failed, fine};
 use crate::support::{vbus, wait_until};
 
-/// What a machine that runs answers to questions. It has a disk with one snapshot.
+/// What a machine that runs answers to questions. It has a disk with one snapshot of the command,
+/// and one that somebody has saved with the devices left in.
 fn question(name: &str, arguments: &Value) -> Option<Vec<Value>> {
     let value = match (name, arguments["property"].as_str()) {
         ("query-status", _) => json!({ "status": "running", "running": true }),
         ("query-named-block-nodes", _) => json!([
             { "node-name": "iso", "drv": "raw", "ro": true, "image": {} },
             { "node-name": "disk", "drv": "qcow2", "ro": false,
-              "image": { "snapshots": [{ "name": "first" }] } },
+              "image": { "snapshots": [{ "name": "vbus-first" }, { "name": "left-in" }] } },
         ]),
         ("qom-get", Some("parent_bus")) => json!("/machine/peripheral/p1/p1"),
         ("qom-get", Some("addr")) => json!("8"),
@@ -78,13 +79,13 @@ fn devices_are_unplugged_before_and_plugged_in_after() {
     assert_eq!((&said["name"], &said["action"]), (&json!("second"), &json!("saved")));
     assert_eq!(said["devices"], json!(["vbus-net0"]));
     assert!(said["absent_ms"].is_u64(), "{said}");
-    assert_eq!(changes(&qemu), ["device_del", "savevm second", "device_add"]);
+    assert_eq!(changes(&qemu), ["device_del", "savevm vbus-second", "device_add"]);
     let (code, out, err) = snapshot(&qemu, &["first", "--load"]);
     assert_eq!(code, Some(0), "{err}");
     assert!(out.starts_with("restored first, without vbus-net0 for "), "{out}");
-    assert_eq!(changes(&qemu), ["device_del", "loadvm first", "device_add"]);
+    assert_eq!(changes(&qemu), ["device_del", "loadvm vbus-first", "device_add"]);
     assert_eq!(snapshot(&qemu, &["first", "--replace"]).0, Some(0));
-    assert_eq!(changes(&qemu), ["device_del", "savevm first", "device_add"]);
+    assert_eq!(changes(&qemu), ["device_del", "savevm vbus-first", "device_add"]);
 }
 
 #[test]
@@ -93,6 +94,7 @@ fn what_cannot_work_is_refused_before_a_device_is_unplugged() {
     for (words, why) in [
         (&["first"][..], "--replace saves in its place"),
         (&["second", "--load"], "no snapshot \"second\"; there are first"),
+        (&["left-in", "--load"], "restore it by QEMU's loadvm, with the devices that it had"),
     ] {
         let (code, _, err) = snapshot(&qemu, words);
         assert!(code == Some(1) && err.contains(why), "{words:?}: {err}");
@@ -123,7 +125,7 @@ fn devices_come_back_if_qemu_does_not_save() {
     let (code, _, err) = snapshot(&qemu, &["second"]);
     assert_eq!(code, Some(1));
     assert!(err.contains("plugged in as before") && err.contains("disk full"), "{err}");
-    assert_eq!(changes(&qemu), ["device_del", "savevm second", "device_add"]);
+    assert_eq!(changes(&qemu), ["device_del", "savevm vbus-second", "device_add"]);
 }
 
 #[test]

@@ -210,7 +210,8 @@ fn refusals(bus: &Bus, a: &mut Vm) -> Result<()> {
         ensure!(format!("{error:#}").contains(why), "{words:?} says {error:#}");
         Ok(())
     };
-    refused(&["other", "--load"], "no snapshot \"other\"; there are left-in, safe")?;
+    refused(&["other", "--load"], "no snapshot \"other\"; there are safe")?;
+    refused(&["left-in", "--load"], "was not saved by `vbus snapshot`")?;
     refused(&["safe"], "--replace")?;
     refused(&["1"], "with a letter first")?;
     a.control.execute("stop", json!({}))?;
