@@ -47,13 +47,11 @@ impl Doorbells {
         let slot = usize::try_from(number).ok().and_then(|at| self.slots.get(at));
         let Some(slot) = slot else { return };
         let target = lock(slot);
-        if let Some(task) = &target.task {
+        if target.task.is_some() {
+            // Otherwise the eventfd counts the ring.
             self.counters.doorbells.one();
-            task.wake();
-        } else if let Some(fd) = target.eventfd().filter(|_| target.lent) {
-            // The eventfd counts the ring.
-            signal(fd);
         }
+        target.wake();
     }
 
     /// An eventfd that rings doorbell `number`, for connectors whose peer can write it directly.
@@ -180,6 +178,14 @@ impl Target {
         self.eventfd.as_ref().map(|fd| fd.as_fd())
     }
 
+    fn wake(&self) {
+        if let Some(task) = &self.task {
+            task.wake();
+        } else if let Some(fd) = self.eventfd().filter(|_| self.lent) {
+            signal(fd);
+        }
+    }
+
     fn detach(&mut self) {
         self.lent = false;
         if let Some(task) = self.task.take() {
@@ -229,8 +235,9 @@ impl Doorbell {
     }
 
     /// Unbinds the doorbell from its task, and lets it write an eventfd, for somebody who waits for
-    /// that himself: the kernel. The eventfd is the one that connectors get. It is written once at
-    /// the beginning, because the doorbell may have rung before. [`bind`](Self::bind) ends this.
+    /// that himself: the kernel. The eventfd is the one that connectors get. The doorbell may have
+    /// rung before: [`wake`](Self::wake) says so to whoever waits, once he is ready for it.
+    /// [`bind`](Self::bind) ends this.
     ///
     /// # Errors
     /// The process has no more descriptors. The doorbell is then bound to nothing.
@@ -240,7 +247,6 @@ impl Doorbell {
         lock(slot).detach();
         let fd = self.doorbells.eventfd(self.number)?;
         lock(slot).lent = true;
-        signal(fd.as_fd());
         Ok(fd)
     }
 
@@ -249,14 +255,12 @@ impl Doorbell {
         self.doorbells.detach(self.number as usize);
     }
 
-    /// Wakes the task that the doorbell wakes, as if the driver had rung it. A device's own thread
-    /// calls this when it has finished something. Does not block. Does nothing once the region is
-    /// dropped.
+    /// Wakes the task that the doorbell wakes, or whoever has it lent, as if the driver had rung
+    /// it. A device's own thread calls this when it has finished something. Does not block. Does
+    /// nothing once the region is dropped.
     pub fn wake(&self) {
         let Some(slot) = self.doorbells.slots.get(self.number as usize) else { return };
-        if let Some(task) = &lock(slot).task {
-            task.wake();
-        }
+        lock(slot).wake();
     }
 }
 

@@ -14,6 +14,8 @@ mod abi;
 mod card;
 mod command;
 mod control;
+#[cfg(test)]
+mod kernel_double;
 mod offloads;
 mod queues;
 mod ring;

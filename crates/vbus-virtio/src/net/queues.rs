@@ -145,6 +145,7 @@ impl Queues {
             self.park(&mut state, queues)?;
             if let Some(kernel) = &mut state.kernel {
                 kernel.ready = kernel.ready.min(queues);
+                self.serve_unused(&mut state, queues)?;
             }
         }
         let this = self.this.clone();
@@ -186,6 +187,7 @@ impl Queues {
         let Some(coalesce) = self.work.coalesce_new(index) else { return Ok(()) };
         let Enabled { queue, doorbell, call } = enabled;
         let position = queue.position();
+        let is_used = index / 2 < self.work.receiver.steering.queues();
         let slot = Slot {
             layout: *queue.layout(),
             doorbell,
@@ -197,6 +199,9 @@ impl Queues {
         let Some(place) = slots.get_mut(usize::from(index)) else { return Ok(()) };
         let slot = place.insert(slot);
         match kernel {
+            Some(_) if taken.is_empty() && !is_used && is_tx(index) => {
+                self.serve_here(index, slot, queue, taken)
+            }
             Some(_) if taken.is_empty() => self.give_to_kernel(&mut state, index),
             Some(_) => Err(ErrorCode::DENIED),
             None => self.serve_here(index, slot, queue, taken),
@@ -348,13 +353,17 @@ impl Queues {
             let Some(slot) = slot.as_mut().filter(|slot| slot.served == Served::Here) else {
                 continue;
             };
-            slot.doorbell.unbind();
-            match self.end_here(index, slot) {
-                // The kernel has split queues.
-                Some((position, None)) => slot.served = Served::Nobody(position.available),
-                Some((_, Some(code))) => self.fail_later(code),
-                None => self.fail_later(ErrorCode::FAILED),
-            }
+            self.leave_to_nobody(index, slot);
+        }
+    }
+
+    /// Ends the service of queue `index` in this process, for the kernel, which has split queues.
+    fn leave_to_nobody(&self, index: u16, slot: &mut Slot) {
+        slot.doorbell.unbind();
+        match self.end_here(index, slot) {
+            Some((position, None)) => slot.served = Served::Nobody(position.available),
+            Some((_, Some(code))) => self.fail_later(code),
+            None => self.fail_later(ErrorCode::FAILED),
         }
     }
 
@@ -370,17 +379,33 @@ impl Queues {
         let mut result = parked;
         for (index, slot) in (0..).zip(&mut state.slots) {
             let Some(slot) = slot else { continue };
-            let Served::Nobody(next) = slot.served else { continue };
-            let position = RingState::at(split_position(next));
-            let resumed = Queue::resume(slot.layout, self.ring_features(), &position);
-            let served = resumed
-                .map_err(|_| ErrorCode::CORRUPT)
-                .and_then(|(queue, _)| self.serve_here(index, slot, queue, Vec::new()));
-            result = result.and(served);
+            result = result.and(self.serve_parked(index, slot));
         }
         if let Err(code) = result {
             self.fail_later(code);
         }
+    }
+
+    /// Lets this process serve queue `index`, if nobody does.
+    fn serve_parked(&self, index: u16, slot: &mut Slot) -> Result<(), ErrorCode> {
+        let Served::Nobody(next) = slot.served else { return Ok(()) };
+        let position = RingState::at(split_position(next));
+        let resumed = Queue::resume(slot.layout, self.ring_features(), &position);
+        let (queue, _) = resumed.map_err(|_| ErrorCode::CORRUPT)?;
+        self.serve_here(index, slot, queue, Vec::new())
+    }
+
+    /// Lets this process serve the transmit queues of the pairs from `queues` on. The driver uses
+    /// them no longer, but may have left frames there, and waits for them. The kernel cannot have
+    /// them: their queues of the interface are not in use.
+    fn serve_unused(&self, state: &mut State, queues: u16) -> Result<(), ErrorCode> {
+        let unused = (0..).zip(&mut state.slots).skip(usize::from(queues) * 2);
+        for (index, slot) in unused.filter(|(index, _)| is_tx(*index)) {
+            if let Some(slot) = slot {
+                self.serve_parked(index, slot)?;
+            }
+        }
+        Ok(())
     }
 
     /// Ends the session from within a method of it.
@@ -452,16 +477,20 @@ impl Queues {
         result
     }
 
-    /// Gives the kernel queue `index`, if nobody serves it and its pair is ready. If the kernel
-    /// cannot have it, this process serves all queues.
+    /// Gives the kernel queue `index`, if its pair is ready. If the kernel cannot have it, this
+    /// process serves all queues.
     fn give_to_kernel(&self, state: &mut State, index: u16) -> Result<(), ErrorCode> {
         let State { slots, kernel, .. } = &mut *state;
         let slot = slots.get_mut(usize::from(index)).and_then(Option::as_mut);
         let (Some(slot), Some(kernel)) = (slot, kernel) else { return Ok(()) };
-        let Served::Nobody(next) = slot.served else { return Ok(()) };
         if index / 2 >= kernel.ready {
             return Ok(());
         }
+        if slot.served == Served::Here {
+            // Its pair was not in use.
+            self.leave_to_nobody(index, slot);
+        }
+        let Served::Nobody(next) = slot.served else { return Ok(()) };
         let tap = self.work.nic.nic().backend.kernel_queue(index / 2);
         let tap = tap.ok_or(ErrorCode::FAILED)?;
         let signals = (&slot.doorbell, &slot.call);
@@ -515,6 +544,11 @@ impl Queues {
     }
 }
 
+/// Whether queue `index` is one with frames from the driver.
+fn is_tx(index: u16) -> bool {
+    index % 2 == 1
+}
+
 /// Where an end of a split queue goes on that takes the buffer with index `next` first.
 fn split_position(next: u16) -> Position {
     Position::of_vring_base(Format::Split, next.into())
@@ -529,3 +563,6 @@ impl Follower for Queues {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

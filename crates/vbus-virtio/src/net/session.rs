@@ -187,6 +187,11 @@ impl NicSession {
         })
     }
 
+    #[cfg(test)]
+    pub fn queues(&self) -> &Arc<Queues> {
+        &self.queues
+    }
+
     fn stop_control(&mut self) {
         if let Some((task, _)) = self.control.take() {
             task.stop();

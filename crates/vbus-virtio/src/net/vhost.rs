@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use vbus_core::memory::{MemoryContext, Region, Regions};
 use vbus_core::{Doorbell, ErrorCode, Progress, Task, TaskHandle, lock};
 use vbus_net::Opener;
-use vbus_tap::{RingPlace, Vhost as End, VhostRegion, VhostRing, vhost_advice};
+use vbus_tap::{RingPlace, VhostRegion, VhostRing, vhost_advice};
 
 use super::abi::feature;
 use crate::device::{Call, feature as common};
@@ -41,6 +41,73 @@ const NEVER: u64 = common::RING_PACKED | feature::RSS | feature::HASH_REPORT;
 /// [`NEVER`], and what would have no effect.
 const NOT_OFFERED: u64 = NEVER | feature::CTRL_VLAN | feature::NOTF_COAL | feature::VQ_NOTF_COAL;
 
+/// The kernel's end of a queue pair. The methods are those of [`vbus_tap::Vhost`].
+pub trait End: Send + Sync {
+    fn features(&self) -> Result<u64, Errno>;
+    fn set_owner(&self) -> Result<(), Errno>;
+    fn reset_owner(&self) -> Result<(), Errno>;
+    fn set_features(&self, features: u64) -> Result<(), Errno>;
+    /// # Safety
+    /// As [`vbus_tap::Vhost::set_memory`].
+    unsafe fn set_memory(&self, regions: &[VhostRegion]) -> Result<(), Errno>;
+    /// # Safety
+    /// As [`vbus_tap::Vhost::set_ring`].
+    unsafe fn set_ring(&self, ring: VhostRing, place: &RingPlace, next: u16) -> Result<(), Errno>;
+    fn position(&self, ring: VhostRing) -> Result<u16, Errno>;
+    fn set_kick(&self, ring: VhostRing, eventfd: Option<BorrowedFd<'_>>) -> Result<(), Errno>;
+    fn set_call(&self, ring: VhostRing, eventfd: Option<BorrowedFd<'_>>) -> Result<(), Errno>;
+    fn set_error(&self, ring: VhostRing, eventfd: Option<BorrowedFd<'_>>) -> Result<(), Errno>;
+    fn set_backend(&self, ring: VhostRing, tap: Option<BorrowedFd<'_>>) -> Result<(), Errno>;
+}
+
+impl End for vbus_tap::Vhost {
+    fn features(&self) -> Result<u64, Errno> {
+        self.features()
+    }
+
+    fn set_owner(&self) -> Result<(), Errno> {
+        self.set_owner()
+    }
+
+    fn reset_owner(&self) -> Result<(), Errno> {
+        self.reset_owner()
+    }
+
+    fn set_features(&self, features: u64) -> Result<(), Errno> {
+        self.set_features(features)
+    }
+
+    unsafe fn set_memory(&self, regions: &[VhostRegion]) -> Result<(), Errno> {
+        // SAFETY: the caller's.
+        unsafe { self.set_memory(regions) }
+    }
+
+    unsafe fn set_ring(&self, ring: VhostRing, place: &RingPlace, next: u16) -> Result<(), Errno> {
+        // SAFETY: the caller's.
+        unsafe { self.set_ring(ring, place, next) }
+    }
+
+    fn position(&self, ring: VhostRing) -> Result<u16, Errno> {
+        self.position(ring)
+    }
+
+    fn set_kick(&self, ring: VhostRing, eventfd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+        self.set_kick(ring, eventfd)
+    }
+
+    fn set_call(&self, ring: VhostRing, eventfd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+        self.set_call(ring, eventfd)
+    }
+
+    fn set_error(&self, ring: VhostRing, eventfd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+        self.set_error(ring, eventfd)
+    }
+
+    fn set_backend(&self, ring: VhostRing, tap: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+        self.set_backend(ring, tap)
+    }
+}
+
 /// What a device has of vhost-net.
 pub struct Vhost {
     device: String,
@@ -63,7 +130,7 @@ struct State {
 
 /// The kernel's ends of the queue pairs, and the features that they have.
 pub struct Ends {
-    ends: Vec<End>,
+    ends: Vec<Box<dyn End>>,
     features: u64,
 }
 
@@ -79,6 +146,14 @@ impl Vhost {
         }
         lock(&vhost.state).wanted = wanted;
         vhost
+    }
+
+    /// That of a device for which these are the kernel's ends.
+    #[cfg(test)]
+    pub fn with(device: &str, pairs: u16, ends: Vec<Box<dyn End>>) -> Vhost {
+        let ends = Some(Arc::new(Ends::of(ends).unwrap()));
+        let state = Mutex::new(State { wanted: true, ends, ..State::default() });
+        Vhost { device: device.into(), pairs, opener: Arc::new(vbus_net::Direct), state }
     }
 
     /// Takes the setting. The next driver finds it. May block.
@@ -106,9 +181,7 @@ impl Vhost {
             let advice = Errno::from_io_error(&error).map(vhost_advice);
             format!("{error}{}{}", if advice.is_some() { "; " } else { "" }, advice.unwrap_or(""))
         })?;
-        let known: io::Result<Vec<u64>> = ends.iter().map(|end| Ok(end.features()?)).collect();
-        let known = known.map_err(|error| format!("/dev/vhost-net has no features: {error}"))?;
-        Ok(Ends { ends, features: known.into_iter().fold(!0, |all, features| all & features) })
+        Ends::of(ends.into_iter().map(|end| Box::new(end) as _).collect())
     }
 
     /// The features of `offered` that the card offers.
@@ -168,6 +241,12 @@ impl Vhost {
 }
 
 impl Ends {
+    fn of(ends: Vec<Box<dyn End>>) -> Result<Ends, String> {
+        let known: Result<Vec<u64>, Errno> = ends.iter().map(|end| end.features()).collect();
+        let known = known.map_err(|error| format!("/dev/vhost-net has no features: {error}"))?;
+        Ok(Ends { ends, features: known.into_iter().fold(!0, |all, features| all & features) })
+    }
+
     /// Whether the kernel can serve a driver that has accepted these features.
     fn check(&self, features: u64) -> Result<(), String> {
         for (bit, what) in [
@@ -277,9 +356,9 @@ impl AtWork {
         Ok(work)
     }
 
-    fn end(&self, index: u16) -> Result<&End, Fault> {
+    fn end(&self, index: u16) -> Result<&dyn End, Fault> {
         let end = self.ends.ends.get(usize::from(index / 2));
-        end.ok_or(Fault::Request("no such queue", Errno::NOENT))
+        end.map(|end| &**end).ok_or(Fault::Request("no such queue", Errno::NOENT))
     }
 
     /// Gives the kernel queue `index`, whose next available buffer has the index `next`. `tap` is
@@ -307,9 +386,12 @@ impl AtWork {
             set_call(end, ring, &added)?;
             let kick = doorbell.lend()?;
             end.set_kick(ring, Some(kick.as_fd())).during("VHOST_SET_VRING_KICK")?;
-            end.set_backend(ring, Some(tap)).during("VHOST_NET_SET_BACKEND")
+            end.set_backend(ring, Some(tap)).during("VHOST_NET_SET_BACKEND")?;
+            // A kick that the kernel saw before had no effect.
+            doorbell.wake();
+            Ok(())
         };
-        let begun = begin();
+        let begun: Result<(), Fault> = begin();
         if let Err(fault) = begun {
             doorbell.unbind();
             self.signals.forget(index);
@@ -393,7 +475,7 @@ impl Drop for AtWork {
 
 /// Lets the kernel interrupt the driver: by the interrupt's own eventfd, or through the task of
 /// the signals.
-fn set_call(end: &End, which: VhostRing, ring: &Ring) -> Result<(), Fault> {
+fn set_call(end: &dyn End, which: VhostRing, ring: &Ring) -> Result<(), Fault> {
     let direct = ring.call.eventfd();
     // A peer may have given something else than an eventfd.
     if direct.is_some_and(|direct| end.set_call(which, Some(direct.as_fd())).is_ok()) {
