@@ -775,6 +775,8 @@ impl BarHandler for VirtioFunction {
             Some(Ok(session)) => Some(session),
             None => None,
         };
+        // What may be refused comes before what begins with the state.
+        let device = shared.endpoint.save().map_err(|error| error.why)?;
         let (config, mut config_generation) = lock(&shared.config).clone();
         if outlasts {
             self.keep(&mut running)?;
@@ -790,7 +792,7 @@ impl BarHandler for VirtioFunction {
             needs_reset,
             broken,
             session,
-            device: shared.endpoint.save().map_err(|error| error.why)?,
+            device,
         })
     }
 

@@ -16,7 +16,7 @@ use vbus_test_driver::saved::{
 };
 use vbus_test_driver::{Random, TIMEOUT};
 
-use crate::driver::{NEEDS_RESET, eventually, field};
+use crate::driver::{Driver, NEEDS_RESET, eventually, field};
 use crate::nic::{
     ANNOUNCE, COALESCE, CSUM, CTRL_MAC, CTRL_RX, CTRL_VLAN, CTRL_VQ, Card, GUEST_CSUM,
     GUEST_OFFLOADS, HEADER, HOST_TSO4, Lab, MACS, frame, segment,
@@ -344,6 +344,21 @@ fn a_card_with_a_keeper_does_not_change_to_vhost() {
     let error = change(false, true).unwrap_err();
     assert!(error.starts_with("the bus has a keeper, and with vhost = true"), "{error}");
     assert_eq!(change(true, false), Ok(()));
+}
+
+/// What a refused state would have named is not there, so that nothing takes it for the card's.
+#[test]
+fn a_card_whose_state_is_refused_keeps_no_memory() {
+    let lab = Lab::new();
+    let file = rustix::fs::memfd_create("pcap", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    let mut card = lab.card(0, json!({ "pcap": path }), CTRL_VQ);
+    let Driver { endpoint, function, .. } = &mut card.driver;
+    endpoint.quiesce_to_outlast(Instant::now() + TIMEOUT).unwrap();
+    let error = function.save().unwrap_err();
+    assert!(error.why.contains("pcap"), "{error:?}");
+    assert!(function.kept_memory().unwrap().is_none());
+    endpoint.resume();
 }
 
 /// The driver writes nonsense while no process is there. Its session ends, and no other one.
