@@ -174,7 +174,7 @@ impl Backend for Tap {
 
     fn save(&self) -> Result<Value, String> {
         let state = lock(&self.control.state);
-        if state.busy {
+        if state.busy || state.waits {
             return Err("the TAP interface is still being set up".into());
         }
         let Wanted { up, queues, offloads, .. } = &state.wanted;
@@ -354,6 +354,8 @@ struct ControlState {
     unplugged: bool,
     /// The interface is as wanted, and so it was when another process handed it over.
     is_adopted: bool,
+    /// It is not, but that process may still go on with it: it is set up when this one does.
+    waits: bool,
     /// How many drivers there have been. The interface is for the last one.
     plugs: u64,
 }
@@ -393,14 +395,17 @@ impl TapControl {
         wanted: Wanted,
         done: Option<SetUp>,
     ) -> Result<(), ErrorCode> {
-        if std::mem::take(&mut state.is_adopted) && state.wanted == wanted {
-            drop(state);
-            done.into_iter().for_each(|done| done(Ok(())));
-            return Ok(());
+        if std::mem::take(&mut state.is_adopted) {
+            if state.wanted == wanted {
+                drop(state);
+                done.into_iter().for_each(|done| done(Ok(())));
+                return Ok(());
+            }
+            state.waits = state.quiesced;
         }
         state.wanted = wanted;
         state.done.extend(done);
-        if state.busy {
+        if state.busy || state.waits {
             return Ok(());
         }
         if self.queue_job(&mut state) {
@@ -463,11 +468,14 @@ impl TapControl {
 
     /// The device is no longer quiesced.
     fn resume(self: &Arc<Self>) {
-        let unplugged = {
+        let (unplugged, dropped) = {
             let state = &mut *lock(&self.state);
             state.quiesced = false;
-            std::mem::take(&mut state.unplugged)
+            let fails = std::mem::take(&mut state.waits) && !self.queue_job(state);
+            let dropped = if fails { std::mem::take(&mut state.done) } else { Vec::new() };
+            (std::mem::take(&mut state.unplugged), dropped)
         };
+        dropped.into_iter().for_each(|done| done(Err(Errno::NOMEM)));
         if unplugged && self.want(Wanted::default(), None).is_err() {
             let _ = self.apply(&Wanted::default()); // As at the drop of a plug.
         }

@@ -428,6 +428,9 @@ impl MemoryContext {
             self.publish(before.table.with_log(None));
         }
         drop(changes);
+        if was_on {
+            self.tell_followers();
+        }
         was_on
     }
 

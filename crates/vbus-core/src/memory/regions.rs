@@ -66,9 +66,9 @@ impl Regions {
 
 /// Is told of each change of the maps, until it is dropped.
 pub trait Follower: Send + Sync {
-    /// The maps have changed, or a log of what is written has begun. The peer hears of the change
-    /// when this returns. It runs on the thread of the change, which waits for it. No lock of the
-    /// memory is held.
+    /// The maps have changed, or a log of what is written has begun or ended. The peer hears of the
+    /// change when this returns. It runs on the thread of the change, which waits for it. No lock
+    /// of the memory is held.
     fn memory_changed(&self);
 }
 
@@ -199,6 +199,7 @@ mod tests {
         assert_eq!(context.regions(8).unwrap_err(), NoRegions::Logged);
         assert_eq!(*lock(&seen.1), [usize::MAX], "whoever writes without the log must stop");
         context.stop_log();
+        assert_eq!(*lock(&seen.1), [usize::MAX, 0], "and may begin again");
         drop(seen);
         map(0);
     }

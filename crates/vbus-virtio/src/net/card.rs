@@ -50,8 +50,7 @@ pub struct VirtioNic {
     nic: Nic,
     options: Offer,
     vhost: Vhost,
-    /// The queues of the driver that has started last.
-    queues: Mutex<Weak<Queues>>,
+    current: Mutex<Current>,
     /// Locked while the configuration is published, so that the transport gets the newest last.
     transport: Mutex<Option<Weak<dyn Transport>>>,
     /// How many of the requests to announce its addresses the driver has answered. Locked with
@@ -59,10 +58,18 @@ pub struct VirtioNic {
     announced: AtomicU64,
 }
 
+#[derive(Default)]
+struct Current {
+    /// The queues of the driver that has started last.
+    queues: Weak<Queues>,
+    /// The device is quiesced.
+    quiesced: bool,
+}
+
 impl VirtioNic {
     pub fn new(nic: Nic, options: Offer, vhost: Vhost) -> VirtioNic {
-        let (queues, transport, announced) = Default::default();
-        VirtioNic { nic, options, vhost, queues, transport, announced }
+        let (current, transport, announced) = Default::default();
+        VirtioNic { nic, options, vhost, current, transport, announced }
     }
 
     /// What the device has of vhost-net.
@@ -72,12 +79,34 @@ impl VirtioNic {
 
     /// A driver has started, with these queues.
     pub fn has_started(&self, queues: &Arc<Queues>) {
-        *lock(&self.queues) = Arc::downgrade(queues);
+        let mut current = lock(&self.current);
+        current.queues = Arc::downgrade(queues);
+        queues.pause(current.quiesced);
+    }
+
+    /// Stops everything of the card that is no task ([`vbus_core::Device::quiesce`]).
+    pub fn quiesce(&self) {
+        self.pause(true);
+        self.nic.quiesce();
+    }
+
+    /// Undoes [`quiesce`](Self::quiesce).
+    pub fn resume(&self) {
+        self.nic.resume();
+        self.pause(false);
+    }
+
+    fn pause(&self, quiesced: bool) {
+        let mut current = lock(&self.current);
+        current.quiesced = quiesced;
+        if let Some(queues) = current.queues.upgrade() {
+            queues.pause(quiesced);
+        }
     }
 
     /// Sends a whole Ethernet frame of the device itself, while a driver has started.
     pub fn send_own(&self, frame: Vec<u8>) {
-        let queues = lock(&self.queues).upgrade();
+        let queues = lock(&self.current).queues.upgrade();
         if let Some(queues) = queues {
             queues.work().pairs.send_own(frame);
         }
@@ -89,7 +118,7 @@ impl VirtioNic {
     /// The kernel's ends cannot be opened. The text is for the operator.
     pub fn set_vhost(&self, wanted: bool) -> Result<(), String> {
         self.vhost.want(wanted)?;
-        let queues = lock(&self.queues).upgrade();
+        let queues = lock(&self.current).queues.upgrade();
         if let Some(queues) = queues {
             queues.move_as_wanted();
         }

@@ -229,11 +229,11 @@ impl Device for OnBus {
     }
 
     fn quiesce(&self) {
-        self.nic.nic().quiesce();
+        self.nic.quiesce();
     }
 
     fn resume(&self) {
-        self.nic.nic().resume();
+        self.nic.resume();
     }
 
     fn settled(&self, config: &Value) -> Value {

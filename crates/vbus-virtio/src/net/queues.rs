@@ -4,18 +4,19 @@
 //! move between the two while the driver works. A queue that moves is still for a moment. Its
 //! position is all that moves with it: what was taken from it and not returned is available again.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
 
 use vbus_core::memory::Follower;
-use vbus_core::{BlockingQueue, Doorbell, ErrorCode, TaskHandle, lock};
+use vbus_core::{BlockingQueue, Doorbell, ErrorCode, TaskHandle, lock, state};
 use vbus_net::Done;
 use vbus_net::front::{Choices, Setting};
 
 use super::abi::feature;
 use super::ring::{RxFrames, TxFrames};
-use super::vhost::{AtWork, Ends, Fault, Signals, SignalsTask};
+use super::vhost::{self, AtWork, Ends, Fault, Signals, SignalsTask};
 use super::work::Work;
-use crate::device::{Again, Call, Enabled, feature as common};
+use crate::device::{Again, Call, Enabled, Unsaved, feature as common};
 use crate::queue::{Chain, Format, Layout, Position, Queue, RingFeatures, State as RingState};
 
 /// The queues of a session.
@@ -34,6 +35,12 @@ struct State {
     /// The enabled queues, by their numbers.
     slots: Vec<Option<Slot>>,
     kernel: Option<Kernel>,
+    /// The device is quiesced: the kernel has none of the queues.
+    paused: bool,
+    /// The back end has to be set up when the device goes on.
+    anew: bool,
+    /// The kernel begins when the log of what is written has ended.
+    logged: bool,
     /// The session has ended.
     ended: bool,
 }
@@ -71,18 +78,19 @@ impl Queues {
     /// The queues of a session, in which no queue is enabled yet. This process serves them.
     pub fn new(work: Arc<Work>) -> Arc<Queues> {
         let slots = (0..work.queue_pairs() * 2).map(|_| None).collect();
-        let state = State { slots, kernel: None, ended: false };
+        let (paused, anew, logged, ended) = Default::default();
+        let state = State { slots, kernel: None, paused, anew, logged, ended };
         let (state, jobs) = (Mutex::new(state), BlockingQueue::default());
         let turn = Mutex::default();
         let queues = Arc::new_cyclic(|this| Queues { this: this.clone(), work, turn, state, jobs });
         queues.work.driver.memory.follow(&queues);
-        // From now on a change of the setting finds the queues.
+        // From now on a change of the setting finds the queues, and who quiesces the device.
         queues.work.nic.has_started(&queues);
         queues
     }
 
-    /// Begins, before a queue is enabled. The kernel serves the queues if the device's setting says
-    /// so and it can.
+    /// Begins: before a queue is enabled, or with the queues that another session had. The kernel
+    /// serves the queues if the device's setting says so and it can.
     ///
     /// # Errors
     /// The back end cannot be set up.
@@ -90,19 +98,60 @@ impl Queues {
         let mut state = lock(&self.state);
         if state.kernel.is_none() {
             if let Some(ends) = self.ends() {
-                self.begin(&mut state, ends);
+                self.enter_kernel(&mut state, ends);
             }
         }
         drop(state);
-        self.configure_all().inspect_err(|_| self.end())
+        self.configure_since(self.work.receiver.choices()).inspect_err(|_| self.end())
     }
 
-    /// Sets the back end up for what the driver has chosen.
+    /// The device is quiesced, or goes on. Meanwhile the kernel has none of the queues. It says
+    /// where it was, and has nothing in flight.
+    pub fn pause(&self, paused: bool) {
+        let mut state = lock(&self.state);
+        if std::mem::replace(&mut state.paused, paused) == paused || state.ended {
+            return;
+        }
+        let result = if paused { self.park(&mut state, 0) } else { self.give_ready(&mut state) };
+        let anew = !paused && std::mem::take(&mut state.anew);
+        drop(state);
+        if let Err(code) = result {
+            self.fail_later(code);
+        }
+        if anew {
+            self.configure_later();
+        }
+    }
+
+    /// The state of each queue. The device is quiesced.
     ///
     /// # Errors
-    /// The back end cannot begin.
-    pub fn configure_all(&self) -> Result<(), ErrorCode> {
-        self.configure_since(self.work.receiver.choices())
+    /// The driver broke the protocol, or the kernel has not let go of a queue.
+    pub fn save(&self) -> Result<BTreeMap<u16, RingState>, Unsaved> {
+        // While it is locked, no queue moves.
+        let state = lock(&self.state);
+        let mut queues = BTreeMap::new();
+        let rings = self.work.pairs.rings().map_err(Unsaved::Broken)?;
+        for (pair, [tx, rx]) in (0..).zip(rings) {
+            for (index, ring) in [(pair * 2, rx), (pair * 2 + 1, tx)] {
+                if let Some(ring) = ring {
+                    queues.insert(index, state::read_part(&ring).map_err(Unsaved::Not)?);
+                }
+            }
+        }
+        for (index, slot) in (0..).zip(&state.slots) {
+            match slot.as_ref().map(|slot| slot.served) {
+                Some(Served::Nobody(next)) => {
+                    queues.insert(index, RingState::at(split_position(next)));
+                }
+                Some(Served::InKernel) => {
+                    let why = "the kernel (vhost = true) has not let go of its queues";
+                    return Err(Unsaved::Not(why.into()));
+                }
+                Some(Served::Here) | None => {}
+            }
+        }
+        Ok(queues)
     }
 
     /// As [`configure`](Self::configure). An error that comes later ends the session.
@@ -121,7 +170,7 @@ impl Queues {
         &self.work
     }
 
-    /// Whether the kernel serves the queues.
+    /// Whether the kernel serves the queues, or does when the device goes on.
     pub fn are_in_kernel(&self) -> bool {
         lock(&self.state).kernel.is_some()
     }
@@ -169,10 +218,13 @@ impl Queues {
         let now = self.work.receiver.steering.queues();
         // The driver may have changed the number since then.
         kernel.ready = if again { now } else { queues.min(now) };
-        for index in 0..kernel.ready * 2 {
-            self.give_to_kernel(&mut state, index)?;
-        }
-        Ok(())
+        self.give_ready(&mut state)
+    }
+
+    /// Gives the kernel the queues of the pairs that are ready.
+    fn give_ready(&self, state: &mut State) -> Result<(), ErrorCode> {
+        let ready = state.kernel.as_ref().map_or(0, |kernel| kernel.ready);
+        (0..ready * 2).try_for_each(|index| self.give_to_kernel(state, index))
     }
 
     /// The driver has enabled queue `index`. `taken` are chains that another session has taken from
@@ -297,6 +349,13 @@ impl Queues {
 
     /// Sets the back end up after a move. The driver's session ends if that fails.
     fn configure_anew(&self) {
+        {
+            let mut state = lock(&self.state);
+            if state.paused {
+                state.anew = true;
+                return;
+            }
+        }
         let fail = self.work.driver.fail.clone();
         let done = move |result: Result<(), ErrorCode>| {
             if let Err(code) = result {
@@ -339,7 +398,10 @@ impl Queues {
                 self.work.pairs.plug().leave_to_kernel(true);
                 self.work.nic.vhost().carries(true);
             }
-            Err(fault) => self.work.nic.vhost().fell_back(fault.to_string()),
+            Err(fault) => {
+                state.logged = fault.is_of_log();
+                self.work.nic.vhost().fell_back(fault.to_string());
+            }
         }
     }
 
@@ -424,6 +486,10 @@ impl Queues {
         self.return_here(state);
         self.work.nic.vhost().fell_back(why);
         // Not here: whoever called has the lock.
+        self.configure_later();
+    }
+
+    fn configure_later(&self) {
         let this = self.this.clone();
         let again = self.jobs.run(move || {
             if let Some(this) = this.upgrade() {
@@ -457,6 +523,19 @@ impl Queues {
         moved
     }
 
+    /// Lets the kernel have the queues again, on another thread: here the memory changes.
+    fn move_back_later(&self) {
+        let this = self.this.clone();
+        let moved = self.jobs.run(move || {
+            if let Some(this) = this.upgrade() {
+                this.move_as_wanted();
+            }
+        });
+        if !moved {
+            tracing::error!("queues do not go back to vhost-net: there is no thread");
+        }
+    }
+
     /// Takes the queues of the pairs from `queues` on away from the kernel.
     fn park(&self, state: &mut State, queues: u16) -> Result<(), ErrorCode> {
         let State { slots, kernel, .. } = state;
@@ -480,10 +559,10 @@ impl Queues {
     /// Gives the kernel queue `index`, if its pair is ready. If the kernel cannot have it, this
     /// process serves all queues.
     fn give_to_kernel(&self, state: &mut State, index: u16) -> Result<(), ErrorCode> {
-        let State { slots, kernel, .. } = &mut *state;
+        let State { slots, kernel, paused, .. } = &mut *state;
         let slot = slots.get_mut(usize::from(index)).and_then(Option::as_mut);
         let (Some(slot), Some(kernel)) = (slot, kernel) else { return Ok(()) };
-        if index / 2 >= kernel.ready {
+        if *paused || index / 2 >= kernel.ready {
             return Ok(());
         }
         if slot.served == Served::Here {
@@ -557,8 +636,17 @@ fn split_position(next: u16) -> Position {
 impl Follower for Queues {
     fn memory_changed(&self) {
         let mut state = lock(&self.state);
-        let Some(kernel) = &mut state.kernel else { return };
-        if let Err(fault) = kernel.at_work.memory_changed(&self.work.driver.memory) {
+        let memory = &self.work.driver.memory;
+        let Some(kernel) = &mut state.kernel else {
+            if state.logged && vhost::can_have(memory) {
+                state.logged = false;
+                drop(state);
+                self.move_back_later();
+            }
+            return;
+        };
+        if let Err(fault) = kernel.at_work.memory_changed(memory) {
+            state.logged = fault.is_of_log();
             self.leave_kernel(&mut state, fault.to_string());
         }
     }

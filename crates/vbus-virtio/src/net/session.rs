@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A network card at work for one driver.
 
-use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, Weak};
@@ -173,11 +172,6 @@ impl NicSession {
     /// # Errors
     /// It cannot be saved.
     fn own(&self) -> Result<Saved, Unsaved> {
-        if self.queues.are_in_kernel() {
-            // It would tell (GET_VRING_BASE), but it works on until its queues are taken away.
-            let why = "the kernel serves its queues (vhost = true), and works on meanwhile";
-            return Err(Unsaved::Not(why.into()));
-        }
         let work = &self.work;
         Ok(Saved {
             receiver: work.receiver.save(),
@@ -281,20 +275,12 @@ impl Session for NicSession {
         if let Some(record) = record {
             self.work.record_with(record);
         }
-        self.queues.configure_all().map_err(|error| error.to_string())
+        self.queues.start().map_err(|error| error.to_string())
     }
 
     fn save(&mut self) -> Result<SavedSession, Unsaved> {
         let saved = self.own()?;
-        let mut queues = BTreeMap::new();
-        let rings = self.work.pairs.rings().map_err(Unsaved::Broken)?;
-        for (pair, [tx, rx]) in (0..).zip(rings) {
-            for (index, ring) in [(pair * 2, rx), (pair * 2 + 1, tx)] {
-                if let Some(ring) = ring {
-                    queues.insert(index, state::read_part(&ring).map_err(Unsaved::Not)?);
-                }
-            }
-        }
+        let mut queues = self.queues.save()?;
         if let (Some((_, control)), Some(index)) = (&self.control, self.control_queue()) {
             queues.insert(index, lock(control).state().map_err(Unsaved::Broken)?);
         }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
-use vbus_core::memory::{MemoryContext, Region, Regions};
+use vbus_core::memory::{MemoryContext, NoRegions, Region, Regions};
 use vbus_core::{Doorbell, ErrorCode, Progress, Task, TaskHandle, lock};
 use vbus_net::Opener;
 use vbus_tap::{RingPlace, VhostRegion, VhostRing, vhost_advice};
@@ -273,7 +273,7 @@ impl Ends {
 pub enum Fault {
     /// The kernel cannot have the memory.
     #[error(transparent)]
-    Regions(#[from] vbus_core::memory::NoRegions),
+    Regions(#[from] NoRegions),
     /// The ring is not in one piece in memory that the device may read and write.
     #[error("a queue is not in one piece of the driver's memory")]
     Place,
@@ -283,6 +283,18 @@ pub enum Fault {
     /// The process has no more descriptors.
     #[error("no eventfd can be made: {0}")]
     Eventfd(#[from] io::Error),
+}
+
+impl Fault {
+    /// Whether the kernel can go on when the log of what is written has ended.
+    pub fn is_of_log(&self) -> bool {
+        matches!(self, Fault::Regions(NoRegions::Logged))
+    }
+}
+
+/// Whether the kernel can have the memory. It can have none that has no region.
+pub fn can_have(memory: &MemoryContext) -> bool {
+    memory.regions(REGIONS_MAX).is_ok_and(|regions| !regions.list().is_empty())
 }
 
 trait During<T> {

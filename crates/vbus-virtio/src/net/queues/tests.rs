@@ -18,7 +18,7 @@ use super::super::kernel_double::Kernel;
 use super::super::session::NicSession;
 use super::super::vhost::Vhost;
 use super::*;
-use crate::device::{Driver, Session, Transport};
+use crate::device::{Driver, Session, Transport, VirtioDevice};
 use crate::net::card::VirtioNic;
 
 /// A back end with an interface that is set up when the test says so.
@@ -104,13 +104,46 @@ fn layout(index: u16) -> Layout {
 /// Bytes of a frame with its header.
 const FRAME: u32 = 12 + 60;
 
+const FEATURES: u64 = common::VERSION_1 | feature::MQ | feature::CTRL_VQ;
+
+fn driver(host: &Host) -> Driver {
+    Driver::new(host, FEATURES, |code| panic!("the session failed: {code}"))
+}
+
+/// A card, whose frames the kernel carries.
+struct Rig {
+    wire: Interface,
+    kernel: Kernel,
+    card: Arc<VirtioNic>,
+}
+
+impl Rig {
+    fn new() -> Rig {
+        let fd = rustix::pipe::pipe().unwrap().0;
+        let wire = Wire { fd, set_up: Mutex::default(), sent: AtomicU32::new(0) };
+        let wire = Interface(Arc::new(wire));
+        let mut settings = Settings::new(
+            &json!({ "backend": "null", "queue-pairs": 2, "mac": "02:00:00:00:00:01" }),
+        )
+        .unwrap();
+        let config = Config::take(&mut settings).unwrap();
+        let nic = Nic::new("n", config, Arc::default(), Box::new(wire.clone()));
+        let kernel = Kernel::new(2);
+        let vhost = Vhost::with("n", 2, kernel.ends());
+        let offer = Offer { packed: false, rss: false, whole: true };
+        let card = Arc::new(VirtioNic::new(nic, offer, vhost));
+        Rig { wire, kernel, card }
+    }
+}
+
 /// A driver with two queue pairs, whose frames the kernel carries.
 struct Lab {
     memory: Arc<MemoryContext>,
     host: Host,
-    wire: Interface,
-    kernel: Kernel,
+    rig: Rig,
     session: NicSession,
+    /// That of a card that goes on for the first one.
+    later: Option<Box<dyn Session>>,
     /// The frames that each transmit ring has got.
     placed: [u16; 2],
 }
@@ -118,40 +151,54 @@ struct Lab {
 impl Lab {
     /// The interface is not set up yet.
     fn new() -> Lab {
-        let fd = rustix::pipe::pipe().unwrap().0;
-        let wire = Wire { fd, set_up: Mutex::default(), sent: AtomicU32::new(0) };
-        let wire = Interface(Arc::new(wire));
-        let mut settings = Settings::new(&json!({ "backend": "null", "queue-pairs": 2 })).unwrap();
-        let config = Config::take(&mut settings).unwrap();
-        let nic = Nic::new("n", config, Arc::default(), Box::new(wire.clone()));
-        let kernel = Kernel::new(2);
-        let vhost = Vhost::with("n", 2, kernel.ends());
-        let offer = Offer { packed: false, rss: false, whole: true };
-        let card = Arc::new(VirtioNic::new(nic, offer, vhost));
+        let rig = Rig::new();
         let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
         let host = Host::new("n", executor, 1, 5);
         let memory = host.memory().clone();
         let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&file, 4 * PAGE).unwrap();
         memory.map(0, 4 * PAGE, Some((file, 0)), Access::BOTH).unwrap();
-        let features = common::VERSION_1 | feature::MQ | feature::CTRL_VQ;
-        let fail = |code| panic!("the session failed: {code}");
-        let mut session = NicSession::start(card, Driver::new(&host, features, fail)).unwrap();
+        let session = NicSession::start(rig.card.clone(), driver(&host)).unwrap();
+        let mut lab = Lab { memory, host, rig, session, later: None, placed: [0; 2] };
         for index in 0..4 {
-            let queue = Queue::new(layout(index), RingFeatures::of(features)).unwrap();
-            let doorbell = host.doorbells().doorbell(index.into());
-            let call = Call::new(Arc::new(NoTransport), index, host.counters().clone());
-            session.enable(index, Enabled { queue, doorbell, call }).unwrap();
+            let queue = Queue::new(layout(index), RingFeatures::of(FEATURES)).unwrap();
+            let enabled = lab.enabled(index, queue);
+            lab.session.enable(index, enabled).unwrap();
         }
-        let lab = Lab { memory, host, wire, kernel, session, placed: [0; 2] };
         lab.use_pairs(2);
         lab
     }
 
+    fn enabled(&self, index: u16, queue: Queue) -> Enabled {
+        let doorbell = self.host.doorbells().doorbell(index.into());
+        let call = Call::new(Arc::new(NoTransport), index, self.host.counters().clone());
+        Enabled { queue, doorbell, call }
+    }
+
+    /// The card is quiesced, and saved, and another one goes on, which is still quiesced.
+    fn move_on(&mut self) {
+        self.rig.card.quiesce();
+        let saved = self.session.save().unwrap();
+        assert_eq!(saved.queues.len(), 4);
+        self.rig = Rig::new();
+        self.rig.card.quiesce();
+        let card: Arc<dyn VirtioDevice> = self.rig.card.clone();
+        let mut session = card.restart(driver(&self.host), &saved.own).unwrap();
+        for (index, state) in &saved.queues {
+            let features = RingFeatures::of(FEATURES);
+            let (queue, taken) = Queue::resume(layout(*index), features, state).unwrap();
+            session.enable_again(*index, self.enabled(*index, queue), taken).unwrap();
+        }
+        session.restored().unwrap();
+        self.later = Some(session);
+    }
+
     /// The interface is as the queues wanted it last.
     fn set_up(&self) {
-        let done: Vec<Done> = std::mem::take(&mut lock(&self.wire.0.set_up));
-        assert!(!done.is_empty(), "nobody wants anything");
+        let done = wait("a wish", || {
+            let done: Vec<Done> = std::mem::take(&mut lock(&self.rig.wire.0.set_up));
+            (!done.is_empty()).then_some(done)
+        });
         done.into_iter().for_each(|done| done(Ok(())));
     }
 
@@ -189,13 +236,25 @@ impl Lab {
 
     /// Waits until the driver has all its frames back. The kernel is at work meanwhile.
     fn all_back(&self) {
-        let end = Instant::now() + Duration::from_secs(30);
-        while [0, 1].map(|pair| self.back(pair)) != self.placed {
-            self.kernel.run(&self.memory);
-            let back = [0, 1].map(|pair| self.back(pair));
-            assert!(Instant::now() < end, "{back:?} of {:?} came back", self.placed);
-            std::thread::sleep(Duration::from_millis(1));
+        wait("the frames", || {
+            self.rig.kernel.run(&self.memory);
+            ([0, 1].map(|pair| self.back(pair)) == self.placed).then_some(())
+        });
+    }
+
+    fn sent_here(&self) -> u32 {
+        self.rig.wire.0.sent.load(Ordering::Relaxed)
+    }
+}
+
+fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(found) = look() {
+            return found;
         }
+        assert!(Instant::now() < end, "{what} did not come");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -205,13 +264,13 @@ impl Lab {
 fn a_frame_that_comes_before_the_kernel_begins_needs_no_second_kick() {
     let mut lab = Lab::new();
     lab.send(0);
-    assert_eq!(lab.kernel.served(), 0);
+    assert_eq!(lab.rig.kernel.served(), 0);
     lab.set_up();
-    assert_eq!(lab.kernel.served(), 4);
-    assert_eq!(lab.kernel.run(&lab.memory), [1, 0]);
+    assert_eq!(lab.rig.kernel.served(), 4);
+    assert_eq!(lab.rig.kernel.run(&lab.memory), [1, 0]);
     assert_eq!(lab.back(0), 1);
     lab.send(1);
-    assert_eq!(lab.kernel.run(&lab.memory), [1, 1]);
+    assert_eq!(lab.rig.kernel.run(&lab.memory), [1, 1]);
     assert_eq!(lab.back(1), 1);
 }
 
@@ -229,21 +288,90 @@ fn frames_of_a_pair_that_is_not_used_any_more_come_back() {
     lab.send(1);
     lab.all_back();
     lab.set_up();
-    assert_eq!(lab.kernel.served(), 2, "those of the pair in use");
+    assert_eq!(lab.rig.kernel.served(), 2, "those of the pair in use");
     for pair in [0, 1, 1] {
         lab.send(pair);
     }
     lab.all_back();
-    assert_eq!(lab.kernel.run(&lab.memory), [2, 1], "the rest was this process's");
+    assert_eq!(lab.rig.kernel.run(&lab.memory), [2, 1], "the rest was this process's");
     // The kernel goes on where this process was.
     lab.use_pairs(2);
     lab.send(1);
     lab.set_up();
-    assert_eq!(lab.kernel.served(), 4);
-    let others = lab.wire.0.sent.load(Ordering::Relaxed);
+    assert_eq!(lab.rig.kernel.served(), 4);
+    let others = lab.sent_here();
     for pair in [0, 1] {
         lab.send(pair);
     }
     lab.all_back();
-    assert_eq!(lab.wire.0.sent.load(Ordering::Relaxed), others);
+    assert_eq!(lab.sent_here(), others);
+}
+
+/// While the card is quiesced, the kernel touches nothing of the driver's, and it misses nothing.
+#[test]
+fn a_card_that_is_quiesced_has_no_queue_in_the_kernel() {
+    let mut lab = Lab::new();
+    lab.set_up();
+    lab.send(0);
+    lab.rig.card.quiesce();
+    assert_eq!(lab.rig.kernel.served(), 0);
+    for pair in [0, 1] {
+        lab.send(pair);
+    }
+    lab.rig.kernel.run(&lab.memory);
+    assert_eq!([0, 1].map(|pair| lab.back(pair)), [0, 0]);
+    let saved = lab.session.save().unwrap();
+    assert!(saved.queues.values().all(|queue| queue.in_flight.is_empty()));
+    lab.rig.card.resume();
+    assert_eq!(lab.rig.kernel.served(), 4);
+    assert_eq!(lab.rig.kernel.run(&lab.memory), [2, 1]);
+    lab.all_back();
+    assert_eq!(lab.sent_here(), 0);
+}
+
+/// A card goes on for another one, and its kernel where the other one's was.
+#[test]
+fn another_kernel_goes_on_where_the_first_one_was() {
+    let mut lab = Lab::new();
+    lab.set_up();
+    for pair in [0, 1, 0] {
+        lab.send(pair);
+    }
+    lab.all_back();
+    lab.send(1);
+    lab.move_on();
+    // Nothing of the card runs yet, whatever its back end says.
+    lab.set_up();
+    lab.send(0);
+    assert_eq!(lab.rig.kernel.served(), 0);
+    lab.rig.card.resume();
+    assert_eq!(lab.rig.kernel.served(), 4);
+    assert_eq!(lab.rig.kernel.run(&lab.memory), [1, 1]);
+    lab.all_back();
+    assert_eq!(lab.sent_here(), 0);
+}
+
+/// The kernel logs nothing of what it writes. So it has no queue meanwhile, and gets them again.
+#[test]
+fn the_kernel_has_no_queue_while_what_is_written_is_logged() {
+    let mut lab = Lab::new();
+    lab.set_up();
+    lab.send(1);
+    lab.memory.start_log(&[]).unwrap();
+    assert_eq!(lab.rig.kernel.served(), 0);
+    lab.set_up();
+    for pair in [0, 1] {
+        lab.send(pair);
+    }
+    lab.all_back();
+    assert!(lab.sent_here() >= 2);
+    lab.memory.stop_log();
+    lab.set_up();
+    assert_eq!(lab.rig.kernel.served(), 4);
+    let before = lab.sent_here();
+    for pair in [0, 1] {
+        lab.send(pair);
+    }
+    lab.all_back();
+    assert_eq!(lab.sent_here(), before);
 }
