@@ -686,7 +686,7 @@ impl Client {
         let size = u32::try_from(self.negotiated.peer_transfer.min(MAX_TRANSFER));
         let size = size.map_err(|_| ClientError::TooMuch(NAME))?;
         self.ask(command::MIG_DATA_READ, &MigData::of(size).body(&[]), &[], |reply| {
-            match MigData::parse_with_data(&reply.body) {
+            match MigData::parse_reply(&reply.body) {
                 Ok((_, data)) if data.len() <= size as usize => {
                     // A server without data always ends the stream, however small a message is.
                     let more = !data.is_empty() && data.len() == size as usize;

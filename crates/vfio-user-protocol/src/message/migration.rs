@@ -37,7 +37,18 @@ impl MigData {
         }
     }
 
-    /// Parses a reply to a read, or the request of a write. Returns the data too.
+    /// Parses a reply to a read. Returns the data too. What follows the `size` bytes is no data:
+    /// libvfio-user always sends as many bytes as were asked for.
+    ///
+    /// # Errors
+    /// The body is shorter than the fixed part and `size` bytes.
+    pub fn parse_reply(body: &[u8]) -> Result<(Self, &[u8]), Malformed> {
+        let size = Fields::new(body.get(4..).unwrap_or_default()).u32().unwrap_or_default();
+        let need = Self::LEN.saturating_add(size as usize);
+        Self::parse_with_data(&body[..need.min(body.len())])
+    }
+
+    /// Parses the request of a write. Returns the data too.
     ///
     /// # Errors
     /// The body does not have the length of the fixed part and `size` bytes.

@@ -217,3 +217,30 @@ fn entries_of_a_later_version_are_longer() {
         assert_eq!(found, [(0x100, 4, Some(7)), (0x200, 4, Some(7))]);
     });
 }
+
+/// libvfio-user's replies to a read have as many bytes as were asked for, and say in `size` how many
+/// of them are data. The stream ends with the first reply that has fewer data.
+#[test]
+fn a_server_may_fill_up_its_last_reply_to_a_read() {
+    let (mut client, mut server) = negotiated();
+    let asked = client.negotiated().peer_transfer.min(1 << 20);
+    let serve = std::thread::spawn(move || {
+        for (id, size) in [(1, asked), (2, 3)] {
+            let mut request = [0; 24];
+            server.read_exact(&mut request).unwrap();
+            let wanted = u32::try_from(asked).unwrap();
+            assert_eq!(request[2..4], command::MIG_DATA_READ.to_le_bytes());
+            assert_eq!(request[16..], bytes![wanted + 8, wanted]);
+            let size = u32::try_from(size).unwrap();
+            let data = vec![id; asked];
+            let body = [bytes![8 + size, size], data].concat();
+            let number = u16::from_le_bytes([request[0], request[1]]);
+            let kind = Kind::Reply { error: None };
+            server.write_all(&message(number, command::MIG_DATA_READ, kind, &body)).unwrap();
+        }
+        server
+    });
+    assert_eq!(client.migration_read().unwrap(), (vec![1; asked], true));
+    assert_eq!(client.migration_read().unwrap(), (vec![2; 3], false));
+    serve.join().unwrap();
+}

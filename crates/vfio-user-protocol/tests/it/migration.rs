@@ -99,7 +99,14 @@ fn each_body_has_the_documents_layout() {
     assert_eq!((words(0, 0, 4096), words(0, 4096, 0), words(0, 4096, 4097)), (None, None, None));
 
     // argsz at 0, size at 4, data at 8.
-    assert_eq!(MigData { argsz: 9, size: 1 }.body(&[3]), [bytes![9u32, 1u32], vec![3]].concat());
+    let data = MigData { argsz: 9, size: 1 };
+    assert_eq!(data.body(&[3]), [bytes![9u32, 1u32], vec![3]].concat());
+    assert_eq!(MigData::parse_reply(&data.body(&[3])), Ok((data, &[3][..])));
+    assert_eq!(MigData::parse_reply(&data.body(&[3, 0, 0])), Ok((data, &[3][..])));
+    assert!(MigData::parse_with_data(&data.body(&[3, 0, 0])).is_err());
+    for short in [&data.body(&[])[..], &data.body(&[])[..7], &[]] {
+        assert!(MigData::parse_reply(short).is_err(), "{short:?}");
+    }
 }
 
 /// What the server answers.
@@ -145,9 +152,12 @@ fn rows() -> Vec<(&'static str, u16, Vec<u8>, Answer)> {
         feature("probe", bytes![8u32, PROBE | GET | 8], Echo),
         feature("a probe has the data that it has", bytes![16u32, PROBE | 1, 7u64], Echo),
         feature("but room for them", bytes![15u32, PROBE | 1, 7u64], INVAL),
-        feature("a feature that the document does not have", bytes![8u32, PROBE | 3], {
-            Error(Errno::NOTTY)
-        }),
+        // The kernel has these: tokens, power states, the size of the data (9), mastering the bus.
+        feature("no feature of the document", bytes![8u32, PROBE], Error(Errno::NOTTY)),
+        feature("no feature of the document", bytes![8u32, PROBE | 3], Error(Errno::NOTTY)),
+        feature("no feature of the document", bytes![16u32, GET | 9], Error(Errno::NOTTY)),
+        feature("no feature of the document", bytes![16u32, SET | 10], Error(Errno::NOTTY)),
+        feature("no feature at all", bytes![8u32, PROBE | 0xffff], Error(Errno::NOTTY)),
         // MIGRATION
         feature(
             "STOP_COPY and PRE_COPY; P2P is not used",
