@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use super::sched::wait_class;
 use super::snapshot::{relocate, save};
 use crate::bus::device;
 use crate::guest::{Guest, Running};
@@ -24,7 +25,9 @@ const BUSES: [&str; 2] = ["vbus-here", "vbus-there"];
 /// The addresses of the bridge and of the guest's virtio card.
 const CARD: [&str; 2] = ["10.0.9.254", "10.0.9.1"];
 /// The guest's devices.
-const DEVICES: [&str; 3] = ["net", "values", "card"];
+const DEVICES: [&str; 5] = ["net", "values", "card", "pic", "cpus"];
+/// The names of the machines at the two buses.
+const MACHINES: [&str; 2] = ["linux", "there"];
 
 /// How often the guest moves if nothing else is said.
 const MOVES: u32 = 2;
@@ -70,24 +73,29 @@ impl<'a> Buses<'a> {
         if l1.guest.run(&bridge)?.code != 0 {
             return Err(Skip("L1's kernel has no bridge".into()).into());
         }
-        let start = |name: &str| -> Result<L1Bus<'a>> {
-            let nic = format!("backend = \"tap\"\ntap = \"{name}\"\nmac = \"02:00:00:00:00:01\"");
+        let start = |name: &str, machine: &str| -> Result<L1Bus<'a>> {
+            let nic = format!(
+                "backend = \"tap\"\ntap = \"{name}\"\nmac = \"02:00:00:00:00:01\"\npic = \"pic\""
+            );
             let pages = "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\" }, \
                          { name = \"heartbeat\", bytes = 64, owner = \"driver\" }]";
             let card = format!(
                 "backend = \"tap\"\ntap = \"{name}-c\"\nmac = \"02:00:00:00:00:02\"\nmsix = \
                  true\npacked = {packed}"
             );
+            let cpus = format!("vmm = \"{}/{machine}.control\"\npriority-max = 30", l1.run_dir());
             let config = device("net", "venet", &nic)
                 + &device("values", "state", pages)
-                + &device("card", "virtio-net", &card);
+                + &device("card", "virtio-net", &card)
+                + &device("pic", "pic", "")
+                + &device("cpus", "sched", &cpus);
             let bus = L1Bus::start_named(l1, name, &config)?;
             for tap in [name, &format!("{name}-c")] {
                 l1.guest.ok(&format!("brctl addif {BRIDGE} {tap} && ip link set {tap} up"))?;
             }
             Ok(bus)
         };
-        let buses = [start(BUSES[0])?, start(BUSES[1])?];
+        let buses = [start(BUSES[0], MACHINES[0])?, start(BUSES[1], MACHINES[1])?];
         nic::set_up(&l1.guest, BRIDGE, &format!("{OUTER}/24"))?;
         nic::set_up(&l1.guest, BRIDGE, &format!("{}/24", CARD[0]))?;
         Ok(Self { l1, buses })
@@ -105,8 +113,7 @@ impl<'a> Buses<'a> {
 
     /// A guest whose devices are those of bus `at`.
     pub(super) fn spec(&self, at: usize) -> L2Spec {
-        let name = ["linux", "there"][at];
-        let spec = L2Spec { cpus: 2, memory_mib: 256, ..L2Spec::new(name) };
+        let spec = L2Spec { cpus: 2, memory_mib: 256, ..L2Spec::new(MACHINES[at]) };
         let bus = &self.buses[at];
         DEVICES.iter().fold(spec, |spec, name| spec.device(name, &bus.socket(name)))
     }
@@ -125,7 +132,8 @@ impl<'a> Buses<'a> {
             }
             Driver::Program => "--irqchip split",
         };
-        self.spec(0).args(words).boot(self.l1)
+        let slots = format!("--slots {}", DEVICES.len());
+        self.spec(0).args(words).args(&slots).boot(self.l1)
     }
 
     /// The state pages of the device of bus `at` have the values that the former device had, and
@@ -141,6 +149,37 @@ impl<'a> Buses<'a> {
         ensure!(setpoint.contains(&format!("of-the-host-{at}")), "{setpoint:?} is old");
         Ok(())
     }
+}
+
+/// The class that the thread of CPU 1 has while the guest has an urgent task there, and before.
+const URGENT: [&str; 2] = ["fifo 20", "20 1"];
+const OWN: [&str; 2] = ["none 0", "0 0"];
+
+/// Starts a real-time task on CPU 1 of the guest, and whoever tells the host of it.
+fn start_urgent(guest: &Guest, driver: Driver) -> Result<()> {
+    let quiet = "</dev/null >/dev/null 2>&1 &";
+    match driver {
+        Driver::Kernel => guest.ok("echo 1 > /sys/module/vbus/parameters/sched_sleeping")?,
+        Driver::Program => guest.ok(&format!("vbus-guest sched --sleeping {quiet}"))?,
+    };
+    guest.ok(&format!("guest-agent fifo 20 taskset 2 sleep 100000 {quiet}")).map(drop)
+}
+
+/// The interrupts of the NIC that the controller has carried, as the guest counts them.
+fn carried(guest: &Guest) -> Result<u64> {
+    let lines = guest.ok("grep 'vbus-pic.*vbus-net' /proc/interrupts || true")?;
+    let counts = lines.lines().flat_map(|line| line.split_whitespace().skip(1).take(2));
+    Ok(counts.filter_map(|count| count.parse::<u64>().ok()).sum())
+}
+
+/// Waits until the controller has carried more interrupts than `before`.
+fn carries(guest: &Guest, before: u64) -> Result<()> {
+    let limit = Instant::now() + TRANSFER;
+    while carried(guest)? <= before {
+        ensure!(Instant::now() < limit, "the controller carries no interrupts of the NIC");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 impl Drop for Buses<'_> {
@@ -328,6 +367,9 @@ fn run(l1: &L1, figures: &mut Figures, driver: Driver) -> Result<()> {
 
     let streams = Streams::start(l1, &l2.guest, 5220)?;
     let (mut at, mut times) = (1, DownTimes::default());
+    // In the first move a virtual CPU has a real-time thread.
+    start_urgent(&l2.guest, driver)?;
+    wait_class(l1, buses.bus(at), URGENT).context("restored")?;
     let passed = streams.pass(l1, at, MIB);
     passed.with_context(|| format!("restored: {}", says(l1, &l2.guest, buses.bus(at))))?;
     for turn in 0..l1.lab().times().unwrap_or(MOVES) {
@@ -337,6 +379,14 @@ fn run(l1: &L1, figures: &mut Figures, driver: Driver) -> Result<()> {
         l2 = moved;
         eprintln!("move {turn}, in {:.1} s: {told}", began.elapsed().as_secs_f32());
         times.add(&told)?;
+        if turn == 0 {
+            wait_class(l1, buses.bus(at), URGENT).context("moved")?;
+            l2.guest.ok("killall sleep")?;
+            wait_class(l1, buses.bus(at), OWN).context("the urgent task has ended")?;
+        }
+        if driver == Driver::Kernel {
+            carries(&l2.guest, carried(&l2.guest)?).with_context(|| format!("move {turn}"))?;
+        }
         let passed = streams.pass(l1, at, MIB);
         passed.with_context(|| {
             format!("after move {turn}, the guest says:\n{}", says(l1, &l2.guest, buses.bus(at)))
