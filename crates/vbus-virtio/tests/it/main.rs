@@ -3,6 +3,7 @@
 //! guest's driver drives them.
 #![allow(clippy::unwrap_used)] // A failed unwrap fails its test.
 
+mod dirty;
 mod hostile;
 mod in_order;
 mod nic;

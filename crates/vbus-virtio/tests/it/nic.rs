@@ -25,6 +25,7 @@ pub const ANNOUNCE: u64 = 1 << 21;
 const CTRL_RX_EXTRA: u64 = 1 << 20;
 const MQ: u64 = 1 << 22;
 pub const CTRL_MAC: u64 = 1 << 23;
+pub const INDIRECT_DESC: u64 = 1 << 28;
 const RING_PACKED: u64 = 1 << 34;
 /// VQ_NOTF_COAL and NOTF_COAL.
 pub const COALESCE: u64 = 3 << 52;
@@ -44,7 +45,7 @@ pub struct Card {
     pub driver: Driver,
     pub rx: Queue,
     pub tx: Queue,
-    control: Option<Queue>,
+    pub control: Option<Queue>,
     signal: Signal,
 }
 
@@ -90,7 +91,7 @@ impl Lab {
 
 impl Card {
     /// Gives the device a buffer of `len` bytes, in two parts if `split`. Returns where it is.
-    fn post(&mut self, len: u32, split: bool) -> u64 {
+    pub fn post(&mut self, len: u32, split: bool) -> u64 {
         let memory = &mut self.driver.memory;
         let addr = memory.alloc(len as usize);
         let parts = match split {
@@ -104,13 +105,18 @@ impl Card {
 
     /// Sends a frame with a header.
     fn send(&mut self, header: &[u8; HEADER], frame: &[u8]) {
+        self.offer(header, frame);
+        self.tx.wait(&self.driver.memory);
+    }
+
+    /// Gives the device a frame to send, with a header.
+    pub fn offer(&mut self, header: &[u8; HEADER], frame: &[u8]) {
         let addr = self.driver.memory.alloc(HEADER + frame.len());
         self.driver.memory.write(addr, &[&header[..], frame].concat());
         let rest = u32::try_from(frame.len()).unwrap();
         let parts = [(addr, 12, false), (addr + 12, rest, false)];
         self.tx.add(&self.driver.memory, &parts);
         self.driver.notify(&self.tx);
-        self.tx.wait(&self.driver.memory);
     }
 
     /// Sends a command. Returns whether the device carried it out.

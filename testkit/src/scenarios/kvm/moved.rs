@@ -151,9 +151,16 @@ impl<'a> Buses<'a> {
     }
 }
 
-/// The class that the thread of CPU 1 has while the guest has an urgent task there, and before.
+/// The class that the thread of CPU 1 has while the guest has an urgent task there.
 const URGENT: [&str; 2] = ["fifo 20", "20 1"];
-const OWN: [&str; 2] = ["none 0", "0 0"];
+
+/// The class that it has without. The Linux driver tells the class of each task that runs.
+fn ordinary(driver: Driver) -> [&'static str; 2] {
+    match driver {
+        Driver::Kernel => ["normal 0", "0 0"],
+        Driver::Program => ["none 0", "0 0"],
+    }
+}
 
 /// Starts a real-time task on CPU 1 of the guest, and whoever tells the host of it.
 fn start_urgent(guest: &Guest, driver: Driver) -> Result<()> {
@@ -382,7 +389,7 @@ fn run(l1: &L1, figures: &mut Figures, driver: Driver) -> Result<()> {
         if turn == 0 {
             wait_class(l1, buses.bus(at), URGENT).context("moved")?;
             l2.guest.ok("killall sleep")?;
-            wait_class(l1, buses.bus(at), OWN).context("the urgent task has ended")?;
+            wait_class(l1, buses.bus(at), ordinary(driver)).context("the urgent task has ended")?;
         }
         if driver == Driver::Kernel {
             carries(&l2.guest, carried(&l2.guest)?).with_context(|| format!("move {turn}"))?;
