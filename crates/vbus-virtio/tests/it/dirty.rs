@@ -25,8 +25,8 @@ fn logged(card: &Card) -> BTreeSet<u64> {
     (0..PAGES).filter(|page| words[(page / 64) as usize] & 1 << (page % 64) != 0).collect()
 }
 
-/// Lets the device of `card` work until `done`, and compares. Returns the pages without those of the
-/// used rings. That of `used` is among them.
+/// Lets the device of `card` work until `done`, and compares. Returns the pages beside those of the
+/// used rings; that of `used` is among those.
 fn compare(card: &mut Card, used: u64, mut done: impl FnMut(&mut Card) -> bool) -> BTreeSet<u64> {
     let before = content(card);
     assert_eq!(logged(card), BTreeSet::new(), "a device that stands still writes");

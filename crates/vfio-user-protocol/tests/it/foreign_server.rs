@@ -218,8 +218,8 @@ fn entries_of_a_later_version_are_longer() {
     });
 }
 
-/// libvfio-user's replies to a read have as many bytes as were asked for, and say in `size` how many
-/// of them are data. The stream ends with the first reply that has fewer data.
+/// libvfio-user's replies to a read have as many bytes as were asked for, and say in `size` how
+/// many of them are data. The stream ends with the first reply that has fewer data.
 #[test]
 fn a_server_may_fill_up_its_last_reply_to_a_read() {
     let (mut client, mut server) = negotiated();

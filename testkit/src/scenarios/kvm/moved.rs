@@ -151,17 +151,6 @@ impl<'a> Buses<'a> {
     }
 }
 
-/// The class that the thread of CPU 1 has while the guest has an urgent task there.
-const URGENT: [&str; 2] = ["fifo 20", "20 1"];
-
-/// The class that it has without. The Linux driver tells the class of each task that runs.
-fn ordinary(driver: Driver) -> [&'static str; 2] {
-    match driver {
-        Driver::Kernel => ["normal 0", "0 0"],
-        Driver::Program => ["none 0", "0 0"],
-    }
-}
-
 /// Starts a real-time task on CPU 1 of the guest, and whoever tells the host of it.
 fn start_urgent(guest: &Guest, driver: Driver) -> Result<()> {
     let quiet = "</dev/null >/dev/null 2>&1 &";
@@ -376,7 +365,8 @@ fn run(l1: &L1, figures: &mut Figures, driver: Driver) -> Result<()> {
     let (mut at, mut times) = (1, DownTimes::default());
     // In the first move a virtual CPU has a real-time thread.
     start_urgent(&l2.guest, driver)?;
-    wait_class(l1, buses.bus(at), URGENT).context("restored")?;
+    let urgent = |at: usize| wait_class(l1, buses.bus(at), Some("fifo 20"), "20 1");
+    urgent(at).context("restored")?;
     let passed = streams.pass(l1, at, MIB);
     passed.with_context(|| format!("restored: {}", says(l1, &l2.guest, buses.bus(at))))?;
     for turn in 0..l1.lab().times().unwrap_or(MOVES) {
@@ -387,9 +377,10 @@ fn run(l1: &L1, figures: &mut Figures, driver: Driver) -> Result<()> {
         eprintln!("move {turn}, in {:.1} s: {told}", began.elapsed().as_secs_f32());
         times.add(&told)?;
         if turn == 0 {
-            wait_class(l1, buses.bus(at), URGENT).context("moved")?;
+            urgent(at).context("moved")?;
             l2.guest.ok("killall sleep")?;
-            wait_class(l1, buses.bus(at), ordinary(driver)).context("the urgent task has ended")?;
+            // The Linux driver may tell the class of ordinary tasks, or none.
+            wait_class(l1, buses.bus(at), None, "0 0").context("the urgent task has ended")?;
         }
         if driver == Driver::Kernel {
             carries(&l2.guest, carried(&l2.guest)?).with_context(|| format!("move {turn}"))?;
