@@ -217,6 +217,19 @@ impl Bus {
         self.client.dir.join(format!("{device}.sock"))
     }
 
+    /// QEMU's options for the device `name` of vhost-user, as the bus prints them, behind root port
+    /// `slot`. `more` goes with those of the function.
+    pub fn vhost_user(&self, name: &str, slot: usize, more: &str) -> Result<Vec<String>> {
+        let printed = self.run(&["qemu-args", name, "--spare-ports", "0", "--json"])?;
+        let words: Vec<String> = serde_json::from_str(&printed)?;
+        let from = words.iter().position(|word| word == "-chardev").context("no -chardev")?;
+        let mut words = words[from..].to_vec();
+        let function = words.last_mut().context("no option")?;
+        *function = function.replace("bus=vbus-port0", &format!("bus=slot{slot}"));
+        *function += more;
+        Ok(words)
+    }
+
     /// `vbus ARGS --dir DIR`, not run yet.
     pub fn command(&self, args: &[&str]) -> Command {
         self.client.command(args)

@@ -32,7 +32,13 @@ pub const TAP: &str = "vbus-tap";
 
 /// A bus with the NIC `net`, whose other end is L1's interface [`TAP`], and `more` devices.
 pub fn bus<'a>(l1: &'a L1<'a>, more: &str) -> Result<L1Bus<'a>> {
-    let net = device("net", "venet", &format!("backend = \"tap\"\ntap = \"{TAP}\""));
+    bus_of(l1, "venet", "", more)
+}
+
+/// The same with a NIC of another class, and with more settings of it.
+pub fn bus_of<'a>(l1: &'a L1<'a>, class: &str, settings: &str, more: &str) -> Result<L1Bus<'a>> {
+    let settings = format!("backend = \"tap\"\ntap = \"{TAP}\"\n{settings}");
+    let net = device("net", class, &settings);
     let bus = L1Bus::start(l1, &(net + more))?;
     address_tap(l1)?;
     Ok(bus)
@@ -56,7 +62,8 @@ pub fn exchange(l1: &L1, guest: &Guest, bytes: u64) -> Result<()> {
 }
 
 /// The cost of some traffic: the exits that it caused (see [`Trace`]), and the NIC's interrupts
-/// that the guest has taken. Each is per MiB and per packet of the guest's network stack.
+/// that the guest has taken. Each is per MiB and per packet of the guest's network stack. The
+/// machine may have an emulated processor: its time says nothing alone.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub struct Cost {
     /// Exits per MiB.
@@ -67,6 +74,8 @@ pub struct Cost {
     pub interrupts_per_mib: f64,
     /// Interrupts per packet.
     pub interrupts_per_packet: f64,
+    /// MiB a second.
+    pub mib_per_s: f64,
 }
 
 impl Cost {
@@ -87,8 +96,9 @@ impl Cost {
         pass(l1, 2 * MIB)?;
         let before = (interrupts(guest)?, packets(guest, interface)?, passed(l1)?);
         let trace = Trace::start(l1)?;
-        let began = passed(l1)?;
+        let (began, clock) = (passed(l1)?, Instant::now());
         pass(l1, bytes)?;
+        let (seconds, timed) = (clock.elapsed().as_secs_f64(), passed(l1)? - began);
         let (exits, traced) = (trace.finish()?, passed(l1)? - began);
         let (after, all) =
             ((interrupts(guest)?, packets(guest, interface)?), passed(l1)? - before.2);
@@ -106,6 +116,7 @@ impl Cost {
             exits_per_packet: rounded(exits_per_mib * mib / packets),
             interrupts_per_mib: rounded(interrupts / mib),
             interrupts_per_packet: rounded(interrupts / packets),
+            mib_per_s: rounded(timed as f64 / MIB as f64 / seconds),
         })
     }
 }

@@ -12,12 +12,24 @@ use testkit::{netbench, pauses, trial, workspace};
 
 /// The text at the end of `--help`.
 const HELP: &str = "\
-`bench net` compares NICs in one guest: vbus's by the Linux driver and by the program vbus-guest, and
-QEMU's virtio-net, each on a TAP interface of this host. TCP out, in and both ways; datagrams of 64
-and 1,472 bytes; pings; interrupts, guest instructions and exits per packet. It needs root. Charts
-go to target/bench. The last line is one JSON object. Its keys that end in `_vs_virtio` are ratios
-to virtio-net: above 1 means that vbus is ahead; for what a packet costs (irqs, insn, exits) below 1
-does.
+`bench net` compares NICs in one guest, each on a TAP interface of this host: vbus's by the Linux
+driver and by the program vbus-guest; the bus's virtio-net over vfio-user and over vhost-user, by the
+kernel's own driver; QEMU's virtio-net. TCP out, in and both ways; datagrams of 64 and 1,472 bytes;
+pings; interrupts, guest instructions and exits per packet. The guests whose exits are counted also
+have virtio-net with `vhost = true`, and QEMU's with vhost-net. Then DPDK's testpmd sends frames, as
+in `bench testpmd`. It needs root. Charts go to target/bench. The last line is one JSON object:
+  net_TRAFFIC_vs_virtio            vbus by the driver over QEMU's virtio-net: above 1, vbus is ahead
+  net_program_..., net_vfio_user_..., net_vhost_user_...
+                                   the same of vbus-guest, and of virtio-net over the two transports
+  net_..._{irqs,insn,exits}_per_packet_vs_virtio
+                                   what a packet costs: below 1, vbus needs less
+  net_..._iommu_loss               the part of TCP's rate that is lost behind intel-iommu
+  abi_vs_abi                       venet by the driver over virtio-net over vfio-user, both of the
+                                   bus: the same traffic and costs
+  net_vhost_{tcp,exits_per_packet}_vs_vhost_net
+                                   `vhost = true` over QEMU's vhost-net
+  testpmd_{split,packed}_...       those of `bench testpmd`
+  details                          all figures, with their spread
 
 `bench take-over` upgrades the bus (`vbus serve --take-over`) again and again under a guest with 16
 NICs by the Linux driver, without traffic and with TCP both ways, and prints a histogram of how long
@@ -79,6 +91,9 @@ pub struct Args {
     /// Do not measure behind an IOMMU
     #[arg(long, help_heading = NET)]
     no_iommu: bool,
+    /// Do not run DPDK's testpmd
+    #[arg(long, help_heading = NET)]
+    no_testpmd: bool,
     /// The upgrades for each load [default: 50, with --quick 5]
     #[arg(long, help_heading = "Options of `bench take-over`", value_name = "NUMBER",
         value_parser = clap::value_parser!(u32).range(1..=10_000))]
@@ -115,7 +130,8 @@ pub fn run(args: &Args) -> Result<bool> {
         || !args.queues.is_empty()
         || args.no_instructions
         || args.no_exits
-        || args.no_iommu;
+        || args.no_iommu
+        || args.no_testpmd;
     ensure!(
         !options_of_net || matches!(args.what, Some(What::Net | What::Testpmd)),
         "--rounds, --seconds, --queues and --no-... go with `bench net`"
@@ -214,6 +230,7 @@ fn net(args: &Args) -> Result<bool> {
         instructions: !args.no_instructions,
         exits: !args.no_exits,
         iommu: !args.no_iommu,
+        testpmd: !args.no_testpmd,
     };
     let lab = trial::open(&args.guests)?;
     match netbench::run(&lab, &spec) {

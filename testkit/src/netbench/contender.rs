@@ -19,19 +19,29 @@ pub enum Contender {
     Driver,
     /// vbus's NIC, driven by the program `vbus-guest net`.
     Program,
+    /// vbus's device of class `virtio-net` over vfio-user, driven by the kernel's own driver.
+    VfioUser,
+    /// The same over vhost-user, behind QEMU's virtio-net.
+    VhostUser,
     /// QEMU's virtio-net.
     VirtioNet,
 }
 
 impl Contender {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Driver, Self::Program, Self::VirtioNet];
+    pub const ALL: [Self; 5] =
+        [Self::Driver, Self::Program, Self::VfioUser, Self::VhostUser, Self::VirtioNet];
+
+    /// Those that the bus serves, and that are compared with QEMU's virtio-net.
+    pub const OURS: [Self; 4] = [Self::Driver, Self::Program, Self::VfioUser, Self::VhostUser];
 
     /// Its name in JSON keys.
     pub fn name(self) -> &'static str {
         match self {
             Self::Driver => "driver",
             Self::Program => "program",
+            Self::VfioUser => "vfio_user",
+            Self::VhostUser => "vhost_user",
             Self::VirtioNet => "virtio",
         }
     }
@@ -41,7 +51,9 @@ impl Contender {
         match self {
             Self::Driver => "vbus, driver",
             Self::Program => "vbus, guest program",
-            Self::VirtioNet => "virtio-net",
+            Self::VfioUser => "virtio, vfio-user",
+            Self::VhostUser => "virtio, vhost-user",
+            Self::VirtioNet => "virtio-net of QEMU",
         }
     }
 
@@ -50,12 +62,29 @@ impl Contender {
         match self {
             Self::Driver => "#c02020",
             Self::Program => "#2060c0",
+            Self::VfioUser => "#208040",
+            Self::VhostUser => "#a06020",
             Self::VirtioNet => "#606060",
         }
     }
 
-    fn is_vbus(self) -> bool {
-        self != Self::VirtioNet
+    /// Its device of the bus, whose other end is this interface; none if QEMU has the device.
+    fn device(self, tap: &Tap, queues: u32) -> Option<String> {
+        let (class, more) = match self {
+            Self::Driver | Self::Program => ("venet", ""),
+            // As venet, it has an interrupt of its own for each queue.
+            Self::VfioUser => ("virtio-net", "msix = true"),
+            Self::VhostUser => ("virtio-net", "transport = \"vhost-user\""),
+            Self::VirtioNet => return None,
+        };
+        let tap = &tap.name;
+        let common = format!("backend = \"tap\"\ntap = \"{tap}\"\nqueue-pairs = {queues}");
+        Some(device(self.name(), class, &format!("{common}\n{more}")))
+    }
+
+    /// Whether QEMU reaches its function over vfio-user.
+    fn is_vfio_user(self) -> bool {
+        !matches!(self, Self::VhostUser | Self::VirtioNet)
     }
 }
 
@@ -68,8 +97,8 @@ pub struct Spec<'a> {
     pub processor: Processor,
     /// What it boots, with the module; without it the driver does not take part.
     pub system: Option<&'a System>,
-    /// The unit that translates the devices' addresses. The guest program cannot work with one, so
-    /// it does not take part.
+    /// The unit that translates the devices' addresses. The guest program and vhost-user cannot
+    /// work with one, so they do not take part.
     pub iommu: Option<Iommu>,
 }
 
@@ -77,8 +106,8 @@ impl Spec<'_> {
     fn contenders(&self) -> Vec<Contender> {
         let takes_part = |contender: &Contender| match contender {
             Contender::Driver => self.system.is_some(),
-            Contender::Program => self.iommu.is_none(),
-            Contender::VirtioNet => true,
+            Contender::Program | Contender::VhostUser => self.iommu.is_none(),
+            Contender::VfioUser | Contender::VirtioNet => true,
         };
         Contender::ALL.into_iter().filter(takes_part).collect()
     }
@@ -121,27 +150,26 @@ impl Rig {
         let contenders = spec.contenders();
         let taps: Vec<Tap> = (1..).map(Tap::new).take(contenders.len()).collect();
         let queues = spec.queues;
-        let mut config = String::new();
-        for (contender, tap) in contenders.iter().zip(&taps).filter(|(one, _)| one.is_vbus()) {
-            config += &device(
-                contender.name(),
-                "venet",
-                &format!("backend = \"tap\"\ntap = \"{}\"\nqueue-pairs = {queues}", tap.name),
-            );
-        }
+        let devices = contenders.iter().zip(&taps);
+        let config: String =
+            devices.filter_map(|(contender, tap)| contender.device(tap, queues)).collect();
         let bus = tap::bus(scene, &config)?;
         let mut machine = VmSpec::new("bench");
         machine.cpus = queues;
         machine.processor = spec.processor;
         machine.system = spec.system.cloned();
         machine.iommu = spec.iommu;
-        // The devices of vbus come first: they are in the first ports.
+        // The devices of vfio-user come first: they are in the first ports.
         let (ours, theirs): (Vec<_>, Vec<_>) =
-            contenders.into_iter().zip(taps).partition(|(contender, _)| contender.is_vbus());
+            contenders.into_iter().zip(taps).partition(|(contender, _)| contender.is_vfio_user());
         for (contender, _) in &ours {
             machine = machine.device(bus.socket(contender.name()));
         }
-        for (slot, (_, tap)) in (ours.len()..).zip(&theirs) {
+        for (slot, (contender, tap)) in (ours.len()..).zip(&theirs) {
+            if *contender == Contender::VhostUser {
+                machine.args.extend(bus.vhost_user(contender.name(), slot, "")?);
+                continue;
+            }
             let iommu = if spec.iommu.is_some() { ",iommu_platform=on" } else { "" };
             machine.args.extend(tap.virtio_net(queues, &format!(",bus=slot{slot}{iommu}")));
         }
@@ -187,7 +215,7 @@ impl Nic {
                 let driver = nic::driver(guest, contender.name(), name, &options)?;
                 (name.to_owned(), Some(driver))
             }
-            Contender::VirtioNet => {
+            Contender::VfioUser | Contender::VhostUser | Contender::VirtioNet => {
                 let name = guest.ok(&format!("ls {function}/virtio*/net"))?.trim().to_owned();
                 if queues > 1 {
                     guest.ok(&format!("ethtool -L {name} combined {queues}"))?;

@@ -79,22 +79,28 @@ impl Rounds {
         Spread::of(found.map(value).collect())
     }
 
-    /// The spread of the ratios to virtio-net, each of two measurements of one round: above 1, the
-    /// contender is ahead.
-    pub fn against_virtio(&self, traffic: Traffic, contender: Contender) -> Option<Spread> {
+    /// The spread of the ratios of two contenders, each of two measurements of one round: above 1,
+    /// `ours` is ahead.
+    pub fn ratio(&self, traffic: Traffic, ours: Contender, theirs: Contender) -> Option<Spread> {
         let ratio = |round: &BTreeMap<_, Measured>| {
-            let ours = round.get(&(traffic, contender))?.figure;
-            Some(traffic.ratio(ours, round.get(&(traffic, Contender::VirtioNet))?.figure))
+            let ours = round.get(&(traffic, ours))?.figure;
+            Some(traffic.ratio(ours, round.get(&(traffic, theirs))?.figure))
         };
         Spread::of(self.rounds.iter().filter_map(ratio).collect())
     }
 
-    /// The interrupts for each packet of these kinds of traffic together, as a ratio to
-    /// virtio-net's: below 1, the contender has fewer.
-    pub fn interrupts_against_virtio(
+    /// The same to virtio-net of QEMU.
+    pub fn against_virtio(&self, traffic: Traffic, contender: Contender) -> Option<Spread> {
+        self.ratio(traffic, contender, Contender::VirtioNet)
+    }
+
+    /// The interrupts for each packet of these kinds of traffic together, as the ratio of two
+    /// contenders: below 1, `ours` has fewer.
+    pub fn interrupts_ratio(
         &self,
         kinds: &[Traffic],
-        contender: Contender,
+        ours: Contender,
+        theirs: Contender,
     ) -> Option<f64> {
         let sum = |contender: Contender| -> Option<f64> {
             let medians = kinds.iter().map(|traffic| {
@@ -102,7 +108,7 @@ impl Rounds {
             });
             medians.sum()
         };
-        Some(sum(contender)? / sum(Contender::VirtioNet)?)
+        Some(sum(ours)? / sum(theirs)?)
     }
 
     /// All of it, by traffic and contender.
@@ -202,8 +208,10 @@ mod tests {
         let ratio = rounds.against_virtio(Traffic::TcpOut, Contender::Program).unwrap();
         assert_eq!(ratio, Spread { median: 0.5, low: 0.5, high: 0.5 });
         let kinds = [Traffic::TcpOut];
-        assert_eq!(rounds.interrupts_against_virtio(&kinds, Contender::Program), Some(0.5));
-        assert_eq!(rounds.interrupts_against_virtio(&[Traffic::TcpIn], Contender::Program), None);
+        let interrupts =
+            |kinds| rounds.interrupts_ratio(kinds, Contender::Program, Contender::VirtioNet);
+        assert_eq!(interrupts(&kinds), Some(0.5));
+        assert_eq!(interrupts(&[Traffic::TcpIn]), None);
         assert!(rounds.table().contains("tcp_out"));
         assert_eq!(rounds.json()["tcp_out"]["program"]["against_virtio"]["median"], 0.5);
     }

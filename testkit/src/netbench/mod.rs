@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Compares NICs in one guest and one run: vbus's by the kernel module and by the guest program,
-//! and QEMU's virtio-net on TAP.
+//! Compares NICs in one guest and one run, all on TAP: vbus's by the kernel module and by the guest
+//! program, the class `virtio-net` over vfio-user and over vhost-user, and QEMU's virtio-net.
 //!
 //! The contenders take turns, and each round begins with another one. A ratio is that of two
 //! figures of one round. So other work of the machine slows both.
@@ -23,6 +23,7 @@ use crate::lab::{Lab, Scene};
 use crate::linux;
 use crate::report::Skip;
 use crate::tap::Server;
+use crate::testpmd;
 use crate::vm::{Iommu, Processor};
 use chart::Bar;
 use contender::{Contender, Rig};
@@ -33,6 +34,9 @@ use traffic::{Traffic, measure};
 
 /// The streams that an IOMMU may slow down.
 const TCP: [Traffic; 2] = [Traffic::TcpOut, Traffic::TcpIn];
+
+/// The kinds of traffic of which interrupts are compared.
+const COSTLY: [Traffic; 4] = [Traffic::TcpOut, Traffic::TcpIn, Traffic::Udp64Out, Traffic::Udp64In];
 
 /// What to measure.
 #[derive(Clone)]
@@ -49,6 +53,8 @@ pub struct Spec {
     pub exits: bool,
     /// Whether to measure also behind an IOMMU.
     pub iommu: bool,
+    /// Whether to let DPDK's testpmd send frames over vhost-user.
+    pub testpmd: bool,
 }
 
 /// What was measured.
@@ -60,8 +66,10 @@ pub struct Report {
 
 impl Report {
     /// Everything as one JSON object. Keys that begin with `net_` and end in `_vs_virtio` are
-    /// ratios to virtio-net: of figures, above 1 means that vbus is ahead; of costs per packet,
-    /// below 1 does.
+    /// ratios to QEMU's virtio-net: of figures, above 1 means that vbus is ahead; of costs per
+    /// packet, below 1 does. `abi_vs_abi` has such ratios of venet by the kernel module to the
+    /// class `virtio-net` over vfio-user. Keys that end in `_vs_vhost_net` are ratios of
+    /// `vhost = true` to QEMU's vhost-net, and those of testpmd ratios to DPDK's back end.
     pub fn json(self) -> Value {
         self.figures.into()
     }
@@ -84,7 +92,7 @@ impl Report {
 /// if this machine has no TAP.
 pub fn run(lab: &Lab, spec: &Spec) -> Result<Report> {
     let mut report = Report { figures: Map::new(), text: String::new(), charts: Vec::new() };
-    let mut details = Map::new();
+    let (mut details, mut abi) = (Map::new(), Map::new());
     let home = lab.scene("net-system")?;
     let system = match linux::chosen_system(&home) {
         Ok(system) => Some(system),
@@ -108,6 +116,7 @@ pub fn run(lab: &Lab, spec: &Spec) -> Result<Report> {
         let rounds = logged(compare(&scene, spec, &rig, &Traffic::ALL), || scene.save_logs())?;
         if at == 0 {
             headlines(&rounds, &mut report.figures);
+            abi_vs_abi(&rounds, &mut abi);
         }
         report.text += &format!("{queues} queue pairs, {queues} CPUs\n{}\n", rounds.table());
         details.insert(format!("queues_{queues}"), rounds.json());
@@ -133,10 +142,14 @@ pub fn run(lab: &Lab, spec: &Spec) -> Result<Report> {
         let counts = logged(count_instructions(&scene, &rig, spec.rounds), || scene.save_logs())?;
         details.insert("instructions_per_packet".into(), counts.json());
         report.text += &counts.table();
-        for ours in [Contender::Driver, Contender::Program] {
-            if let Some(ratio) = counts.against_virtio(ours) {
-                report.figures.insert(ratio_key(ours, "insn_per_packet"), round(ratio).into());
-            }
+        for ours in Contender::OURS {
+            let ratio = counts.ratio(&instructions::KINDS, ours, Contender::VirtioNet);
+            enter(&mut report.figures, ratio_key(ours, "insn_per_packet"), ratio);
+        }
+        let ratio = |kinds: &[Traffic]| counts.ratio(kinds, Contender::Driver, Contender::VfioUser);
+        enter(&mut abi, "insn_per_packet".into(), ratio(&instructions::KINDS));
+        for kind in instructions::KINDS {
+            enter(&mut abi, format!("insn_per_packet_{}", kind.name()), ratio(&[kind]));
         }
     }
     if spec.exits {
@@ -148,7 +161,31 @@ pub fn run(lab: &Lab, spec: &Spec) -> Result<Report> {
         for (contender, ratio) in costs.against_virtio() {
             report.figures.insert(ratio_key(contender, "exits_per_packet"), round(ratio).into());
         }
+        for (what, ratio) in costs.abi_vs_abi() {
+            enter(&mut abi, what.into(), ratio);
+        }
+        for (what, ratio) in costs.vhost_vs_vhost() {
+            enter(&mut report.figures, format!("net_vhost_{what}_vs_vhost_net"), ratio);
+        }
     }
+    if spec.testpmd {
+        match testpmd::bench(lab, spec.seconds, spec.rounds) {
+            Ok(Value::Object(figures)) => report.figures.extend(figures),
+            Ok(_) => {}
+            Err(error) if error.is::<Skip>() => {
+                eprintln!("testpmd does not take part: {error:#}");
+                details.insert("testpmd_skipped".into(), format!("{error:#}").into());
+            }
+            Err(error) => return Err(error.context("testpmd")),
+        }
+    }
+    if !abi.is_empty() {
+        report.text += "venet by the driver over virtio-net over vfio-user, both of the bus\n";
+        for (what, ratio) in &abi {
+            report.text += &format!("{what:30} {ratio:>10}\n");
+        }
+    }
+    report.figures.insert("abi_vs_abi".into(), abi.into());
     let bars = costs(&report.figures);
     if !bars.is_empty() {
         let title = "What a packet costs, against virtio-net";
@@ -180,17 +217,17 @@ fn ratio_key(contender: Contender, what: &str) -> String {
     key(contender, &format!("{what}_vs_virtio"))
 }
 
+/// Enters a ratio, if there is one.
+fn enter(figures: &mut Map<String, Value>, key: String, ratio: Option<f64>) {
+    if let Some(ratio) = ratio {
+        figures.insert(key, round(ratio).into());
+    }
+}
+
 /// The ratios that stand for all others.
 fn headlines(rounds: &Rounds, figures: &mut Map<String, Value>) {
-    for contender in Contender::ALL {
-        if contender == Contender::VirtioNet {
-            continue;
-        }
-        let mut enter = |what: &str, ratio: Option<f64>| {
-            if let Some(ratio) = ratio {
-                figures.insert(ratio_key(contender, what), round(ratio).into());
-            }
-        };
+    for contender in Contender::OURS {
+        let mut enter = |what: &str, ratio| enter(figures, ratio_key(contender, what), ratio);
         let ratio = |traffic| Some(rounds.against_virtio(traffic, contender)?.median);
         for traffic in Traffic::ALL {
             enter(traffic.name(), ratio(traffic));
@@ -202,16 +239,31 @@ fn headlines(rounds: &Rounds, figures: &mut Map<String, Value>) {
         ] {
             enter(name, ratio(out).zip(ratio(back)).map(|(out, back)| out.min(back)));
         }
-        let all = [Traffic::TcpOut, Traffic::TcpIn, Traffic::Udp64Out, Traffic::Udp64In];
-        enter("irqs_per_packet", rounds.interrupts_against_virtio(&all, contender));
+        let ratio = rounds.interrupts_ratio(&COSTLY, contender, Contender::VirtioNet);
+        enter("irqs_per_packet", ratio);
     }
+}
+
+/// The ratios of venet to virtio on the same bus, back end and guest.
+fn abi_vs_abi(rounds: &Rounds, figures: &mut Map<String, Value>) {
+    let (venet, virtio) = (Contender::Driver, Contender::VfioUser);
+    for traffic in Traffic::ALL {
+        let ratio = rounds.ratio(traffic, venet, virtio).map(|spread| spread.median);
+        enter(figures, traffic.name().into(), ratio);
+    }
+    for traffic in COSTLY {
+        let ratio = rounds.interrupts_ratio(&[traffic], venet, virtio);
+        enter(figures, format!("irqs_per_packet_{}", traffic.name()), ratio);
+    }
+    let ratio = rounds.interrupts_ratio(&COSTLY, venet, virtio);
+    enter(figures, "irqs_per_packet".into(), ratio);
 }
 
 /// The bars of what a packet costs.
 fn costs(figures: &Map<String, Value>) -> Vec<Bar> {
     let mut bars = Vec::new();
     for (what, name) in [("insn", "instructions"), ("irqs", "interrupts"), ("exits", "exits")] {
-        for contender in [Contender::Driver, Contender::Program] {
+        for contender in Contender::OURS {
             let ratio = figures.get(&ratio_key(contender, &format!("{what}_per_packet")));
             if let Some(median) = ratio.and_then(Value::as_f64) {
                 bars.push(Bar {
@@ -284,12 +336,12 @@ impl Counts {
         Some(Spread::of(self.0.get(&(traffic, contender))?.clone())?.median)
     }
 
-    /// The ratio to virtio-net of all kinds of traffic together.
-    fn against_virtio(&self, contender: Contender) -> Option<f64> {
+    /// The ratio of two contenders, of these kinds of traffic together.
+    fn ratio(&self, kinds: &[Traffic], ours: Contender, theirs: Contender) -> Option<f64> {
         let sum = |contender| -> Option<f64> {
-            instructions::KINDS.iter().map(|traffic| self.median(*traffic, contender)).sum()
+            kinds.iter().map(|traffic| self.median(*traffic, contender)).sum()
         };
-        Some(sum(contender)? / sum(Contender::VirtioNet)?)
+        Some(sum(ours)? / sum(theirs)?)
     }
 
     fn json(&self) -> Value {

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::vhost_user::options;
 use super::virtio::interface;
 use crate::bus::{Bus, device};
 use crate::lab::Scene;
@@ -42,7 +41,7 @@ pub fn moves(scene: &Scene) -> Result<()> {
     };
     let bus = Bus::start(scene, &CARDS.map(card).concat())?;
     let mut peer = VmSpec::new("peer");
-    peer.args.extend(options(&bus, "peer", 0, "")?);
+    peer.args.extend(bus.vhost_user("peer", 0, "")?);
     let peer = peer.boot(scene)?;
     let name = interface(&peer.guest, 0)?;
     nic::set_up(&peer.guest, &name, &format!("{PEER}/24"))?;
@@ -57,7 +56,7 @@ pub fn moves(scene: &Scene) -> Result<()> {
 fn one_move(scene: &Scene, bus: &Bus, peer: &Vm, (rings, option): (&str, &str)) -> Result<()> {
     let machine = |side: &str, more: &[&str]| -> Result<Vm> {
         let mut machine = VmSpec::new(&format!("{side}-{rings}")).args(more);
-        machine.args.extend(options(bus, side, 0, option)?);
+        machine.args.extend(bus.vhost_user(side, 0, option)?);
         machine.start(scene)
     };
     let mut from = machine("from", &[])?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The class `virtio-net` as the back end of QEMU's `-netdev vhost-user`.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::virtio::interface;
 use crate::bus::{Bus, device};
@@ -45,7 +45,7 @@ pub fn net(scene: &Scene) -> Result<()> {
         let mut machine = VmSpec::new(name);
         for (slot, &card) in cards.iter().enumerate() {
             let packed = if slot == 1 { ",packed=on" } else { "" };
-            machine.args.extend(options(&bus, CARDS[card].0, slot, packed)?);
+            machine.args.extend(bus.vhost_user(CARDS[card].0, slot, packed)?);
         }
         machine.cpus = 2;
         machine.start(scene)
@@ -99,19 +99,6 @@ pub fn net(scene: &Scene) -> Result<()> {
     b.power_off()?;
     ensure!(bus.client().devices()?.iter().all(|device| !device.connected), "a front end is left");
     Ok(())
-}
-
-/// QEMU's options for the device `name`, as the bus prints them, behind root port `slot`. `more`
-/// goes with those of the function.
-pub fn options(bus: &Bus, name: &str, slot: usize, more: &str) -> Result<Vec<String>> {
-    let printed = bus.run(&["qemu-args", name, "--spare-ports", "0", "--json"])?;
-    let words: Vec<String> = serde_json::from_str(&printed)?;
-    let from = words.iter().position(|word| word == "-chardev").context("no -chardev")?;
-    let mut words = words[from..].to_vec();
-    let function = words.last_mut().context("no option")?;
-    *function = function.replace("bus=vbus-port0", &format!("bus=slot{slot}"));
-    *function += more;
-    Ok(words)
 }
 
 /// Lets the driver of card `at` begin anew.
