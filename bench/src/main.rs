@@ -26,13 +26,13 @@ usage: vbus-bench [--json] [--quick] [--realtime] [--only GROUP] [--out DIRECTOR
   --json           close with one line of JSON
   --quick          fewer processes and rounds
   --realtime       measure with real-time priority (chrt), for a machine with other work
-  --only GROUP     rings, pages, signals, lines, sizes, readers or devices
+  --only GROUP     rings, pages, signals, lines, sizes, readers, devices or engine
   --out DIRECTORY  where the charts go";
 
 /// A group of measures.
 type Group = (&'static str, fn(&mut Samples));
 
-const GROUPS: [Group; 7] = [
+const GROUPS: [Group; 8] = [
     ("rings", rings::sample),
     ("pages", pages::sample),
     ("signals", signals::sample),
@@ -40,6 +40,7 @@ const GROUPS: [Group; 7] = [
     ("sizes", pages::by_size),
     ("readers", pages::by_readers),
     ("devices", rings::by_devices),
+    ("engine", rings::by_engine),
 ];
 
 fn main() -> ExitCode {

@@ -222,6 +222,42 @@ pub fn sample(samples: &mut Samples) {
     });
 }
 
+/// The device ends of a split queue with one driver's end: `virtio-queue`, `vbus-virtio`, and what
+/// is left of the latter if the view is taken, and the areas are looked up, once for ever.
+const ENGINES: [(&str, Run); 4] = [
+    ("virtio_queue", |batch, window, total, wait| run(crates::pair(), batch, window, total, wait)),
+    ("vbus_virtio", |batch, window, total, wait| {
+        run(crates::pair_with_engine(), batch, window, total, wait)
+    }),
+    ("view_kept", |batch, window, total, wait| {
+        run(crates::pair_with_view(), batch, window, total, wait)
+    }),
+    ("view_and_areas_kept", |batch, window, total, wait| {
+        run(crates::pair_in_turn(), batch, window, total, wait)
+    }),
+];
+
+/// What a poll of a virtqueue's device end costs, and which part of it: "engine/b1/NAME" and the
+/// like, in nanoseconds for an entry; "engine/alone/NAME", for a poll that finds nothing.
+pub fn by_engine(samples: &mut Samples) {
+    for batch in BATCHES {
+        samples.rounds(|round| {
+            let mut figures = ENGINES;
+            figures.rotate_left(round.number() % ENGINES.len());
+            let _ = best(|wait| figures[0].1(batch, ENTRIES, 1 << 17, wait));
+            for (name, run) in figures {
+                let figure = best(|wait| run(batch, ENTRIES, 1 << 17, wait));
+                round.add(format!("engine/b{batch}/{name}"), figure);
+            }
+        });
+    }
+    samples.rounds(|round| {
+        for (name, figure) in crates::poll_costs() {
+            round.add(format!("engine/alone/{name}"), figure);
+        }
+    });
+}
+
 /// What is the best of some contenders.
 const BEST: [(&str, &[&str]); 9] = [
     ("floor", &["slots_two_arrays", "slots_in_place"]),

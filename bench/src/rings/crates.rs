@@ -4,9 +4,10 @@
 //! since its queues are private.
 
 use std::cell::Cell;
+use std::hint::black_box;
 use std::ptr::NonNull;
 
-use vbus_core::{Access, MemoryContext};
+use vbus_core::{Access, MemoryContext, View};
 use vbus_virtio::queue;
 use virtio_drivers::device::net::VirtIONetRaw;
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
@@ -16,6 +17,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMma
 use zerocopy::FromBytes;
 
 use super::{Device, Driver, ENTRIES};
+use crate::duel::time;
 use crate::region::Region;
 
 const MEMORY: usize = 64 * PAGE_SIZE;
@@ -169,6 +171,50 @@ pub fn pair_with_engine() -> (Near, Engine) {
     (near, Engine { queue, memory, chain: queue::Chain::new() })
 }
 
+/// The same, whose device keeps its view of the driver's memory for all its polls. No device may do
+/// so, because nothing could be unmapped meanwhile.
+pub struct EngineWithView {
+    queue: queue::Queue,
+    view: View<'static>,
+    chain: queue::Chain,
+}
+
+/// The same, whose device keeps the view and where the queue's three areas are.
+pub struct EngineInTurn {
+    turn: queue::Turn<'static>,
+    chain: queue::Chain,
+}
+
+/// An engine whose memory is mapped for ever.
+fn leaked() -> (Near, queue::Queue, View<'static>) {
+    let (near, Engine { queue, memory, .. }) = pair_with_engine();
+    (near, queue, Box::leak(Box::new(memory)).view())
+}
+
+pub fn pair_with_view() -> (Near, EngineWithView) {
+    let (near, queue, view) = leaked();
+    (near, EngineWithView { queue, view, chain: queue::Chain::new() })
+}
+
+pub fn pair_in_turn() -> (Near, EngineInTurn) {
+    let (near, queue, view) = leaked();
+    let (queue, view) = (Box::leak(Box::new(queue)), Box::leak(Box::new(view)));
+    let turn = queue.turn(view).expect("the memory is there");
+    (near, EngineInTurn { turn, chain: queue::Chain::new() })
+}
+
+/// What a poll of the device begins with, in nanoseconds: a view, and a view with a turn of a queue
+/// that has nothing. One thread is on its own.
+pub fn poll_costs() -> [(&'static str, f64); 2] {
+    let (_near, Engine { mut queue, memory, .. }) = pair_with_engine();
+    let view = time(1 << 16, || drop(black_box(memory.view())));
+    let turn = time(1 << 16, || {
+        let view = memory.view();
+        black_box(queue.turn(&view).is_ok());
+    });
+    [("view", view), ("view_and_turn", turn)]
+}
+
 impl Driver for Near {
     #[inline]
     fn submit(&mut self, n: usize) -> u64 {
@@ -212,7 +258,7 @@ impl Device for Far {
             n += 1;
         }
         if n != 0 {
-            std::hint::black_box(self.queue.needs_notification(self.memory).expect("readable"));
+            black_box(self.queue.needs_notification(self.memory).expect("readable"));
         }
         n
     }
@@ -224,16 +270,36 @@ impl Device for Engine {
         let Engine { queue, memory, chain } = self;
         // As a device does it for each of its polls.
         let view = memory.view();
-        let mut turn = queue.turn(&view).expect("the memory is there");
-        let mut n = 0;
-        while n < max && turn.next(chain).expect("the driver keeps the rules") {
-            let addr = chain.readable()[0].addr;
-            turn.complete(chain, addr as u32);
-            n += 1;
-        }
-        if n != 0 {
-            std::hint::black_box(turn.flush().is_wanted());
-        }
-        n
+        poll(&mut queue.turn(&view).expect("the memory is there"), chain, max)
     }
+}
+
+impl Device for EngineWithView {
+    #[inline]
+    fn serve(&mut self, max: usize) -> usize {
+        let Self { queue, view, chain } = self;
+        poll(&mut queue.turn(view).expect("the memory is there"), chain, max)
+    }
+}
+
+impl Device for EngineInTurn {
+    #[inline]
+    fn serve(&mut self, max: usize) -> usize {
+        poll(&mut self.turn, &mut self.chain, max)
+    }
+}
+
+/// Returns up to `max` chains.
+#[inline(always)]
+fn poll(turn: &mut queue::Turn<'_>, chain: &mut queue::Chain, max: usize) -> usize {
+    let mut n = 0;
+    while n < max && turn.next(chain).expect("the driver keeps the rules") {
+        let addr = chain.readable()[0].addr;
+        turn.complete(chain, addr as u32);
+        n += 1;
+    }
+    if n != 0 {
+        black_box(turn.flush().is_wanted());
+    }
+    n
 }

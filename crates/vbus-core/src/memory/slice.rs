@@ -30,6 +30,7 @@ unsafe impl Send for DriverSlice<'_> {}
 impl<'a> DriverSlice<'a> {
     /// The `len` bytes at `addr`. All of them must be mapped, for writing if `write`, else for
     /// reading.
+    #[inline]
     pub(super) fn new(
         table: &'a Table,
         addr: u64,

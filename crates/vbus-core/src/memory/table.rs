@@ -75,6 +75,12 @@ pub(super) struct Run<'t> {
     pub(super) len: usize,
 }
 
+/// A number of bytes of this process's memory.
+#[inline]
+fn bytes(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(usize::MAX)
+}
+
 impl Table {
     /// Number of maps.
     pub(super) fn len(&self) -> usize {
@@ -101,6 +107,7 @@ impl Table {
     }
 
     /// The index of the chunk in which a map that contains `addr` would be.
+    #[inline]
     fn chunk(&self, addr: u64) -> usize {
         self.chunks.partition_point(|(start, _)| *start <= addr).saturating_sub(1)
     }
@@ -119,35 +126,49 @@ impl Table {
         self.from(0)
     }
 
+    /// The map that contains `addr`.
+    #[inline]
+    fn find(&self, addr: u64) -> Option<&Map> {
+        let (_, maps) = self.chunks.get(self.chunk(addr))?;
+        let map = maps.get(maps.partition_point(|map| map.end() <= addr))?;
+        (map.start <= addr).then_some(map)
+    }
+
     /// The first run of `addr..addr + len`. It goes on into the next maps as long as they follow in
     /// this process too.
+    #[inline]
     pub(super) fn run(&self, addr: u64, len: usize, access: Access) -> Result<Run<'_>, ErrorCode> {
-        let mut maps = self.from(addr);
-        let map = maps.next().filter(|map| map.start <= addr).ok_or(ErrorCode::BAD_ADDRESS)?;
-        let allowed =
-            |map: &Map| map.place.as_ref().is_some_and(|place| place.access.allows(access));
-        let Some(place) = map.place.as_ref().filter(|_| allowed(map)) else {
-            return Err(ErrorCode::BAD_ADDRESS);
-        };
+        let map = self.find(addr).ok_or(ErrorCode::BAD_ADDRESS)?;
+        let place = map.place.as_ref().filter(|place| place.access.allows(access));
+        let place = place.ok_or(ErrorCode::BAD_ADDRESS)?;
         let inside = addr - map.start;
-        let bytes = |len: u64| usize::try_from(len).unwrap_or(usize::MAX);
         // SAFETY: `inside` is within the map, and so within its part of the file.
         let base = unsafe { place.base.add(bytes(inside)) };
-        let (mut end, mut run) = (map.end(), bytes(map.len - inside));
-        while run < len {
-            let follows = |next: &&Map| {
-                next.start == end
-                    && allowed(next)
-                    && next.place.as_ref().is_some_and(|next| {
-                        Arc::ptr_eq(&next.file, &place.file)
-                            && next.offset == place.offset + (end - map.start)
-                            && next.base.as_ptr() as usize == base.as_ptr() as usize + run
-                    })
-            };
-            let Some(next) = maps.next().filter(follows) else { break };
-            (end, run) = (next.end(), run.saturating_add(bytes(next.len)));
+        let run = Run { place, base, offset: place.offset + inside, len: bytes(map.len - inside) };
+        if run.len < len {
+            return Ok(self.run_on(map, run, len, access));
         }
-        Ok(Run { place, base, offset: place.offset + inside, len: run.min(len) })
+        Ok(Run { len, ..run })
+    }
+
+    /// The run, which begins in `map`, with what follows of the next maps, up to `len` bytes.
+    #[cold]
+    fn run_on<'t>(&'t self, map: &Map, run: Run<'t>, len: usize, access: Access) -> Run<'t> {
+        let Run { place, base, .. } = run;
+        let (mut end, mut found) = (map.end(), run.len);
+        for next in self.from(end) {
+            let follows = |at: &Place| {
+                at.access.allows(access)
+                    && Arc::ptr_eq(&at.file, &place.file)
+                    && at.offset == run.offset + found as u64
+                    && at.base.as_ptr() as usize == base.as_ptr() as usize + found
+            };
+            if found >= len || next.start != end || !next.place.as_ref().is_some_and(follows) {
+                break;
+            }
+            (end, found) = (next.end(), found.saturating_add(bytes(next.len)));
+        }
+        Run { len: found.min(len), ..run }
     }
 
     /// Calls `each` with the runs of `addr..addr + len`, in order, until one call fails. The whole
