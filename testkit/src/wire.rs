@@ -101,6 +101,14 @@ impl Wire {
         }
         machine.system = Some(system.clone());
         let vm = change(machine).boot(scene)?;
+        Self::of(vm, bus)
+    }
+
+    /// The wire of a guest that has booted, whose NICs this bus serves.
+    ///
+    /// # Errors
+    /// The guest has no namespaces.
+    pub fn of(vm: Vm, bus: Bus) -> Result<Self> {
         let wire = Self { vm, bus };
         wire.add_namespace()?;
         Ok(wire)

@@ -71,6 +71,13 @@ pub const SCENARIOS: &[Scenario] = &[
         vm::virtio::net,
     ),
     in_guests(
+        "vm::virtio_6_1",
+        "Linux 6.1: virtio cards with most features and with few; unbind and reset under load",
+        vm::virtio_kernels::v6_1,
+    ),
+    in_guests("vm::virtio_6_12", "the same with Linux 6.12", vm::virtio_kernels::v6_12),
+    in_guests("vm::virtio_7", "the same with Linux 7", vm::virtio_kernels::v7),
+    in_guests(
         "vm::virtio_intel_iommu",
         "the same driver behind Intel's IOMMU: packed and split, mappings come and go under load",
         vm::virtio_iommu::intel,

@@ -23,3 +23,4 @@ pub(super) mod vhost_migrate;
 pub(super) mod vhost_user;
 pub(super) mod virtio;
 pub(super) mod virtio_iommu;
+pub(super) mod virtio_kernels;
