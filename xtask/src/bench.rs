@@ -13,11 +13,12 @@ use testkit::{netbench, pauses, trial, workspace};
 /// The text at the end of `--help`.
 const HELP: &str = "\
 `bench net` compares NICs in one guest, each on a TAP interface of this host: vbus's by the Linux
-driver and by the program vbus-guest; the bus's virtio-net over vfio-user and over vhost-user, by the
-kernel's own driver; QEMU's virtio-net. TCP out, in and both ways; datagrams of 64 and 1,472 bytes;
-pings; interrupts, guest instructions and exits per packet. The guests whose exits are counted also
-have virtio-net with `vhost = true`, and QEMU's with vhost-net. Then DPDK's testpmd sends frames, as
-in `bench testpmd`. It needs root. Charts go to target/bench. The last line is one JSON object:
+driver and by the program vbus-guest; the bus's virtio-net over vfio-user and over vhost-user, by
+the kernel's own driver; QEMU's virtio-net. TCP out, in and both ways; datagrams of 64 and 1,472
+bytes; pings; interrupts, guest instructions and exits per packet. The guests whose exits are
+counted also have virtio-net with `vhost = true`, and QEMU's with vhost-net. Then DPDK's testpmd
+sends frames, as in `bench testpmd`. It needs root. Charts go to target/bench. The last line is one
+JSON object:
   net_TRAFFIC_vs_virtio            vbus by the driver over QEMU's virtio-net: above 1, vbus is ahead
   net_program_..., net_vfio_user_..., net_vhost_user_...
                                    the same of vbus-guest, and of virtio-net over the two transports
@@ -25,7 +26,7 @@ in `bench testpmd`. It needs root. Charts go to target/bench. The last line is o
                                    what a packet costs: below 1, vbus needs less
   net_..._iommu_loss               the part of TCP's rate that is lost behind intel-iommu
   abi_vs_abi                       venet by the driver over virtio-net over vfio-user, both of the
-                                   bus: the same traffic and costs
+                                   bus: the same traffic and costs, and the doorbells
   net_vhost_{tcp,exits_per_packet}_vs_vhost_net
                                    `vhost = true` over QEMU's vhost-net
   testpmd_{split,packed}_...       those of `bench testpmd`
@@ -66,7 +67,8 @@ pub struct Args {
     /// `tap`): needs root, and chrt
     #[arg(long)]
     realtime: bool,
-    /// Measure this group only: rings, pages, signals, lines, sizes, readers or devices
+    /// Measure this group only: rings, pages, signals, lines, sizes, readers, devices or
+    /// engine
     #[arg(long, value_name = "GROUP")]
     only: Option<String>,
     /// The rounds, in each of which everything is measured once [default: 5, with --quick 1]

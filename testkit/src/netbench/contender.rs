@@ -136,7 +136,6 @@ pub struct Rig {
     /// The guest.
     pub vm: Vm,
     /// The bus that serves the contenders of vbus.
-    #[expect(dead_code, reason = "it lives as long as the guest")]
     bus: Bus,
 }
 
@@ -183,6 +182,20 @@ impl Rig {
             nics.push(Nic::up(scene, &vm.guest, contender, tap, slot, queues)?);
         }
         Ok(Self { nics, vm, bus })
+    }
+}
+
+impl Rig {
+    /// How many doorbells the NIC's driver has rung so far, or kicks over vhost-user; none if the
+    /// NIC is not the bus's.
+    ///
+    /// # Errors
+    /// The bus does not tell.
+    pub fn doorbells(&self, nic: &Nic) -> Result<Option<u64>> {
+        if nic.contender == Contender::VirtioNet {
+            return Ok(None);
+        }
+        Ok(Some(self.bus.traffic(&[nic.contender.name()])?.doorbells))
     }
 }
 

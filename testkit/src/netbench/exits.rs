@@ -154,7 +154,9 @@ fn vhost_user(bus: &L1Bus) -> Result<String> {
     let printed = bus.run("qemu-args net --spare-ports 0 --json")?;
     let words: Vec<String> = serde_json::from_str(&printed)?;
     let from = words.iter().position(|word| word == "-chardev").context("no -chardev")?;
-    let words = words[from..].iter().map(|word| word.replace("bus=vbus-port0", "bus=pcie.0"));
+    // L1 has no boot ROMs.
+    let words =
+        words[from..].iter().map(|word| word.replace("bus=vbus-port0", "bus=pcie.0,romfile="));
     Ok(words.map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" "))
 }
 

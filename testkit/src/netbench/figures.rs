@@ -49,6 +49,9 @@ pub fn round(value: f64) -> f64 {
     (value * factor).round() / factor
 }
 
+/// What one figure of a measurement is, if it has it.
+pub type Pick = fn(&Measured) -> Option<f64>;
+
 /// The measurements of one guest, round by round.
 #[derive(Default)]
 pub struct Rounds {
@@ -69,14 +72,9 @@ impl Rounds {
     }
 
     /// The spread of what `value` says of one contender's measurements.
-    pub fn spread(
-        &self,
-        traffic: Traffic,
-        contender: Contender,
-        value: fn(&Measured) -> f64,
-    ) -> Option<Spread> {
+    pub fn spread(&self, traffic: Traffic, contender: Contender, value: Pick) -> Option<Spread> {
         let found = self.rounds.iter().filter_map(|round| round.get(&(traffic, contender)));
-        Spread::of(found.map(value).collect())
+        Spread::of(found.filter_map(value).collect())
     }
 
     /// The spread of the ratios of two contenders, each of two measurements of one round: above 1,
@@ -94,21 +92,22 @@ impl Rounds {
         self.ratio(traffic, contender, Contender::VirtioNet)
     }
 
-    /// The interrupts for each packet of these kinds of traffic together, as the ratio of two
-    /// contenders: below 1, `ours` has fewer.
-    pub fn interrupts_ratio(
+    /// What `cost` says of a packet of these kinds of traffic together, as the ratio of two
+    /// contenders: below 1, `ours` needs less. None if `theirs` needs nothing.
+    pub fn cost_ratio(
         &self,
         kinds: &[Traffic],
         ours: Contender,
         theirs: Contender,
+        cost: Pick,
     ) -> Option<f64> {
         let sum = |contender: Contender| -> Option<f64> {
-            let medians = kinds.iter().map(|traffic| {
-                Some(self.spread(*traffic, contender, |m| m.interrupts_per_packet)?.median)
-            });
+            let medians =
+                kinds.iter().map(|traffic| Some(self.spread(*traffic, contender, cost)?.median));
             medians.sum()
         };
-        Some(sum(ours)? / sum(theirs)?)
+        let theirs = sum(theirs).filter(|theirs| *theirs > 0.0)?;
+        Some(sum(ours)? / theirs)
     }
 
     /// All of it, by traffic and contender.
@@ -117,13 +116,17 @@ impl Rounds {
         for traffic in Traffic::ALL {
             let mut row = Map::new();
             for contender in Contender::ALL {
-                let Some(figure) = self.spread(traffic, contender, |m| m.figure) else { continue };
-                let interrupts = self.spread(traffic, contender, |m| m.interrupts_per_packet);
+                let Some(figure) = self.spread(traffic, contender, |m| Some(m.figure)) else {
+                    continue;
+                };
+                let interrupts = self.spread(traffic, contender, |m| Some(m.interrupts_per_packet));
+                let doorbells = self.spread(traffic, contender, |m| m.doorbells_per_packet);
                 row.insert(
                     contender.name().into(),
                     json!({
                         "figure": figure.json(),
                         "interrupts_per_packet": interrupts.map(Spread::json),
+                        "doorbells_per_packet": doorbells.map(Spread::json),
                         "against_virtio": self.against_virtio(traffic, contender).map(Spread::json),
                     }),
                 );
@@ -152,18 +155,29 @@ impl Rounds {
     /// The lines of a table.
     pub fn table(&self) -> String {
         let mut text = format!(
-            "{:12} {:20} {:>12} {:>24} {:>10} {:>14}\n",
-            "traffic", "NIC", "median", "half of them between", "ratio", "irqs/packet"
+            "{:12} {:20} {:>12} {:>24} {:>10} {:>14} {:>17}\n",
+            "traffic",
+            "NIC",
+            "median",
+            "half of them between",
+            "ratio",
+            "irqs/packet",
+            "doorbells/packet"
         );
         for traffic in Traffic::ALL {
             for contender in Contender::ALL {
-                let Some(figure) = self.spread(traffic, contender, |m| m.figure) else { continue };
+                let Some(figure) = self.spread(traffic, contender, |m| Some(m.figure)) else {
+                    continue;
+                };
                 let ratio =
                     self.against_virtio(traffic, contender).map_or(1.0, |ratio| ratio.median);
-                let interrupts = self.spread(traffic, contender, |m| m.interrupts_per_packet);
+                let interrupts = self.spread(traffic, contender, |m| Some(m.interrupts_per_packet));
+                let doorbells = self.spread(traffic, contender, |m| m.doorbells_per_packet);
+                let doorbells =
+                    doorbells.map_or("-".into(), |spread| format!("{:.4}", spread.median));
                 let between = format!("{} .. {}", round(figure.low), round(figure.high));
                 text += &format!(
-                    "{:12} {:20} {:>12} {between:>24} {ratio:>10.2} {:>14.4}  {}\n",
+                    "{:12} {:20} {:>12} {between:>24} {ratio:>10.2} {:>14.4} {doorbells:>17}  {}\n",
                     traffic.name(),
                     contender.about(),
                     round(figure.median),
@@ -201,17 +215,23 @@ mod tests {
         for speed in [10.0, 1.0, 10.0] {
             rounds.begin();
             for (contender, figure) in [(Contender::Program, 2.0), (Contender::VirtioNet, 4.0)] {
-                let measured = Measured { figure: figure * speed, interrupts_per_packet: figure };
+                let measured = Measured {
+                    figure: figure * speed,
+                    interrupts_per_packet: figure,
+                    doorbells_per_packet: None,
+                };
                 rounds.enter(Traffic::TcpOut, contender, measured);
             }
         }
         let ratio = rounds.against_virtio(Traffic::TcpOut, Contender::Program).unwrap();
         assert_eq!(ratio, Spread { median: 0.5, low: 0.5, high: 0.5 });
         let kinds = [Traffic::TcpOut];
-        let interrupts =
-            |kinds| rounds.interrupts_ratio(kinds, Contender::Program, Contender::VirtioNet);
-        assert_eq!(interrupts(&kinds), Some(0.5));
-        assert_eq!(interrupts(&[Traffic::TcpIn]), None);
+        let ratio = |kinds: &[Traffic], cost| {
+            rounds.cost_ratio(kinds, Contender::Program, Contender::VirtioNet, cost)
+        };
+        assert_eq!(ratio(&kinds, |measured| Some(measured.interrupts_per_packet)), Some(0.5));
+        assert_eq!(ratio(&kinds, |measured| measured.doorbells_per_packet), None);
+        assert_eq!(ratio(&[Traffic::TcpIn], |measured| Some(measured.figure)), None);
         assert!(rounds.table().contains("tcp_out"));
         assert_eq!(rounds.json()["tcp_out"]["program"]["against_virtio"]["median"], 0.5);
     }

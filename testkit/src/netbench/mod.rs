@@ -28,9 +28,9 @@ use crate::vm::{Iommu, Processor};
 use chart::Bar;
 use contender::{Contender, Rig};
 use exits::Costs;
-use figures::Rounds;
+use figures::{Pick, Rounds};
 pub use figures::{Spread, round};
-use traffic::{Traffic, measure};
+use traffic::{Measured, Traffic, measure};
 
 /// The streams that an IOMMU may slow down.
 const TCP: [Traffic; 2] = [Traffic::TcpOut, Traffic::TcpIn];
@@ -239,7 +239,8 @@ fn headlines(rounds: &Rounds, figures: &mut Map<String, Value>) {
         ] {
             enter(name, ratio(out).zip(ratio(back)).map(|(out, back)| out.min(back)));
         }
-        let ratio = rounds.interrupts_ratio(&COSTLY, contender, Contender::VirtioNet);
+        let interrupts = |measured: &Measured| Some(measured.interrupts_per_packet);
+        let ratio = rounds.cost_ratio(&COSTLY, contender, Contender::VirtioNet, interrupts);
         enter("irqs_per_packet", ratio);
     }
 }
@@ -251,12 +252,18 @@ fn abi_vs_abi(rounds: &Rounds, figures: &mut Map<String, Value>) {
         let ratio = rounds.ratio(traffic, venet, virtio).map(|spread| spread.median);
         enter(figures, traffic.name().into(), ratio);
     }
-    for traffic in COSTLY {
-        let ratio = rounds.interrupts_ratio(&[traffic], venet, virtio);
-        enter(figures, format!("irqs_per_packet_{}", traffic.name()), ratio);
+    let costs: [(&str, Pick); 2] = [
+        ("irqs", |measured| Some(measured.interrupts_per_packet)),
+        ("doorbells", |measured| measured.doorbells_per_packet),
+    ];
+    for (what, cost) in costs {
+        let ratio = |kinds: &[Traffic]| rounds.cost_ratio(kinds, venet, virtio, cost);
+        enter(figures, format!("{what}_per_packet"), ratio(&COSTLY));
+        for traffic in COSTLY {
+            let key = format!("{what}_per_packet_{}", traffic.name());
+            enter(figures, key, ratio(&[traffic]));
+        }
     }
-    let ratio = rounds.interrupts_ratio(&COSTLY, venet, virtio);
-    enter(figures, "irqs_per_packet".into(), ratio);
 }
 
 /// The bars of what a packet costs.
@@ -283,7 +290,7 @@ fn losses(plain: &Rounds, behind: &Rounds) -> Vec<(Contender, f64)> {
     let loss = |contender: Contender| -> Option<f64> {
         let one = |traffic: &Traffic| -> Option<f64> {
             let rate = |rounds: &Rounds| {
-                Some(rounds.spread(*traffic, contender, |measured| measured.figure)?.median)
+                Some(rounds.spread(*traffic, contender, |measured| Some(measured.figure))?.median)
             };
             Some(1.0 - rate(behind)? / rate(plain)?)
         };
@@ -303,7 +310,7 @@ fn compare(scene: &Scene, spec: &Spec, rig: &contender::Spec, kinds: &[Traffic])
         for &traffic in kinds {
             let mut said = Vec::new();
             for nic in in_turn(&rig.nics, number) {
-                let measured = measure(&server, &rig.vm.guest, nic, traffic, spec.seconds, queues)?;
+                let measured = measure(&server, &rig, nic, traffic, spec.seconds, queues)?;
                 rounds.enter(traffic, nic.contender, measured);
                 said.push(format!("{} {}", nic.contender.about(), round(measured.figure)));
             }

@@ -3,8 +3,7 @@
 
 use anyhow::{Context, Result};
 
-use super::contender::Nic;
-use crate::guest::Guest;
+use super::contender::{Nic, Rig};
 use crate::nic;
 use crate::tap::Server;
 
@@ -132,6 +131,8 @@ pub struct Measured {
     pub figure: f64,
     /// The interrupts of the NIC for each packet, as [`Traffic::packets`] counts them.
     pub interrupts_per_packet: f64,
+    /// The doorbells that the driver has rung for each packet; none if the bus has no such device.
+    pub doorbells_per_packet: Option<f64>,
 }
 
 /// Measures one kind of traffic over one NIC, for some seconds.
@@ -140,13 +141,14 @@ pub struct Measured {
 /// iperf3 or ping fails.
 pub fn measure(
     server: &Server,
-    guest: &Guest,
+    rig: &Rig,
     nic: &Nic,
     traffic: Traffic,
     seconds: u32,
     streams: u32,
 ) -> Result<Measured> {
-    let before = (nic.interrupts(guest)?, nic.tap.passed()?);
+    let guest = &rig.vm.guest;
+    let before = (nic.interrupts(guest)?, nic.tap.passed()?, rig.doorbells(nic)?);
     let figure = if traffic == Traffic::Ping {
         nic::ping(guest, &nic.tap.host(), PINGS)?.median
     } else {
@@ -159,7 +161,13 @@ pub fn measure(
     let (interrupts, passed) = (nic.interrupts(guest)? - before.0, nic.tap.passed()?);
     let packets =
         traffic.packets(passed.frames - before.1.frames, passed.bytes - before.1.bytes).max(1);
-    Ok(Measured { figure, interrupts_per_packet: interrupts as f64 / packets as f64 })
+    let doorbells = rig.doorbells(nic)?.zip(before.2).map(|(now, before)| now - before);
+    let per_packet = |count: u64| count as f64 / packets as f64;
+    Ok(Measured {
+        figure,
+        interrupts_per_packet: per_packet(interrupts),
+        doorbells_per_packet: doorbells.map(per_packet),
+    })
 }
 
 #[cfg(test)]
