@@ -236,8 +236,7 @@ impl DeviceServer {
     /// before this returns. The device stands still meanwhile. So another process goes on if this
     /// one is killed: from the last state that `keep` got, from the driver's memory, and with the
     /// descriptors. What is under way when this is called is waited for, until `by`. A server that
-    /// is held stays so. One that goes on for another process gets a journal of its own: the memory
-    /// of the former one may be shared with anybody.
+    /// is held stays so.
     ///
     /// # Errors
     /// The device is busy, or no device can go on like this; see
@@ -246,20 +245,12 @@ impl DeviceServer {
         let mut journal = Ok(());
         self.with_held(by, |server| {
             server.target_mut().keep = Some(keep);
-            if server.has_journal() && !server.target().is_heir {
+            if server.has_journal() {
                 return server.commit();
             }
             // This commits, too.
             let set = |file| server.set_journal(file, Instant::now());
             journal = journal::create().and_then(set);
-            if journal.is_err() && server.has_journal() {
-                // Whoever had the former process can still write to its journal, and choose where
-                // the kernel writes here.
-                server.fail("its reply waits in the journal of a process that has ended");
-                let set = |file| server.set_journal(file, Instant::now());
-                journal = journal::create().and_then(set);
-            }
-            server.target_mut().is_heir &= journal.is_err();
         })?;
         journal.map_err(|error| format!("the journal of its messages: {error}"))?;
         self.check_kept()
@@ -273,6 +264,14 @@ impl DeviceServer {
     pub fn commit(&self, by: Instant) -> Result<(), String> {
         self.with_held(by, Server::commit)?;
         self.check_kept()
+    }
+
+    /// This server goes on for a process that has ended, and nobody was given it: whoever has what
+    /// that process left must not go on from it. Before [`release`](Self::release).
+    pub fn forsake_former(&self) {
+        if let Some(server) = &mut lock(&self.place.state).server {
+            server.forsake_former();
+        }
     }
 
     /// Nobody keeps the server and its device any more.
@@ -509,23 +508,21 @@ pub(crate) struct Served {
     changed: bool,
     /// Why the last commit failed.
     lag: Option<String>,
-    /// Its journal is that of another process.
-    is_heir: bool,
 }
 
 impl Served {
     fn new(endpoint: Arc<Endpoint>, options: Options) -> Served {
         let function = device_function(endpoint.clone(), options);
         let mut served = Served::held(function, endpoint);
-        (served.held, served.is_heir) = (false, false);
+        served.held = false;
         served
     }
 
     /// A target that is held, with the function of a device that was restored.
     pub(crate) fn held(function: PciFunction, endpoint: Arc<Endpoint>) -> Served {
         let migration = Migration::default();
-        let (keep, changed, lag, is_heir) = (None, false, None, true);
-        Served { function, endpoint, migration, held: true, keep, changed, lag, is_heir }
+        let (keep, changed, lag) = (None, false, None);
+        Served { function, endpoint, migration, held: true, keep, changed, lag }
     }
 
     /// Gives the device and its server away, to outlast this process.

@@ -192,6 +192,9 @@ pub struct Server<T: Target> {
     uncommitted: bool,
     /// What was received and sent, for the server that follows if this process is killed.
     journal: Option<Journal>,
+    /// The journal of the former process, until this one receives or sends anything: whoever keeps
+    /// the server may still have that one.
+    former: Option<OwnedFd>,
     /// The target was given descriptors to [hold](Target::hold), and has them still.
     holds: bool,
     /// The server goes on from a journal, which may have a whole message: due since then.
@@ -257,6 +260,7 @@ impl<T: Target> Server<T> {
             closed_at: None,
             uncommitted: false,
             journal: None,
+            former: None,
             holds: false,
             resumes_at: None,
             ends: None,
@@ -352,6 +356,10 @@ impl<T: Target> Server<T> {
 
     fn ready_with(&mut self, now: Instant, effort: Effort) -> Outcome {
         self.effort = effort;
+        if self.former.take().is_some() && self.uncommitted {
+            // Before anything is received or sent: the former journal would not have it.
+            self.commit();
+        }
         let (mut work, mut more, mut accept, mut serve) = (0, false, false, false);
         self.leave();
         // Handle the client first, because its end makes room for the next one.

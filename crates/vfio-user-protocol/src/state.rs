@@ -119,7 +119,7 @@ pub enum BadState {
 
 /// The highest count in a state. A server adds to it for as long as it lives, and it does not
 /// overflow.
-const COUNT_MAX: u64 = 1 << 56;
+pub(crate) const COUNT_MAX: u64 = 1 << 56;
 
 /// The most messages that can wait to be sent: a server with one such message receives no others.
 const UNSENT_MAX: usize = 2;

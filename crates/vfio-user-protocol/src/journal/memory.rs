@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The memory of a journal. One process writes it; its successor reads it, and then writes it.
+//! The memory of a journal. One process writes it; its successor copies what it needs of it.
 #![allow(unsafe_code)] // Maps shared memory, and gives the kernel addresses in it.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate};
-use rustix::io::Errno;
+use rustix::io::{Errno, pread, pwrite, retry_on_intr};
 use rustix::mm::{MapFlags, ProtFlags, mlock, mmap, munmap};
 
 use super::fault;
@@ -56,6 +56,62 @@ pub(super) fn create() -> Result<OwnedFd, Errno> {
     Ok(file)
 }
 
+/// Checks that `file`, which may be any, is memory of the size of a journal, and never shrinks.
+///
+/// # Errors
+/// [`Errno::INVAL`]: it is not.
+fn check(file: &OwnedFd) -> Result<(), Errno> {
+    let sealed = fcntl_get_seals(file)?.contains(SealFlags::SHRINK);
+    let is_one = sealed && fstat(file)?.st_size == LEN as i64 && size_of::<usize>() == 8;
+    if is_one { Ok(()) } else { Err(Errno::INVAL) }
+}
+
+/// The journal of a former process. It is never mapped: whoever still has it may write to it.
+pub(super) struct Former<'a>(&'a OwnedFd);
+
+impl Former<'_> {
+    /// `file` may be any file.
+    ///
+    /// # Errors
+    /// [`Errno::INVAL`]: it is no memory of this size that cannot shrink.
+    pub(super) fn new(file: &OwnedFd) -> Result<Former<'_>, Errno> {
+        check(file)?;
+        Ok(Former(file))
+    }
+
+    /// A copy of the head.
+    pub(super) fn head(&self) -> Result<Head, Errno> {
+        let mut copy = Box::new([0; HEAD_LEN]);
+        self.copy(0, &mut copy[..])?;
+        Ok(Head::new(copy))
+    }
+
+    /// A copy of `len` bytes of a buffer.
+    pub(super) fn bytes(&self, at: usize, len: usize) -> Result<Vec<u8>, Errno> {
+        let mut copy = vec![0; len];
+        self.copy(at, &mut copy)?;
+        Ok(copy)
+    }
+
+    /// Stores a word of the head, for whoever copies it later.
+    pub(super) fn set_u32(&self, at: usize, value: u32) -> Result<(), Errno> {
+        let stored = retry_on_intr(|| pwrite(self.0, &value.to_ne_bytes(), at as u64))?;
+        if stored == size_of_val(&value) { Ok(()) } else { Err(Errno::INVAL) }
+    }
+
+    fn copy(&self, from: usize, into: &mut [u8]) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < into.len() {
+            let at = (from + done) as u64;
+            match retry_on_intr(|| pread(self.0, &mut into[done..], at))? {
+                0 => return Err(Errno::INVAL),
+                read => done += read,
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Memory {
     /// Maps a journal, and locks its head in memory: a store of the kernel to it must not fail, not
     /// even in a process that is being killed. `file` may be any file.
@@ -64,10 +120,7 @@ impl Memory {
     /// [`Errno::INVAL`]: it has another size, or may shrink. Otherwise the system refuses, for
     /// instance by `RLIMIT_MEMLOCK`.
     pub(super) fn map(file: OwnedFd) -> Result<Memory, Errno> {
-        let sealed = fcntl_get_seals(&file)?.contains(SealFlags::SHRINK);
-        if !sealed || fstat(&file)?.st_size != LEN as i64 || size_of::<usize>() != 8 {
-            return Err(Errno::INVAL);
-        }
+        check(&file)?;
         let rights = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: the kernel chooses an address that nobody uses.
         let base = unsafe { mmap(std::ptr::null_mut(), LEN, rights, MapFlags::SHARED, &file, 0)? };
@@ -91,8 +144,8 @@ impl Memory {
         unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(at).cast()) }
     }
 
-    /// Stores a word of a slot that does not count yet, or of the head. Pairs with the load of
-    /// [`head`](Self::head) in the successor, by way of [`count`](Self::count).
+    /// Stores a word of a slot that does not count yet, or of the head. Pairs with the copy of
+    /// the successor, by way of [`count`](Self::count).
     pub(super) fn set_u32(&self, at: usize, value: u32) {
         fault::step();
         self.word(at).store(value, Ordering::Relaxed);
@@ -106,7 +159,8 @@ impl Memory {
 
     /// Makes the slot of `number` the one that counts. One store: before it, the successor sees the
     /// former slot, and afterwards this one. `Release`: no store before it, to the slot or to a
-    /// buffer, is made after it. Pairs with the `Acquire` in [`head`](Self::head).
+    /// buffer, is made after it. Pairs with the copy of the successor ([`Former`]), which the end of
+    /// this process, or its message, comes before.
     pub(super) fn count(&self, line: Line, number: u64) {
         fault::step();
         self.long(line.count()).store(number, Ordering::Release);
@@ -121,21 +175,6 @@ impl Memory {
     /// What the kernel said of the last receipt.
     pub(super) fn said(&self, number: u64) -> u32 {
         self.word(Line::Received.slot(number) + slot::SAID).load(Ordering::Relaxed)
-    }
-
-    /// A copy of the head. The loads of the counts are `Acquire`, and pair with the `Release` of
-    /// [`count`](Self::count) in the process that has ended, or has handed the journal over.
-    pub(super) fn head(&self) -> Head {
-        let mut copy = Box::new([0; HEAD_LEN]);
-        let counts = [Line::Received, Line::Answered]
-            .map(|line| (line.count(), self.long(line.count()).load(Ordering::Acquire)));
-        for (at, chunk) in copy.chunks_exact_mut(4).enumerate() {
-            chunk.copy_from_slice(&self.word(at * 4).load(Ordering::Relaxed).to_ne_bytes());
-        }
-        for (at, count) in counts {
-            copy[at..at + 8].copy_from_slice(&count.to_ne_bytes());
-        }
-        Head::new(copy)
     }
 
     /// The address of `len` bytes of a buffer.

@@ -50,7 +50,7 @@
 //! | the process ends | the next server |
 //! |---|---|
 //! | before 4, or before 5 if nothing was committed | carries the message out, on the state before it |
-//! | between 4 and 5 | finds the state of the message: makes the prepared reply count |
+//! | between 4 and 5 | finds the state of the message: takes the prepared reply for the last one |
 //! | after 5 | sends what is not sent |
 //!
 //! So what a target does in step 2 must be something that can be done again from the former state.
@@ -72,14 +72,16 @@ mod transfer;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::io::Errno;
+
 use layout::{BadJournal, Line, MESSAGE, NOTHING, REPLY, Slot, flag, slot};
-use memory::Memory;
+use memory::{Former, Memory};
 
 pub(crate) use transfer::{JournalSink, JournalSource};
 
 use crate::message::{HEADER_LEN, Header};
 use crate::socket::MESSAGE_MAX;
-use crate::state::BadState;
+use crate::state::{BadState, COUNT_MAX};
 #[cfg(doc)]
 use crate::target::Target;
 
@@ -137,103 +139,146 @@ pub(crate) struct Journal {
     sent: usize,
     reply_fds: usize,
     flags: u32,
-    /// The slot of the answer is that of another process, whose addresses it has.
-    inherited: bool,
+}
+
+/// What the former process left in its journal, of which `committed` is the number of the last
+/// message whose effects are in the state of the target, and `client` the number of the connection
+/// of that state, or 0.
+///
+/// Whoever had that process may still write to the file. So this takes copies, and changes nothing:
+/// another process may still go on from the same journal.
+///
+/// # Errors
+/// The file is no journal, or its contents are not possible.
+pub(crate) fn read(file: &OwnedFd, committed: u64, client: u64) -> Result<Found, BadState> {
+    let former = Former::new(file)?;
+    let head = former.head()?;
+    head.check()?;
+    let answered = head.count(Line::Answered);
+    let mut last = head.slot(Line::Answered, answered)?;
+    if committed.checked_sub(last.message) == Some(1) {
+        // The prepared reply is that of this commit.
+        last = head.slot(Line::Answered, answered.wrapping_add(1))?;
+        if last.message != committed {
+            return Err(BadJournal("a reply that was prepared is missing").into());
+        }
+    }
+    if committed > last.message {
+        return Err(BadJournal("it is older than the state").into());
+    }
+    if last.message > COUNT_MAX {
+        return Err(BadJournal("more messages than there can be").into());
+    }
+    if last.client != client {
+        return Err(BadJournal("another client than that of the state").into());
+    }
+    let arrived = head.slot(Line::Received, head.count(Line::Received))?;
+    find(&former, last, arrived)
+}
+
+/// Marks the journal of a former process, so that whoever goes on from it knows that its client has
+/// been told more.
+///
+/// # Errors
+/// The file is no journal.
+pub(crate) fn forsake(file: &OwnedFd) -> Result<(), Errno> {
+    let former = Former::new(file)?;
+    // The slot that counts, and the other one, which counts if it was prepared.
+    [0, 1].into_iter().try_for_each(|number| {
+        let at = Line::Answered.slot(number) + slot::FLAGS;
+        former.set_u32(at, flag::STALE)
+    })
+}
+
+fn find(former: &Former<'_>, last: Slot, arrived: Slot) -> Result<Found, BadState> {
+    let is_next = last.message.checked_add(1) == Some(arrived.message);
+    let is_here = last.client > 0 && arrived.client == last.client;
+    let begun = is_here && is_next;
+    let sent = last.done >= last.bytes;
+    if begun && !sent {
+        return Err(BadJournal("a message after one whose reply is not sent").into());
+    }
+    let is_left = last.client > 0 && !sent;
+    // Its descriptors would have gone with the first byte.
+    let again = (is_left && last.fds > 0 && last.done == 0).then_some(last.fds);
+    let again = match again {
+        None => None,
+        Some(_) if !is_here || arrived.message != last.message => {
+            return Err(BadJournal("a reply with descriptors without its message").into());
+        }
+        Some(fds) => Some((former.bytes(MESSAGE, arrived.done)?, fds)),
+    };
+    let (from, rest) = if is_left { (last.done, last.bytes - last.done) } else { (0, 0) };
+    Ok(Found {
+        answered: last.message,
+        client: last.client,
+        received: former.bytes(MESSAGE, if begun { arrived.done } else { 0 })?,
+        received_fds: if begun { arrived.fds } else { 0 },
+        lost: begun && arrived.flags & flag::LOST != 0,
+        unsent: former.bytes(REPLY + from, rest)?,
+        again,
+        ends: last.client > 0 && last.flags & flag::ENDS != 0,
+        stale: last.client > 0 && last.flags & flag::STALE != 0,
+    })
 }
 
 impl Journal {
-    /// Takes a journal, of which `committed` is the number of the last message whose effects are in
-    /// the state of the target, and `client` the number of the connection of that state, or 0.
-    ///
-    /// It changes the journal only if the last process was killed between a commit and the answer.
+    /// Takes a journal that [`create`] has made and nobody has used.
     ///
     /// # Errors
-    /// The file is no journal, or its contents are not possible.
-    pub(crate) fn open(
-        file: OwnedFd,
-        committed: u64,
-        client: u64,
-    ) -> Result<(Journal, Found), BadState> {
-        let memory = Memory::map(file)?;
-        let head = memory.head();
-        head.check()?;
-        let received = head.count(Line::Received);
-        let mut answered = head.count(Line::Answered);
-        let mut last = head.slot(Line::Answered, answered)?;
-        if committed.checked_sub(last.message) == Some(1) {
-            // The prepared reply is that of this commit.
-            answered = answered.wrapping_add(1);
-            last = head.slot(Line::Answered, answered)?;
-            if last.message != committed {
-                return Err(BadJournal("a reply that was prepared is missing").into());
-            }
-            memory.count(Line::Answered, answered);
+    /// The file is no such journal, or the system refuses.
+    pub(crate) fn open(file: OwnedFd) -> Result<Journal, BadState> {
+        if read(&file, 0, 0)?.answered > 0 {
+            return Err(BadJournal("somebody has used it").into());
         }
-        if committed > last.message {
-            return Err(BadJournal("it is older than the state").into());
-        }
-        if last.client != client {
-            return Err(BadJournal("another client than that of the state").into());
-        }
-        let arrived = head.slot(Line::Received, received)?;
-        let found = Journal::find(&memory, last, arrived)?;
-        let mut journal = Journal {
-            memory,
-            received,
-            answered,
-            number: last.message,
-            client,
-            have: found.received.len(),
-            given: found.received.len(),
-            fds: found.received_fds,
-            lost: found.lost,
-            reply: last.bytes,
-            sent: last.done,
-            reply_fds: last.fds,
-            flags: last.flags,
-            inherited: true,
-        };
-        if found.again.is_some() {
-            journal.sent = 0;
-        }
-        Ok((journal, found))
+        Ok(Journal::new(Memory::map(file)?))
     }
 
-    fn find(memory: &Memory, last: Slot, arrived: Slot) -> Result<Found, BadJournal> {
-        let read = |at: usize, len: usize| {
-            let mut bytes = vec![0; len];
-            memory.read(at, &mut bytes);
-            bytes
-        };
-        let is_next = last.message.checked_add(1) == Some(arrived.message);
-        let is_here = last.client > 0 && arrived.client == last.client;
-        let begun = is_here && is_next;
-        let sent = last.done >= last.bytes;
-        if begun && !sent {
-            return Err(BadJournal("a message after one whose reply is not sent"));
+    fn new(memory: Memory) -> Journal {
+        Journal {
+            memory,
+            received: 0,
+            answered: 0,
+            number: 0,
+            client: 0,
+            have: 0,
+            given: 0,
+            fds: 0,
+            lost: false,
+            reply: 0,
+            sent: 0,
+            reply_fds: 0,
+            flags: 0,
         }
-        let is_left = last.client > 0 && !sent;
-        // Its descriptors would have gone with the first byte.
-        let again = (is_left && last.fds > 0 && last.done == 0).then_some(last.fds);
-        let again = match again {
-            None => None,
-            Some(_) if !is_here || arrived.message != last.message => {
-                return Err(BadJournal("a reply with descriptors without its message"));
-            }
-            Some(fds) => Some((read(MESSAGE, arrived.done), fds)),
-        };
-        let unsent = if is_left { read(REPLY + last.done, last.bytes - last.done) } else { vec![] };
-        Ok(Found {
-            answered: last.message,
-            client: last.client,
-            received: if begun { read(MESSAGE, arrived.done) } else { Vec::new() },
-            received_fds: if begun { arrived.fds } else { 0 },
-            lost: begun && arrived.flags & flag::LOST != 0,
-            unsent,
-            again,
-            ends: last.client > 0 && last.flags & flag::ENDS != 0,
-            stale: last.client > 0 && last.flags & flag::STALE != 0,
-        })
+    }
+
+    /// A journal in memory of this process, which says the same as that of the former one, with the
+    /// same numbers. Nobody else has that memory.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub(crate) fn follow(found: &Found) -> Result<Journal, BadState> {
+        let mut journal = Journal::new(Memory::map(memory::create()?)?);
+        journal.client = found.client;
+        if let Some((message, _)) = &found.again {
+            // It is received, and answered, but for the descriptors.
+            journal.number = found.answered.wrapping_sub(1);
+            journal.adopt(message, 0, false);
+            (journal.have, journal.given) = (0, 0);
+        }
+        journal.number = found.answered;
+        journal.flags = if found.ends { flag::ENDS } else { 0 };
+        journal.flags |= if found.stale { flag::STALE } else { 0 };
+        journal.reply = found.unsent.len();
+        journal.reply_fds = found.again.as_ref().map_or(0, |(_, fds)| *fds);
+        journal.memory.write(REPLY, &found.unsent);
+        journal.answered = 1;
+        journal.write_answer(journal.answered);
+        journal.memory.count(Line::Answered, journal.answered);
+        if !found.received.is_empty() {
+            journal.adopt(&found.received, found.received_fds, found.lost);
+        }
+        Ok(journal)
     }
 
     /// The number of the last message that was answered.
@@ -264,7 +309,6 @@ impl Journal {
         self.flags = if ends { flag::ENDS } else { 0 };
         (self.reply, self.sent, self.reply_fds) = (reply.len(), 0, fds);
         self.write_answer(next);
-        self.inherited = false;
         if fault::is(fault::Fault::EarlyAnswer) {
             self.memory.count(Line::Answered, next);
         }
@@ -293,7 +337,7 @@ impl Journal {
         self.flags &= !flag::STALE;
         let next = self.answered.wrapping_add(1);
         self.write_answer(next);
-        (self.answered, self.inherited) = (next, false);
+        self.answered = next;
         self.memory.count(Line::Answered, next);
     }
 
@@ -337,8 +381,8 @@ impl Journal {
         if self.have < HEADER_LEN { None } else { Header::parse(&head).ok() }
     }
 
-    /// Notes a part of a message that came before the journal was there, and `fds` descriptors of
-    /// it, which somebody holds.
+    /// Notes a message, or a part of one, that came before the journal was there, and `fds`
+    /// descriptors of it, which somebody holds.
     pub(crate) fn adopt(&mut self, received: &[u8], fds: usize, lost: bool) {
         self.memory.write(MESSAGE, received);
         (self.have, self.given) = (received.len(), received.len());
@@ -347,9 +391,9 @@ impl Journal {
     }
 
     /// Whether the slot of the answer cannot be used for another call: the kernel has taken a part
-    /// of the reply since it was written, or it is that of another process.
+    /// of the reply since it was written.
     fn is_spent(&self) -> bool {
-        self.inherited || self.memory.took(Line::Answered, self.answered) != NOTHING
+        self.memory.took(Line::Answered, self.answered) != NOTHING
     }
 }
 

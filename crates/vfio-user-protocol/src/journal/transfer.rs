@@ -257,7 +257,7 @@ impl Sink for JournalSink<'_> {
         if journal.is_spent() {
             let next = journal.answered.wrapping_add(1);
             journal.write_answer(next);
-            (journal.answered, journal.inherited) = (next, false);
+            journal.answered = next;
             journal.memory.count(Line::Answered, next);
         }
         let (mut control, len) = Control::rights(fds)?;

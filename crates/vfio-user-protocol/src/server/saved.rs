@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::{CANDIDATE, Connection, Server};
 use crate::closer::Closer;
-use crate::journal::{Found, Journal, Prepared};
+use crate::journal::{self, Found, Journal, Prepared};
 use crate::listen::SocketFile;
 use crate::session::{Effort, Session};
 use crate::socket::{MESSAGE_MAX, Message, Receiver, Sender};
@@ -138,21 +138,20 @@ impl<T: Target> Server<T> {
     /// state of the server. Committed at once.
     ///
     /// # Errors
-    /// [`io::ErrorKind::ResourceBusy`]: a reply with descriptors waits until the client's socket
-    /// has room. Try again later. Otherwise the file is no such journal, or the system
+    /// [`io::ErrorKind::ResourceBusy`]: a reply with descriptors waits until it can be sent. Try
+    /// again later. Otherwise the file is no such journal, or the system
     /// refuses, for instance by `RLIMIT_MEMLOCK` (a journal locks one page). The server goes on
     /// without a journal.
     pub fn set_journal(&mut self, file: OwnedFd, now: Instant) -> io::Result<()> {
         self.settle(now);
         let unsent = match &mut self.client {
             None => Vec::new(),
+            Some(client) if client.again.is_some() => {
+                return Err(io::ErrorKind::ResourceBusy.into());
+            }
             Some(client) => client.sender.rest().ok_or(io::ErrorKind::ResourceBusy)?,
         };
-        let (journal, _) = Journal::open(file, 0, 0).map_err(io::Error::other)?;
-        if journal.number() > 0 {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        self.journal = Some(journal);
+        self.journal = Some(Journal::open(file).map_err(io::Error::other)?);
         self.uncommitted = true;
         // They count as the reply to a message of the client.
         self.answered(Prepared { reply: &unsent, ..Prepared::default() });
@@ -169,12 +168,25 @@ impl<T: Target> Server<T> {
         Ok(())
     }
 
+    /// Nobody was given this server, which goes on from the journal of a former process. Whoever has
+    /// that journal must not go on from it any more: its client's connection ends then. The program
+    /// calls this before the first [`ready`](Self::ready).
+    pub fn forsake_former(&mut self) {
+        if let Some(former) = self.former.take() {
+            // The system has no reason to refuse, and nobody else could be asked.
+            let _ = journal::forsake(&former);
+        }
+    }
+
     /// Ends the operation that is under way, however long that takes. Afterwards no message is
     /// handled in part, and the target knows whether the client has gone.
     pub fn settle(&mut self, now: Instant) {
         self.effort = Effort::All;
         self.leave();
-        if let Some(handling) = self.client.as_mut().and_then(|client| client.handling.take()) {
+        // A message that is carried out again for the descriptors of its reply has not begun: the
+        // journal says all of it, and nothing is sent before somebody has that journal.
+        let begun = self.client.as_mut().filter(|client| client.again.is_none());
+        if let Some(handling) = begun.and_then(|client| client.handling.take()) {
             // With this effort nothing of it remains.
             self.handle(handling, now);
         }
@@ -229,7 +241,8 @@ impl<T: Target> Server<T> {
     }
 
     /// Goes on from a journal: it says what was received of the client's next message, and what
-    /// was sent of the last reply.
+    /// was sent of the last reply. From then on the server has a journal of its own, which says the
+    /// same.
     fn resume(
         &mut self,
         committed: u64,
@@ -239,8 +252,9 @@ impl<T: Target> Server<T> {
         now: Instant,
     ) -> Result<Option<Again>, BadState> {
         let number = client.as_ref().map_or(0, |(data, _)| data.number);
-        let (journal, found) = Journal::open(file, committed, number)?;
-        self.journal = Some(journal);
+        let found = journal::read(&file, committed, number)?;
+        self.journal = Some(Journal::follow(&found)?);
+        (self.former, self.uncommitted) = (Some(file), true);
         self.resumes_at = Some(now);
         self.ends = match found {
             Found { stale: true, .. } => Some("the state of the device was lost with its process"),
@@ -333,7 +347,7 @@ impl<T: Target> Server<T> {
     /// drops it.
     pub fn give_up(&mut self) {
         self.leaving = false;
-        self.journal = None;
+        (self.journal, self.former) = (None, None);
         self.file.give_up();
         self.poller.remove(&self.listener);
         for candidate in self.candidates.drain(..) {

@@ -11,7 +11,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-use crate::journal::Journal;
+use crate::journal::read;
 use crate::message::{Kind, command, message};
 use crate::state::ServerState;
 use crate::{IrqAction, IrqInfo, RegionInfo, Server, Target};
@@ -132,7 +132,7 @@ fn a_client_that_was_told_what_no_state_has_is_known_until_a_state_has_it() {
         while server.ready(Instant::now()).work > 0 {}
         // What a successor finds that has the state of this moment.
         let number = server.save(Instant::now()).unwrap().data.journal.unwrap();
-        Journal::open(copy.try_clone().unwrap(), number, 1).unwrap().1.stale
+        read(&copy, number, 1).unwrap().stale
     };
     // VFIO_IRQ_SET_DATA_NONE and VFIO_IRQ_SET_ACTION_TRIGGER of one interrupt.
     let (change, reset) = ([20, 1 | 32, 2, 0, 1], command::DEVICE_RESET);
@@ -145,7 +145,7 @@ fn a_client_that_was_told_what_no_state_has_is_known_until_a_state_has_it() {
     server.target_mut().lost = false;
     server.commit();
     let number = server.save(Instant::now()).unwrap().data.journal.unwrap();
-    let found = Journal::open(copy.try_clone().unwrap(), number, 1).unwrap().1;
+    let found = read(&copy, number, 1).unwrap();
     assert!(!found.stale && found.unsent.is_empty());
     assert!(!say(&mut server, reset, &[]));
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Journals that no server has written: whoever keeps a journal may have changed it.
 
-use std::io::Write;
+use std::io::{IoSliceMut, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
@@ -9,8 +10,10 @@ use std::time::Instant;
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{Errno, pread, pwrite};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 use crate::journal::layout::{HEAD_LEN, Line, MESSAGE, REPLY, slot};
+use crate::journal::read;
 use crate::message::{Kind, command, message};
 use crate::state::{BadState, Held, ServerData, ServerState};
 use crate::{IoEventFd, IrqAction, IrqInfo, RegionInfo, Server, Target};
@@ -92,14 +95,46 @@ impl Genuine {
         self.go_on_with(journal, number, held)
     }
 
-    fn go_on_with(&self, journal: OwnedFd, number: u64, held: usize) -> Result<(), BadState> {
+    /// Receives what the client has got: bytes, and descriptors.
+    fn drain(&self) -> (usize, usize) {
+        let (mut bytes, mut fds) = (0, 0);
+        loop {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+            let mut data = [0; 4096];
+            let mut parts = [IoSliceMut::new(&mut data)];
+            let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+            let Ok(got) = recvmsg(&self.client, &mut parts, &mut ancillary, flags) else {
+                return (bytes, fds);
+            };
+            assert!(got.bytes > 0, "the connection has ended");
+            bytes += got.bytes;
+            for message in ancillary.drain() {
+                if let RecvAncillaryMessage::ScmRights(rights) = message {
+                    fds += rights.count();
+                }
+            }
+        }
+    }
+
+    /// The server that goes on from this journal.
+    fn server(
+        &self,
+        journal: OwnedFd,
+        number: u64,
+        held: usize,
+    ) -> Result<Server<Quiet>, BadState> {
         let mut descriptors: Vec<OwnedFd> =
             self.state.descriptors.iter().map(|fd| fd.try_clone().unwrap()).collect();
         *descriptors.last_mut().unwrap() = journal;
         let fds = (0..held).map(|_| self.client.as_fd().try_clone_to_owned().unwrap()).collect();
         let data: ServerData = self.state.data.clone();
         let state = ServerState { data, descriptors, held: Held { number, fds } };
-        let mut server = Server::restore(state, "x", "test", Quiet, Instant::now())?;
+        Server::restore(state, "x", "test", Quiet, Instant::now())
+    }
+
+    fn go_on_with(&self, journal: OwnedFd, number: u64, held: usize) -> Result<(), BadState> {
+        let mut server = self.server(journal, number, held)?;
         // A whole message, or a reply, is there at once. Nothing else comes: this ends.
         let mut calls = 0;
         while server.ready(Instant::now()).work > 0 {
@@ -146,6 +181,64 @@ fn what_is_no_journal_is_refused() {
     ] {
         assert!(matches!(change(at, bytes), Err(BadState::Journal(_))), "{what}");
     }
+}
+
+/// Whoever had the former process may write to its journal at any time. So the next server neither
+/// reads nor writes there once it is made, not even before anybody keeps it.
+#[test]
+fn the_next_server_has_a_journal_of_its_own_from_the_first_moment() {
+    let mut genuine = Genuine::new(true);
+    genuine.drain();
+    let journal = genuine.state.descriptors.last().unwrap().try_clone().unwrap();
+    // The former process was killed before it sent the reply that has descriptors.
+    let slot = {
+        let count = &genuine.content[0][Line::Answered.count()..][..8];
+        Line::Answered.slot(u64::from_ne_bytes(count.try_into().unwrap()))
+    };
+    pwrite(&journal, &u32::MAX.to_ne_bytes(), (slot + slot::TOOK) as u64).unwrap();
+    let mut server = genuine.server(journal.try_clone().unwrap(), 0, 0).unwrap();
+    let inode = |file: &OwnedFd| rustix::fs::fstat(file).unwrap().st_ino;
+    // From here on it is an attacker's.
+    let garbage = vec![0xff; HEAD_LEN];
+    let parts = [0, MESSAGE, REPLY];
+    for at in parts {
+        assert_eq!(pwrite(&journal, &garbage, at as u64), Ok(HEAD_LEN));
+    }
+    let state = server.save(Instant::now()).unwrap();
+    assert_ne!(inode(state.descriptors.last().unwrap()), inode(&journal));
+    assert_eq!(state.data.journal, genuine.state.data.journal, "the numbers go on");
+    assert_eq!(genuine.drain(), (0, 0), "nobody has the new journal yet");
+    while server.ready(Instant::now()).work > 0 {}
+    let (bytes, fds) = genuine.drain();
+    assert!(bytes > 0 && fds == 1, "{bytes} bytes, {fds} descriptors");
+    let say = message(8, command::DEVICE_RESET, Kind::Command { no_reply: false }, &[]);
+    genuine.client.write_all(&say).unwrap();
+    while server.ready(Instant::now()).work > 0 {}
+    assert_eq!(genuine.drain(), (16, 0));
+    for at in parts {
+        let mut now = vec![0; HEAD_LEN];
+        pread(&journal, &mut now, at as u64).unwrap();
+        assert!(now == garbage, "the server has written to the former journal at {at}");
+    }
+    server.give_up();
+}
+
+/// A process that serves a client without having given that away says so where others look.
+#[test]
+fn a_journal_that_is_forsaken_ends_its_clients_connection() {
+    let genuine = Genuine::new(false);
+    let journal = genuine.state.descriptors.last().unwrap().try_clone().unwrap();
+    let number = genuine.state.data.journal.unwrap();
+    let mut server = genuine.server(journal.try_clone().unwrap(), 0, 0).unwrap();
+    assert!(!read(&journal, number, 1).unwrap().stale, "nothing has happened yet");
+    server.forsake_former();
+    assert!(read(&journal, number, 1).unwrap().stale);
+    while server.ready(Instant::now()).work > 0 {}
+    assert!(server.is_connected(), "its own journal is another one");
+    server.give_up();
+    let mut late = genuine.server(journal, 0, 0).unwrap();
+    while late.ready(Instant::now()).work > 0 {}
+    assert!(!late.is_connected());
 }
 
 proptest! {
