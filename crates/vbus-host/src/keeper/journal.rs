@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the keeper has of a bus (spec/keeper.md, "Messages").
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use vbus_vfio_user::Closer;
 
 use crate::take_over::{Frame, HeldPart, Offer, Parcel, now, pack, read};
@@ -29,6 +32,9 @@ pub mod kind {
     /// The descriptors of a client's message that the bus is about to receive. The body is the name
     /// of the device and the number of the message.
     pub const HELD: u8 = 23;
+    /// An eventfd, which is readable once somebody else keeps the bus, or another bus has taken
+    /// over.
+    pub const LEASE: u8 = 24;
 }
 
 /// The most devices that a keeper keeps.
@@ -48,6 +54,7 @@ pub struct Journal {
     held: HashMap<String, Message>,
     /// The process that cleans up behind the bus.
     supervisor: Option<OwnedFd>,
+    lease: Option<OwnedFd>,
 }
 
 /// The descriptors of a message of a client's. They may be of anything, and to close one can take
@@ -114,6 +121,7 @@ impl Journal {
                 }
             }
             kind::SUPERVISOR => self.supervisor = descriptors.pop(),
+            kind::LEASE => self.lease = descriptors.pop(),
             kind::WHOLE => return Ok(News::Whole),
             kind::ENDS => return Ok(News::Ends),
             kind::MOVED => return Ok(News::Moved(std::str::from_utf8(&body)?.parse()?)),
@@ -125,6 +133,21 @@ impl Journal {
     /// The process that cleans up behind the bus.
     pub fn supervisor(&self) -> Option<&OwnedFd> {
         self.supervisor.as_ref()
+    }
+
+    /// Whether the bus has another keeper, or another bus has taken over, without a word to this
+    /// one: it stood still at that time.
+    pub fn is_replaced(&self) -> bool {
+        self.lease.as_ref().is_some_and(|lease| {
+            let mut fds = [PollFd::new(lease, PollFlags::IN)];
+            let polled = retry_on_intr(|| poll(&mut fds, Some(&Timespec::default())));
+            polled.is_ok() && fds[0].revents().contains(PollFlags::IN)
+        })
+    }
+
+    /// The files of the sockets of the bus, which serves in `dir`.
+    pub fn files(&self, dir: &Path) -> BTreeSet<PathBuf> {
+        self.bus.as_ref().map(|(offer, _)| offer.files(dir)).unwrap_or_default()
     }
 
     /// The offer to the next bus: of the devices whose state is there.

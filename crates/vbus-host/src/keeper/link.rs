@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::{Errno, retry_on_intr};
 use serde_json::Value;
 use vbus_core::{DeviceState, Endpoint, lock};
@@ -99,6 +99,8 @@ pub struct Keeping {
     settings: Mutex<HashMap<String, Value>>,
     /// What the bus has beside its devices, as for a bus that takes over.
     offer: OnceLock<Box<MakeOffer>>,
+    /// What the keeper was given to learn that it is not the keeper any more.
+    lease: OnceLock<OwnedFd>,
 }
 
 type MakeOffer = dyn Fn() -> anyhow::Result<Parcel> + Send + Sync;
@@ -107,8 +109,8 @@ impl Keeping {
     /// For the keeper at the other end of `link`, which has started the bus `restarts` times
     /// because it had died.
     pub fn new(link: Link, restarts: u32) -> Arc<Keeping> {
-        let (settings, offer) = Default::default();
-        Arc::new(Keeping { link, restarts, settings, offer })
+        let (settings, offer, lease) = Default::default();
+        Arc::new(Keeping { link, restarts, settings, offer, lease })
     }
 
     /// How often the keeper had started the bus because it had died.
@@ -153,6 +155,25 @@ impl Keeping {
         self.link.send(kind::SUPERVISOR, &[], &[process])
     }
 
+    /// Gives the keeper what says later that it is not the keeper any more.
+    ///
+    /// # Errors
+    /// The keeper has gone, or this process has as many descriptors as it may have.
+    pub fn lease(&self) -> io::Result<()> {
+        let lease = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        self.link.send(kind::LEASE, &[], &[lease.as_fd()])?;
+        let _ = self.lease.set(lease);
+        Ok(())
+    }
+
+    /// The keeper is not the keeper any more, and learns it also if it stands still now: somebody
+    /// else keeps the bus, or another bus has taken over.
+    pub fn replaced(&self) {
+        if let Some(lease) = self.lease.get() {
+            let _ = rustix::io::write(lease, &1_u64.to_ne_bytes());
+        }
+    }
+
     /// The keeper has everything.
     ///
     /// # Errors
@@ -178,6 +199,7 @@ impl Keeping {
 
     /// Process `pid` has taken over.
     pub fn moved(&self, pid: i32) {
+        self.replaced();
         let _ = self.link.send(kind::MOVED, pid.to_string().as_bytes(), &[]);
     }
 

@@ -16,6 +16,8 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vbus_cli::{log, rundir, signals};
 
 use super::journal::{Journal, News};
+use crate::config;
+use crate::supervisor::{AllowSpec, Permits, remove_left};
 use crate::take_over::{AFTER_DEATH, Leaves, Parcel, Wire, adopt, leave};
 
 /// The option that tells a bus that its standard input leads to a keeper, and how often that has
@@ -34,7 +36,7 @@ const END: Duration = Duration::from_secs(3);
 /// The pause before the keeper starts a bus again that has died twice in a row without progress, or
 /// that the system did not start. Each further pause is twice as long: 13 s in all.
 const START_PAUSE: Duration = Duration::from_millis(100);
-/// The pause before the keeper asks again for a bus that has dropped it.
+/// The pause before the keeper asks again for a bus that has dropped it or has moved.
 const ADOPT_PAUSE: Duration = Duration::from_secs(1);
 /// How many times it asks.
 const ADOPT_TRIES: u32 = 10;
@@ -45,8 +47,8 @@ pub struct Order<'a> {
     pub dir: Option<&'a Path>,
     /// A bus serves there already, and is to be kept.
     pub adopt: bool,
-    /// The bus has a configuration file, which SIGHUP reads again.
-    pub has_config: bool,
+    /// The configuration file of the bus, which SIGHUP reads again.
+    pub config: Option<&'a Path>,
 }
 
 /// Keeps a bus until it ends in order.
@@ -58,13 +60,15 @@ pub fn run(order: &Order<'_>) -> Result<()> {
     log::write();
     let _ = rustix::thread::set_name(c"vbus-keeper");
     vbus_cli::limits::raise_descriptor_limit();
-    let stop = if order.has_config { vec![SIGTERM, SIGINT] } else { vec![SIGTERM, SIGINT, SIGHUP] };
+    let has_config = order.config.is_some();
+    let stop = if has_config { vec![SIGTERM, SIGINT] } else { vec![SIGTERM, SIGINT, SIGHUP] };
     let stop = signals::descriptor(&stop)?;
-    let hangup = if order.has_config { Some(signals::descriptor(&[SIGHUP])?) } else { None };
+    let hangup = if has_config { Some(signals::descriptor(&[SIGHUP])?) } else { None };
     let mut keeper = Keeper {
         program: std::env::current_exe().context("the path of this program")?,
         arguments: arguments(std::env::args_os().skip(1)),
         dir: rundir::choose(order.dir),
+        config: order.config.map(Path::to_owned),
         stop,
         hangup,
         restarts: 0,
@@ -103,6 +107,7 @@ struct Keeper {
     program: PathBuf,
     arguments: Vec<OsString>,
     dir: PathBuf,
+    config: Option<PathBuf>,
     /// Readable when somebody wants the bus to end.
     stop: OwnedFd,
     /// Readable when somebody wants it to read its configuration.
@@ -166,6 +171,19 @@ impl Keeper {
                     bus = next;
                     continue;
                 }
+                Followed::Died | Followed::Lost if journal.is_replaced() => {
+                    tracing::warn!(
+                        "this keeper stood still, and the bus (process {}) has another one, or has \
+                         moved",
+                        bus.pid
+                    );
+                    journal = Journal::default();
+                    let Some(next) = self.adopt_again()? else {
+                        return Ok(Ended { status: None });
+                    };
+                    bus = next;
+                    continue;
+                }
                 Followed::Lost => {
                     tracing::error!("the bus (process {}) has dropped its keeper", bus.pid);
                     journal = Journal::default();
@@ -182,6 +200,8 @@ impl Keeper {
             let how = status.map_or_else(|| "has died".into(), how);
             if self.asked {
                 tracing::warn!("the bus (process {}) {how}, when it was to end", bus.pid);
+                self.clean_up(&journal);
+                self.leave_nothing(&journal);
                 return Ok(Ended { status });
             }
             if journal.offer().is_err() {
@@ -194,13 +214,16 @@ impl Keeper {
             bus = loop {
                 deaths += 1;
                 let Some(pause) = pause(deaths) else {
+                    self.leave_nothing(&journal);
                     bail!(
                         "the bus has died {DEATHS_MAX} times in a row without {PROGRESS:?} of \
                          service: its keeper gives up, and its clients lose their connections"
                     );
                 };
                 if self.rests(pause) {
-                    return Ok(Ended { status });
+                    tracing::warn!("the bus was to end, and is not started again");
+                    self.leave_nothing(&journal);
+                    return Ok(Ended { status: None });
                 }
                 tracing::error!("the bus (process {}) {how}; the keeper starts it again", bus.pid);
                 let mut next = match self.start(true) {
@@ -210,14 +233,19 @@ impl Keeper {
                         tracing::error!("the bus cannot be started now: {error:#}");
                         continue;
                     }
-                    Err(error) => return Err(error),
+                    Err(error) => {
+                        self.leave_nothing(&journal);
+                        return Err(error);
+                    }
                 };
                 self.restarts += 1;
                 match self.hand_over(&next, &journal) {
                     Ok(()) => break next,
                     Err(_) if self.asked => {
                         tracing::warn!("process {} was to take the bus up, and ends", next.pid);
-                        return Ok(Ended { status: wait(&mut next) });
+                        wait(&mut next);
+                        self.leave_nothing(&journal);
+                        return Ok(Ended { status: None });
                     }
                     Err(error) => {
                         tracing::error!("process {} has not taken the bus up: {error:#}", next.pid);
@@ -328,7 +356,7 @@ impl Keeper {
             match self.adopt() {
                 Ok(bus) => return Ok(Some(bus)),
                 Err(error) if tries == ADOPT_TRIES => {
-                    return Err(error.context("the bus goes on without a keeper"));
+                    return Err(error.context("the bus goes on without this keeper"));
                 }
                 Err(_) if self.rests(ADOPT_PAUSE) => {
                     tracing::warn!("the keeper ends, and the bus goes on without one");
@@ -409,6 +437,15 @@ impl Keeper {
         if journal.supervisor().is_some_and(|process| !ends(process, END)) {
             tracing::warn!("the supervisor of the former bus does not end");
         }
+    }
+
+    /// Removes the files of the sockets of a bus that nobody goes on with. The bus may have been in
+    /// the hands of an attacker: what the configuration does not allow stays.
+    fn leave_nothing(&self, journal: &Journal) {
+        let config = self.config.as_ref().and_then(|path| config::read(path).ok());
+        let config = config.map(|(config, _)| config).unwrap_or_default();
+        let permits = Permits::new(&self.dir, &AllowSpec::default(), &[]).with(&config);
+        remove_left(permits, journal.files(&self.dir));
     }
 }
 
@@ -495,6 +532,7 @@ mod tests {
             program: PathBuf::new(),
             arguments: Vec::new(),
             dir: nowhere.path().to_owned(),
+            config: None,
             stop: eventfd(1, EventfdFlags::CLOEXEC).unwrap(),
             hangup: None,
             restarts: 0,

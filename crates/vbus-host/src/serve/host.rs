@@ -389,7 +389,11 @@ impl Host {
         if keys.is_empty() {
             return Ok(keys);
         }
-        let changed = match self.bus.get(&new.name) {
+        let endpoint = self.bus.get(&new.name);
+        if let (Ok(endpoint), false) = (&endpoint, self.is_kept()) {
+            endpoint.device().outlast_no_more();
+        }
+        let changed = match endpoint {
             Err(error) => Err(error.to_string()),
             Ok(_) if !is_own => Err("the bus takes these only when it makes the device".into()),
             Ok(endpoint) => endpoint.device().reconfigure(&old.settings, &new.settings),

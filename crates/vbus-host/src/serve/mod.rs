@@ -128,8 +128,8 @@ pub fn run(
         return background::run();
     }
     if args.keep {
-        let (dir, has_config) = (args.bus.dir.as_deref(), args.config.is_some());
-        return keeper::run(&keeper::Order { dir, adopt: args.adopt, has_config });
+        let (dir, config) = (args.bus.dir.as_deref(), args.config.as_deref());
+        return keeper::run(&keeper::Order { dir, adopt: args.adopt, config });
     }
     // The thread of the log must have the restrictions of the sandbox.
     log::prepare("info");
@@ -456,6 +456,7 @@ fn take_over(
     // Before anything changes: until the keeper has all of this bus, it has the former one's.
     if let Err(error) = keep() {
         tracing::error!("the bus goes on without a keeper: {error:#}");
+        host.forsake_former();
     }
     host.go_on();
     let pause = past();

@@ -25,3 +25,4 @@ pub use permits::{AllowSpec, Permits, Purpose};
 #[cfg(feature = "fuzzing")]
 pub use process::in_this_process;
 pub use process::{COMMAND, run};
+pub use socket::remove_left;

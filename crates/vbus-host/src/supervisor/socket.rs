@@ -4,9 +4,10 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::place::Place;
+use super::permits::{Permits, Purpose};
+use super::place::{Place, Places};
 use crate::access::Access;
 
 /// The file of a socket. Dropping this removes the file, unless another one has taken its place.
@@ -40,6 +41,19 @@ pub fn inherit(place: Place) -> io::Result<SocketFile> {
         return Err(io::Error::other("it is no socket"));
     }
     Ok(SocketFile { place, identity: identity(&path) })
+}
+
+/// Removes the files of sockets that a bus has left which nobody goes on with. Those that `permits`
+/// does not allow stay, and so does what is no socket: a bus that was taken over has named them.
+pub fn remove_left(permits: Permits, paths: impl IntoIterator<Item = PathBuf>) {
+    let places = Places::new(permits);
+    for path in paths {
+        let Some(text) = path.to_str() else { continue };
+        let found = places.find(text, Purpose::Listen).and_then(inherit);
+        if let Err(error) = found {
+            tracing::debug!(%error, "{text} stays");
+        }
+    }
 }
 
 impl SocketFile {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the two buses tell each other (spec/take-over.md, "Offer" and "State").
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -21,8 +22,9 @@ use crate::access::SocketSpec;
 use crate::config::DeviceSpec;
 
 /// The format of the messages. Both buses must have the same, and the same format of the states of
-/// devices (`vbus_core::state::FORMAT`).
-pub const FORMAT: u32 = 1;
+/// devices (`vbus_core::state::FORMAT`). Another one with each change to these messages, to those of
+/// a keeper (`keeper::kind`), or to the journals of vfio-user servers.
+pub const FORMAT: u32 = 2;
 
 /// What the new bus prepares with. Descriptors: the lock of the directory, the sockets in their
 /// order, the port, the socket of the service manager.
@@ -41,6 +43,23 @@ pub struct Offer {
     pub manager: Option<ManagerPart>,
     /// The devices. They may change no more.
     pub devices: Vec<Spec>,
+}
+
+impl Offer {
+    /// The files of the sockets that the bus in `dir` has made: its own, those of its devices, and
+    /// those at which their back ends listen. A bus that was taken over may name any.
+    pub fn files(&self, dir: &Path) -> BTreeSet<PathBuf> {
+        let inherited = |path: &PathBuf| {
+            self.sockets.iter().any(|socket| socket.inherited && socket.path == *path)
+        };
+        let own = self.sockets.iter().map(|socket| socket.path.clone());
+        let devices = self.devices.iter().flat_map(|spec| {
+            let listens = spec.settings.get("listen").and_then(Value::as_str);
+            let listens = listens.and_then(|path| std::path::absolute(path).ok());
+            [Some(dir.join(spec.device().socket_path())), listens].into_iter().flatten()
+        });
+        own.chain(devices).filter(|path| !inherited(path)).collect()
+    }
 }
 
 /// A socket that listens.

@@ -261,6 +261,10 @@ impl Device for OnBus {
         Ok(())
     }
 
+    fn outlast_no_more(&self) {
+        self.is_kept.store(false, Ordering::Relaxed);
+    }
+
     fn restore(&self, saved: &Value) -> Result<(), String> {
         self.nic.restore(&state::read_part(saved)?)
     }

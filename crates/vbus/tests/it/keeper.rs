@@ -7,9 +7,9 @@
 
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -51,6 +51,30 @@ impl Kept {
 
     fn log(&self) -> String {
         std::fs::read_to_string(&self.0.log).unwrap()
+    }
+
+    /// The files in its directory.
+    fn files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(&self.0.dir).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    /// What starts another keeper, of the bus as it is.
+    fn adoption(&self) -> Command {
+        let log = std::fs::OpenOptions::new().append(true).open(&self.0.log).unwrap();
+        let mut command = vbus();
+        command.args(["serve", "--keep", "--adopt", "--config"]);
+        command.arg(self.0.log.with_file_name("bus.toml"));
+        command.arg("--dir").arg(&self.0.dir).stderr(log);
+        command
+    }
+
+    /// Gives the bus another keeper. Returns the former one, which may be there still.
+    fn adopt(&mut self) -> Child {
+        let next = self.adoption().spawn().unwrap();
+        let former = std::mem::replace(&mut self.0.child, next);
+        wait_until("the bus is kept again", || keeper(self)["present"] == true);
+        former
     }
 
     /// How often the keeper has started the bus because it had died.
@@ -499,10 +523,12 @@ fn a_keeper_ends_in_the_middle_of_a_take_up() {
     let process = std::fs::read_to_string(&asleep).unwrap().trim().parse().unwrap();
     let begun = Instant::now();
     bus.0.signal(Signal::TERM);
-    bus.0.child.wait().unwrap();
+    let status = bus.0.child.wait().unwrap();
     // The take-up alone has 60 s.
     assert!(begun.elapsed() < Duration::from_secs(50), "{}", bus.log());
     wait_until("the next bus ends with it", || has_ended(process));
+    assert!(status.success(), "it was asked to end: {status} {}", bus.log());
+    assert_eq!(bus.files(), [""; 0], "no socket is left");
 }
 
 #[test]
@@ -519,6 +545,7 @@ fn a_bus_that_dies_again_and_again_is_given_up() {
     let log = bus.log();
     assert!(log.contains("its keeper gives up"), "{log}");
     assert_eq!(log.matches("the keeper starts it again").count(), DEATHS_MAX, "{log}");
+    assert_eq!(bus.files(), [""; 0], "no socket is left");
 }
 
 #[test]
@@ -583,6 +610,165 @@ fn a_keeper_that_stood_still_ends_the_clients_of_a_bus_that_went_on_without_it()
     });
 }
 
+/// A line of `packaging/vbus@.service`, without its key.
+fn of_unit(key: &str) -> String {
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging/vbus@.service");
+    let unit = std::fs::read_to_string(unit).unwrap();
+    let mut lines = unit.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+    lines.next().unwrap_or_else(|| panic!("the unit has no {key}")).to_owned()
+}
+
+/// The commands of the unit for systemd, with a service manager that hears of them what systemd
+/// would: the bus is up, is upgraded, is killed, and ends.
+#[test]
+fn the_unit_of_systemd_keeps_its_bus() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::write(at("bus.toml"), PAGES).unwrap();
+    let own = vbus();
+    let here = |line: String| {
+        let program = own.get_program().to_str().unwrap();
+        line.replace("/usr/bin/vbus", program)
+            .replace("/etc/vbus/%i.toml", &at("bus.toml"))
+            .replace("/run/vbus/%i", &at("bus"))
+    };
+    let manager = UnixDatagram::bind(at("notify")).unwrap();
+    manager.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let hear = |what: &str| {
+        let begun = Instant::now();
+        loop {
+            let mut bytes = [0; 256];
+            let count = manager.recv(&mut bytes).unwrap();
+            let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
+            assert!(!text.contains("MAINPID"), "the keeper stays the main process: {text}");
+            if text.starts_with(what) {
+                return;
+            }
+            assert!(begun.elapsed() < TIMEOUT, "the manager does not hear {what}");
+        }
+    };
+    // The bus is not the main process, and does not start it.
+    assert_eq!(of_unit("NotifyAccess"), "all");
+    let (name, value) = {
+        let setting = of_unit("Environment");
+        let (name, value) = setting.split_once('=').unwrap();
+        (name.to_owned(), value.to_owned())
+    };
+    let start = here(of_unit("ExecStart"));
+    let mut keeper = Command::new("sh")
+        .args(["-c", &format!("WATCHDOG_PID=$$ exec {start}")])
+        .env(name, value)
+        .env("NOTIFY_SOCKET", at("notify"))
+        .env("WATCHDOG_USEC", "400000")
+        .spawn()
+        .unwrap();
+    hear("READY=1");
+    let info = || {
+        let mut control = UnixStream::connect(folder.path().join("bus/control.sock")).unwrap();
+        control.set_read_timeout(Some(TIMEOUT)).unwrap();
+        let answer = exchange(&mut control, b"{\"op\":\"info\"}\n");
+        serde_json::from_str::<serde_json::Value>(&answer).unwrap()["ok"].clone()
+    };
+    let process = || i32::try_from(info()["pid"].as_i64().unwrap()).unwrap();
+    let first = process();
+    assert_eq!(info()["keeper"]["present"], true);
+    hear("WATCHDOG=1");
+    let reload = here(of_unit("ExecReload"));
+    let script = reload.strip_prefix("/bin/sh -c '").unwrap().strip_suffix('\'').unwrap();
+    assert!(Command::new("sh").args(["-c", script]).status().unwrap().success());
+    wait_until("the former bus ends", || has_ended(first));
+    wait_until("the keeper has the next one", || info()["keeper"]["present"] == true);
+    hear("WATCHDOG=1");
+    let second = process();
+    assert_ne!(second, first);
+    kill(second);
+    wait_until("the former bus ends", || has_ended(second));
+    let socket = folder.path().join("bus/control.sock");
+    wait_until("the keeper has started one", || {
+        let control = UnixStream::connect(&socket);
+        control.is_ok() && info()["keeper"]["restarts"] == 1
+    });
+    hear("WATCHDOG=1");
+    let id = Pid::from_raw(i32::try_from(keeper.id()).unwrap()).unwrap();
+    kill_process(id, Signal::TERM).unwrap();
+    hear("STOPPING=1");
+    assert!(keeper.wait().unwrap().success());
+    assert_eq!(std::fs::read_dir(folder.path().join("bus")).unwrap().count(), 0);
+}
+
+/// A keeper that stood still for so long that the bus has got another one starts no second bus.
+#[test]
+fn of_two_keepers_one_starts_the_next_bus() {
+    let mut bus = Kept::start(PAGES);
+    let driver = Worker::start(&bus);
+    driver.exchanges(&bus, 1, "at first");
+    let process = bus.process();
+    let id = Pid::from_raw(i32::try_from(bus.0.child.id()).unwrap()).unwrap();
+    kill_process(id, Signal::STOP).unwrap();
+    wait_until("the bus has no keeper", || {
+        let mut set = vbus();
+        set.args(["state", "set", "--hex", "values", "in", "02", "--dir"]).arg(&bus.0.dir);
+        set.output().unwrap();
+        keeper(&bus)["present"] == false
+    });
+    let mut first = bus.adopt();
+    kill(process);
+    wait_until("the next bus takes its place", || bus.restarts() == 1);
+    driver.exchanges(&bus, 3, "with another keeper");
+    kill_process(id, Signal::CONT).unwrap();
+    wait_until("the first keeper has noticed it", || bus.log().contains("this keeper stood still"));
+    wait_until("the first keeper has ended", || first.try_wait().unwrap().is_some());
+    assert_eq!(bus.restarts(), 1, "{}", bus.log());
+    driver.exchanges(&bus, 4, "without the first one");
+    bus.kill();
+    driver.exchanges(&bus, 5, "after another kill");
+    driver.end();
+}
+
+/// The keeper itself dies and is replaced, under traffic: nobody notices anything.
+#[test]
+fn cards_at_work_lose_nothing_while_keepers_come_and_go() {
+    let mut bus = Kept::start(&[nic(1), nic(2)].concat());
+    let cards = [1, 2].map(|last| Card::open(bus.0.dir.join(format!("net{last}.sock"))));
+    let (stop, both) = (AtomicBool::new(false), <[Shared; 2]>::default());
+    let streams = std::thread::scope(|scope| {
+        let [one, two] = cards;
+        let threads =
+            [scope.spawn(|| run(one, 1, &stop, &both)), scope.spawn(|| run(two, 2, &stop, &both))];
+        let all = || both.each_ref().map(|card| card.received.load(Ordering::Relaxed));
+        let pass = |when: &str| {
+            let before = all();
+            wait_until(&format!("frames pass in both directions {when}"), || {
+                assert!(threads.iter().all(|card| !card.is_finished()), "a card has failed");
+                let now = all();
+                now[0] > before[0] + 200 && now[1] > before[1] + 200
+            });
+        };
+        for _ in 0..3 {
+            pass("with a keeper");
+            bus.0.child.kill().unwrap();
+            bus.0.child.wait().unwrap();
+            wait_until("the bus notices it", || keeper(&bus)["present"] == false);
+            pass("without a keeper");
+            bus.adopt();
+        }
+        pass("with the last keeper");
+        stop.store(true, Ordering::Relaxed);
+        threads.map(|card| card.join().unwrap())
+    });
+    for Stream { missing, again, .. } in streams {
+        assert_eq!((missing, again), (0, 0), "a frame was lost or came twice");
+    }
+    // The last one has all that it takes.
+    let before = keeper(&bus)["restarts"].as_u64().unwrap();
+    let info = exchange(&mut bus.0.control(), b"{\"op\":\"info\"}\n");
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    kill(i32::try_from(info["ok"]["pid"].as_i64().unwrap()).unwrap());
+    wait_until("the next bus takes its place", || bus.restarts() == 1);
+    assert_eq!(keeper(&bus)["restarts"], before + 1);
+    assert_eq!(bus.0.json(&["device", "show", "net1"])["counters"]["broken"], 0);
+}
+
 #[test]
 fn a_bus_outlives_its_keeper_and_gets_another_one() {
     let mut bus = Kept::start(PAGES);
@@ -595,15 +781,9 @@ fn a_bus_outlives_its_keeper_and_gets_another_one() {
     // A bus that has nothing to give does, too.
     wait_until("the bus notices it", || keeper(&bus)["present"] == false);
     bus.0.good(&["state", "set", "--hex", "values", "in", "02"]);
-    let log = std::fs::OpenOptions::new().append(true).open(&bus.0.log).unwrap();
-    let mut command = vbus();
-    command
-        .args(["serve", "--keep", "--adopt", "--config"])
-        .arg(bus.0.log.with_file_name("bus.toml"));
-    bus.0.child = command.arg("--dir").arg(&bus.0.dir).stderr(log).spawn().unwrap();
-    wait_until("the bus is kept again", || keeper(&bus)["present"] == true);
+    bus.adopt();
     // Another one is refused.
-    let output = command.stderr(std::process::Stdio::piped()).output().unwrap();
+    let output = bus.adoption().stderr(std::process::Stdio::piped()).output().unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success() && text.contains("has a keeper already"), "{text}");
     kill(process);

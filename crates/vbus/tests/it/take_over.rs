@@ -201,8 +201,8 @@ struct Double(UnixStream);
 impl Double {
     fn ask(bus: &Served) -> Double {
         let mut socket = bus.control();
-        let ask = b"{\"op\":\"take-over\",\"format\":1,\"state-format\":1,\"version\":\"test\"}\n";
-        assert_eq!(exchange(&mut socket, ask), "{\"item\":{\"format\":1}}");
+        let ask = b"{\"op\":\"take-over\",\"format\":2,\"state-format\":1,\"version\":\"test\"}\n";
+        assert_eq!(exchange(&mut socket, ask), "{\"item\":{\"format\":2}}");
         Double(socket)
     }
 
@@ -315,10 +315,10 @@ fn a_new_process_that_cannot_says_why_and_the_old_one_goes_on() {
     let driver = Driver::start(bus.dir.join("values0.sock"));
     driver.goes_on("at first");
     let mut socket = bus.control();
-    let ask = b"{\"op\":\"take-over\",\"format\":2,\"state-format\":1,\"version\":\"9.9\"}\n";
+    let ask = b"{\"op\":\"take-over\",\"format\":3,\"state-format\":1,\"version\":\"9.9\"}\n";
     let answer = exchange(&mut socket, ask);
-    assert!(answer.contains("vbus 9.9 hands over in format 2"), "{answer}");
-    let ask = b"{\"op\":\"take-over\",\"format\":1,\"state-format\":2,\"version\":\"9.9\"}\n";
+    assert!(answer.contains("vbus 9.9 hands over in format 3"), "{answer}");
+    let ask = b"{\"op\":\"take-over\",\"format\":2,\"state-format\":2,\"version\":\"9.9\"}\n";
     let answer = exchange(&mut bus.control(), ask);
     let both = ["with states of format 2", "restart the bus instead"];
     assert!(both.iter().all(|text| answer.contains(text)), "{answer}");
@@ -398,7 +398,7 @@ fn through(bus: &mut Served, edit: impl Fn(&str, &mut Value)) -> Option<(Option<
         Some((output.status.code(), String::from_utf8(output.stderr).unwrap()))
     };
     for what in ["offer", "state"] {
-        if what == "offer" && !answer.starts_with(b"{\"item\":{\"format\":1}}") {
+        if what == "offer" && !answer.starts_with(b"{\"item\":{\"format\":2}}") {
             return refused(new);
         }
         let (kind, body, descriptors) = old.message();
@@ -429,7 +429,7 @@ fn a_bus_of_another_version_is_taken_over_or_goes_on() {
             "a newer format",
             |what, value| {
                 if what == "answer" {
-                    value["item"]["format"] = json!(2);
+                    value["item"]["format"] = json!(3);
                 }
             },
             "unknown answer",

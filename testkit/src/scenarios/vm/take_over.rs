@@ -262,7 +262,7 @@ fn killed_in_the_pause(control: &Path) -> Result<()> {
     const BATCH: usize = 253;
     let mut socket = UnixStream::connect(control).context("cannot connect to the bus")?;
     socket.set_read_timeout(Some(TRANSFER))?;
-    let ask = "{\"op\":\"take-over\",\"format\":1,\"state-format\":1,\"version\":\"killed\"}\n";
+    let ask = "{\"op\":\"take-over\",\"format\":2,\"state-format\":1,\"version\":\"killed\"}\n";
     socket.write_all(ask.as_bytes())?;
     let mut byte = [0];
     while byte != *b"\n" {

@@ -106,6 +106,11 @@ impl Host {
         lock(&self.keeping).clone()
     }
 
+    /// Whether the bus has a keeper now.
+    pub fn is_kept(&self) -> bool {
+        self.keeping().is_some_and(|keeping| keeping.is_open())
+    }
+
     /// Checks that all devices can be kept.
     ///
     /// # Errors
@@ -137,13 +142,26 @@ impl Host {
         // If this process is killed, the sockets stay.
         self.supervisor.set_leaving(true).context("the supervisor does not answer")?;
         keeping.supervisor(self.supervisor.process()?.as_fd())?;
-        *lock(&self.keeping) = Some(keeping.clone());
+        keeping.lease()?;
+        if let Some(former) = lock(&self.keeping).replace(keeping.clone()) {
+            former.replaced();
+        }
         for (name, member) in self.lock().iter() {
             let endpoint = self.bus.get(name)?;
             self.give(keeping, &endpoint, member)?;
         }
         keeping.bus()?;
         Ok(keeping.whole()?)
+    }
+
+    /// The keeper has not got all of this bus. It may find this process dead before it notices, and
+    /// must then not go on from what the former bus left.
+    pub fn forsake_former(&self) {
+        for member in self.lock().values() {
+            if let Some(Served { server: Server::VfioUser(server), .. }) = &member.served {
+                server.forsake_former();
+            }
+        }
     }
 
     /// Gives a device to the keeper, if there is one, and each change of it from now on.
