@@ -199,6 +199,22 @@ mod tests {
         assert_eq!(files, known);
     }
 
+    /// With the keeper as the main process the bus itself talks to systemd, and a kill of the bus
+    /// must not end its keeper. A test of `vbus` runs the unit's commands.
+    #[test]
+    fn a_bus_of_the_unit_has_a_keeper() {
+        let unit = fs::read_to_string(unit()).unwrap();
+        for line in [
+            "Environment=VBUS_KEEP=--keep",
+            "NotifyAccess=all",
+            "OOMPolicy=continue",
+            "KillMode=control-group",
+        ] {
+            assert!(unit.lines().any(|found| found == line), "the unit has no {line}");
+        }
+        assert!(unit.contains("ExecStart=/usr/bin/vbus serve $VBUS_KEEP "));
+    }
+
     /// An upgrade of the package cuts no machine off: buses go on until somebody reloads them.
     #[test]
     fn a_package_that_is_installed_ends_no_bus() {
