@@ -295,8 +295,8 @@ pub trait Device: Send + Sync {
         Err("devices of this class cannot go on after the bus was killed".into())
     }
 
-    /// Nobody goes on any more if the process is killed. Called before a change of the settings, and
-    /// perhaps again and again. The provided method does nothing.
+    /// Nobody goes on any more if the process is killed. Called before a change of the settings,
+    /// and perhaps again and again. The provided method does nothing.
     fn outlast_no_more(&self) {}
 
     /// Goes on from what [`save`](Self::save) returned for a device of the same class. Nobody has

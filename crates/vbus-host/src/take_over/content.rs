@@ -22,8 +22,8 @@ use crate::access::SocketSpec;
 use crate::config::DeviceSpec;
 
 /// The format of the messages. Both buses must have the same, and the same format of the states of
-/// devices (`vbus_core::state::FORMAT`). Another one with each change to these messages, to those of
-/// a keeper (`keeper::kind`), or to the journals of vfio-user servers.
+/// devices (`vbus_core::state::FORMAT`). Another one with each change to these messages, to those
+/// of a keeper (`keeper::kind`), or to the journals of vfio-user servers.
 pub const FORMAT: u32 = 2;
 
 /// What the new bus prepares with. Descriptors: the lock of the directory, the sockets in their

@@ -159,8 +159,8 @@ impl Memory {
 
     /// Makes the slot of `number` the one that counts. One store: before it, the successor sees the
     /// former slot, and afterwards this one. `Release`: no store before it, to the slot or to a
-    /// buffer, is made after it. Pairs with the copy of the successor ([`Former`]), which the end of
-    /// this process, or its message, comes before.
+    /// buffer, is made after it. Pairs with the copy of the successor ([`Former`]), which the end
+    /// of this process, or its message, comes before.
     pub(super) fn count(&self, line: Line, number: u64) {
         fault::step();
         self.long(line.count()).store(number, Ordering::Release);

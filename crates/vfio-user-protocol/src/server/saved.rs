@@ -168,9 +168,9 @@ impl<T: Target> Server<T> {
         Ok(())
     }
 
-    /// Nobody was given this server, which goes on from the journal of a former process. Whoever has
-    /// that journal must not go on from it any more: its client's connection ends then. The program
-    /// calls this before the first [`ready`](Self::ready).
+    /// Nobody was given this server, which goes on from the journal of a former process. Whoever
+    /// has that journal must not go on from it any more: its client's connection ends then. The
+    /// program calls this before the first [`ready`](Self::ready).
     pub fn forsake_former(&mut self) {
         if let Some(former) = self.former.take() {
             // The system has no reason to refuse, and nobody else could be asked.
