@@ -750,7 +750,7 @@ fn cards_at_work_lose_nothing_while_keepers_come_and_go() {
             bus.0.child.wait().unwrap();
             wait_until("the bus notices it", || keeper(&bus)["present"] == false);
             pass("without a keeper");
-            bus.adopt();
+            bus.adopt().wait().unwrap();
         }
         pass("with the last keeper");
         stop.store(true, Ordering::Relaxed);
@@ -781,7 +781,7 @@ fn a_bus_outlives_its_keeper_and_gets_another_one() {
     // A bus that has nothing to give does, too.
     wait_until("the bus notices it", || keeper(&bus)["present"] == false);
     bus.0.good(&["state", "set", "--hex", "values", "in", "02"]);
-    bus.adopt();
+    bus.adopt().wait().unwrap();
     // Another one is refused.
     let output = bus.adoption().stderr(std::process::Stdio::piped()).output().unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
