@@ -136,10 +136,14 @@ pub struct Engine {
 }
 
 /// The driver's end, and where its queue's three parts are in the memory at `base`.
-fn near(base: *mut u8) -> (Near, [PhysAddr; 3]) {
+///
+/// # Safety
+/// `base` is the beginning of [`MEMORY`] bytes that are mapped for ever, aligned to a page. Nobody
+/// writes their second half.
+unsafe fn near(base: *mut u8) -> (Near, [PhysAddr; 3]) {
     ARENA.set((base as usize, 1));
     let driver = VirtIONetRaw::new(Nowhere).expect("a driver");
-    // SAFETY: the arena's second half, which nobody writes. It is mapped for ever.
+    // SAFETY: the arena's second half, by this function's contract.
     let buffers = unsafe { std::slice::from_raw_parts(base.add(MEMORY / 2).cast(), ENTRIES) };
     (Near { driver, buffers, of_token: vec![0; ENTRIES], number: 0 }, QUEUE.get())
 }
@@ -149,8 +153,9 @@ pub fn pair() -> (Near, Far) {
     // Mapped for ever, as all the others' memory: the driver's end may outlive the device's.
     let memory = Box::leak(Box::new(memory));
     memory.write_slice(&vec![0; MEMORY], GuestAddress(0)).expect("touching every page");
-    let (near, [descriptors, available, used]) =
-        near(memory.get_host_address(GuestAddress(0)).expect("it begins there"));
+    let base = memory.get_host_address(GuestAddress(0)).expect("it begins there");
+    // SAFETY: the memory was leaked, and the queue's parts are in its first half.
+    let (near, [descriptors, available, used]) = unsafe { near(base) };
     let mut queue = Queue::new(ENTRIES as u16).expect("a queue");
     queue.try_set_desc_table_address(GuestAddress(descriptors)).expect("aligned");
     queue.try_set_avail_ring_address(GuestAddress(available)).expect("aligned");
@@ -162,7 +167,8 @@ pub fn pair() -> (Near, Far) {
 
 pub fn pair_with_engine() -> (Near, Engine) {
     let (region, file) = Region::with_file(MEMORY);
-    let (near, [descriptors, driver_area, device_area]) = near(region.pointer());
+    // SAFETY: a region is mapped for ever, and the queue's parts are in its first half.
+    let (near, [descriptors, driver_area, device_area]) = unsafe { near(region.pointer()) };
     let memory = MemoryContext::new();
     memory.map(0, MEMORY as u64, Some((&file, 0)), Access::BOTH).expect("mapped");
     let (format, size) = (queue::Format::Split, ENTRIES as u16);
