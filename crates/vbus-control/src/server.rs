@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use vfio_user_protocol::{Closer, plain};
 
 use crate::peer::{Peer, refuse_descriptors};
 
@@ -156,7 +157,11 @@ pub struct Server<H> {
 
 /// The clients that are there.
 #[derive(Default)]
-struct Places(Mutex<Table>);
+struct Places {
+    table: Mutex<Table>,
+    /// Closes what clients sent along.
+    closer: Closer,
+}
 
 #[derive(Default)]
 struct Table {
@@ -182,11 +187,13 @@ struct Occupant {
 struct Place {
     places: Arc<Places>,
     number: u64,
+    /// Always there, except in the drop.
+    socket: Option<Arc<UnixStream>>,
 }
 
 impl Places {
     fn lock(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        self.table.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Gives the client a place, if need be that of an idle client, which is disconnected.
@@ -227,7 +234,7 @@ impl Places {
             socket: socket.clone(),
             idle_since: Some(Instant::now()),
         });
-        Ok(Place { places: self.clone(), number })
+        Ok(Place { places: self.clone(), number, socket: Some(socket.clone()) })
     }
 
     /// Whether so many clients have had to go whose threads still run that nobody else may come.
@@ -271,6 +278,9 @@ impl Drop for Place {
         let mut table = self.places.lock();
         table.clients.retain(|client| client.number != self.number);
         table.threads -= 1;
+        drop(table);
+        // Nobody else has it any more, and nobody waits for its close.
+        self.socket.take().into_iter().for_each(|socket| hang_up(socket, &self.places.closer));
     }
 }
 
@@ -290,9 +300,13 @@ impl<H: Handler> Server<H> {
     /// that had to go, so they end soon.
     ///
     /// # Errors
-    /// This process is out of descriptors or threads. The next client waits in the backlog, so the
-    /// caller should pause before it tries again.
+    /// This process is out of descriptors or threads, or clients have sent many descriptors along
+    /// whose close waits for them. The next client waits in the backlog, so the caller should pause
+    /// before it tries again.
     pub fn accept(&self) -> io::Result<()> {
+        if self.places.closer.is_full() {
+            return Err(io::Error::other("what clients have sent along cannot be closed yet"));
+        }
         if self.places.are_crowded(self.limits) {
             std::thread::sleep(CROWDED);
             return Ok(());
@@ -318,6 +332,7 @@ impl<H: Handler> Server<H> {
             Ok(share) => share,
             Err(error) => {
                 let _ = answer(&socket, &json!({ "error": format!("{error:#}") }));
+                hang_up(socket, &self.places.closer);
                 return Ok(());
             }
         };
@@ -325,13 +340,25 @@ impl<H: Handler> Server<H> {
             Ok(place) => place,
             Err(text) => {
                 let _ = answer(&socket, &json!({ "error": text }));
+                hang_up(socket, &self.places.closer);
                 return Ok(());
             }
         };
         let (handler, line_max) = (self.handler.clone(), share.line.min(self.limits.line));
         let thread = std::thread::Builder::new().name("control-client".into()).stack_size(STACK);
-        thread.spawn(move || serve(&*handler, line_max, &socket, &peer, &place))?;
+        drop(socket);
+        thread.spawn(move || {
+            // The socket is dropped before the place, which closes it.
+            if let Some(socket) = place.socket.clone() {
+                serve(&*handler, line_max, &socket, &peer, &place);
+            }
+        })?;
         Ok(())
+    }
+
+    /// Ends the server. It does not wait for what clients have sent that nobody has accepted.
+    pub fn end(self) {
+        self.places.closer.close(self.listener.into());
     }
 }
 
@@ -341,9 +368,29 @@ impl<H> AsFd for Server<H> {
     }
 }
 
+/// The socket of a client as a stream of bytes. Nobody waits for descriptors that come along; they
+/// end the connection.
+struct Bytes<'a> {
+    socket: &'a UnixStream,
+    closer: &'a Closer,
+}
+
+impl Read for Bytes<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(plain::recv(self.socket.as_fd(), true, buffer, self.closer)?)
+    }
+}
+
+/// Ends the connection of a client, without waiting for what it has sent.
+fn hang_up(socket: Arc<UnixStream>, closer: &Closer) {
+    if let Some(socket) = Arc::into_inner(socket) {
+        plain::close(socket.into(), closer);
+    }
+}
+
 /// Serves a client until it leaves, gives way, exceeds the time-out, or breaks the protocol.
 fn serve<H: Handler>(handler: &H, line_max: u64, socket: &UnixStream, peer: &Peer, place: &Place) {
-    let mut reader = BufReader::new(socket);
+    let mut reader = BufReader::new(Bytes { socket, closer: &place.places.closer });
     loop {
         let mut line = Vec::new();
         match (&mut reader).take(line_max).read_until(b'\n', &mut line) {
@@ -394,6 +441,8 @@ fn take_progress(request: &mut Value) -> bool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
+    use vbus_test_driver::{send_lingering, take_descriptors};
+
     use super::*;
     use crate::Connection;
 
@@ -507,6 +556,61 @@ mod tests {
         let bytes = [io::IoSlice::new(b"\"hello\"\n")];
         let sent = rustix::net::sendmsg(&client, &bytes, &mut ancillary, flags);
         assert_eq!(sent, Err(rustix::io::Errno::PERM));
+    }
+
+    /// Before Linux 6.16 a client's descriptors cannot be refused.
+    #[test]
+    fn nobody_waits_for_descriptors_of_clients() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let limits = Limits { clients: 4, line: 100 };
+        let server = Server::new(UnixListener::bind(&path).unwrap(), limits, Echo).unwrap();
+        take_descriptors(&server);
+        let accept = || {
+            poll(&mut [PollFd::new(&server, PollFlags::IN)], None).unwrap();
+            server.accept()
+        };
+        // One that is read, one that has no place, and one that waits to be accepted at the end.
+        let full: Vec<_> = (0..4)
+            .map(|uid| {
+                let (own, socket) = UnixStream::pair().unwrap();
+                let peer = Peer { pid: 1, uid: 1_000_000 + uid, groups: Vec::new() };
+                let entered = server.places.enter(&Arc::new(socket), &peer, Share::WHOLE, limits);
+                let place = entered.unwrap();
+                place.set_idle(false);
+                (own, place)
+            })
+            .collect();
+        let refused = UnixStream::connect(&path).unwrap();
+        let mut lingering = vec![send_lingering(&refused, b"x")];
+        accept().unwrap();
+        assert!(rest(&refused).contains("more than 4 control clients"));
+        drop(full);
+        let client = UnixStream::connect(&path).unwrap();
+        lingering.push(send_lingering(&client, b"x"));
+        accept().unwrap();
+        assert_eq!(rest(&client), "", "its connection ends");
+        let honest = UnixStream::connect(&path).unwrap();
+        accept().unwrap();
+        let mut honest = Connection::new(honest, "the echo");
+        assert_eq!(ask(&mut honest, "hello").unwrap(), json!("hello"));
+        // So many wait for their close that nobody else is let in.
+        while !server.places.closer.is_full() {
+            let client = UnixStream::connect(&path).unwrap();
+            lingering.push(send_lingering(&client, b"x"));
+            accept().unwrap();
+            assert_eq!(rest(&client), "");
+        }
+        let error = server.accept().unwrap_err().to_string();
+        assert!(error.contains("cannot be closed yet"), "{error}");
+        let late = UnixStream::connect(&path).unwrap();
+        lingering.push(send_lingering(&late, b"x"));
+        let closer = server.places.closer.clone();
+        server.end();
+        drop(lingering);
+        while closer.is_at_work() {
+            std::thread::yield_now();
+        }
     }
 
     #[test]
@@ -660,7 +764,7 @@ mod tests {
             own.shutdown(Shutdown::Write).unwrap();
             serve(&count, limits.line, &socket, &peer, &place);
             assert_eq!(*count.0.lock().unwrap(), usize::from(!goes));
-            drop((place, socket));
+            drop((socket, place));
             assert_eq!(rest(&own), if goes { "" } else { "{\"ok\":null}\n" });
         }
     }

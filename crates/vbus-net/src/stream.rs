@@ -5,19 +5,20 @@
 //! The connection lives while the driver has started. When it ends, the end that connects tries
 //! again every second, and the end that listens accepts the next peer.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::io::{Errno, retry_on_intr};
-use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, accept_with, recv, send};
+use rustix::net::{SendFlags, SocketAddrUnix, SocketFlags, accept_with, send};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{Counter, CreateError, ErrorCode, Interest, TaskHandle, lock, state};
 use vbus_tap::{Mac, Offloads};
+use vfio_user_protocol::{Closer, plain};
 
 use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
 use crate::frame::{ETH_OVERHEAD, Packet};
@@ -51,6 +52,8 @@ pub struct Stream {
     socket: Socket,
     /// The device is quiesced: what another process may have taken over stays.
     quiesced: AtomicBool,
+    /// Closes what peers sent along. While much waits for it, the stream takes no new peer.
+    closer: Closer,
 }
 
 /// The socket of the peer, for the device and for its queue. Before there is a queue, it is one
@@ -98,6 +101,7 @@ impl Stream {
             counters: Arc::default(),
             socket: Arc::new(Mutex::new(socket.map(Arc::new))),
             quiesced: AtomicBool::new(false),
+            closer: Closer::new(),
         }
     }
 
@@ -125,6 +129,11 @@ impl Drop for Stream {
     fn drop(&mut self) {
         if self.listener.is_some() && !*self.quiesced.get_mut() {
             self.opener.remove(&self.path);
+        }
+        // What a client has sent, and nobody has accepted, is closed with the listener.
+        self.listener.take().into_iter().for_each(|listener| self.closer.close_last(listener));
+        if let Some(socket) = lock(&self.socket).take().and_then(Arc::into_inner) {
+            self.closer.close(socket);
         }
     }
 }
@@ -165,6 +174,7 @@ impl Backend for Stream {
             counters: self.counters.clone(),
             socket: self.socket.clone(),
             port,
+            closer: self.closer.clone(),
         }))
     }
 
@@ -219,6 +229,7 @@ struct StreamPlug {
     counters: Arc<StreamCounters>,
     socket: Socket,
     port: Arc<Port>,
+    closer: Closer,
 }
 
 /// The back end as plain data (spec/state-format.md, "Back ends").
@@ -244,6 +255,7 @@ impl Plug for StreamPlug {
             waiter: Waiter { key: self.port.key(0), task: task.clone() },
             port: self.port.clone(),
             socket: self.socket.clone(),
+            closer: self.closer.clone(),
             peer: None,
             retry: None,
             told: false,
@@ -299,6 +311,8 @@ struct PeerState {
 enum Gone {
     Ended,
     Nonsense(usize),
+    /// The peer has sent descriptors along.
+    Descriptors,
     Failed(Errno),
 }
 
@@ -381,28 +395,24 @@ impl Peer {
     }
 
     /// Receives more bytes. Returns false if there are none now.
-    fn fill(&mut self) -> Result<bool, Gone> {
+    fn fill(&mut self, closer: &Closer) -> Result<bool, Gone> {
         self.input.copy_within(self.from..self.to, 0);
         self.to -= self.from;
         self.from = 0;
-        loop {
-            match recv(&self.socket, &mut self.input[self.to..], RecvFlags::DONTWAIT)
-                .map(|(n, _)| n)
-            {
-                Ok(0) => return Err(Gone::Ended),
-                Ok(n) => {
-                    let skipped = n.min(self.skip);
-                    self.skip -= skipped;
-                    // While it skips, the buffer holds no other bytes.
-                    self.from += skipped;
-                    self.to += n;
-                    return Ok(true);
-                }
-                Err(Errno::AGAIN) => return Ok(false),
-                Err(Errno::INTR) => {}
-                Err(Errno::CONNRESET) => return Err(Gone::Ended),
-                Err(error) => return Err(Gone::Failed(error)),
+        match plain::recv(self.socket.as_fd(), false, &mut self.input[self.to..], closer) {
+            Ok(0) => Err(Gone::Ended),
+            Ok(n) => {
+                let skipped = n.min(self.skip);
+                self.skip -= skipped;
+                // While it skips, the buffer holds no other bytes.
+                self.from += skipped;
+                self.to += n;
+                Ok(true)
             }
+            Err(Errno::AGAIN) => Ok(false),
+            Err(Errno::CONNRESET) => Err(Gone::Ended),
+            Err(Errno::PROTO) => Err(Gone::Descriptors),
+            Err(error) => Err(Gone::Failed(error)),
         }
     }
 
@@ -438,6 +448,7 @@ struct StreamQueue {
     port: Arc<Port>,
     waiter: Waiter,
     socket: Socket,
+    closer: Closer,
     peer: Option<Peer>,
     retry: Option<Instant>,
     /// Whether the log has reported that there is no peer.
@@ -448,6 +459,10 @@ struct StreamQueue {
 impl StreamQueue {
     /// Connects to a peer or accepts one, if that is possible now.
     fn seek(&mut self) -> Result<(), ErrorCode> {
+        if self.closer.is_full() {
+            self.retry = Some(Instant::now() + RETRY);
+            return Ok(());
+        }
         let task = &self.waiter.task;
         let failed = |error: Errno| {
             tracing::error!(device = self.port.name, %error, "cannot watch the stream");
@@ -526,15 +541,29 @@ impl StreamQueue {
         Ok(())
     }
 
-    fn part(&mut self, gone: Gone) {
-        let Some(peer) = self.peer.take() else { return };
+    /// Lets go of the peer. Returns its socket, unless the device makes a copy of it now.
+    fn let_go(&mut self) -> Option<OwnedFd> {
+        let peer = self.peer.take()?;
         self.waiter.task.unwatch(&*peer.socket);
         *lock(&self.socket) = None;
+        Arc::into_inner(peer.socket)
+    }
+
+    fn part(&mut self, gone: Gone) {
+        if self.peer.is_none() {
+            return;
+        }
+        if let Some(socket) = self.let_go() {
+            plain::close(socket, &self.closer);
+        }
         let (device, path) = (&self.port.name, self.path.display());
         match gone {
             Gone::Ended => tracing::info!(device, %path, "the stream's peer has gone"),
             Gone::Nonsense(len) => {
                 tracing::warn!(device, %path, len, "the stream's peer sent a bad frame length")
+            }
+            Gone::Descriptors => {
+                tracing::warn!(device, %path, "the stream's peer sent descriptors along")
             }
             Gone::Failed(error) => tracing::warn!(device, %path, %error, "the stream failed"),
         }
@@ -555,7 +584,7 @@ impl StreamQueue {
                 sink.count_drop(RxDrop::TooLong);
             }
             let Some(range) = range else {
-                if skipped || peer.fill()? {
+                if skipped || peer.fill(&self.closer)? {
                     // Skipping counts as work: a peer that sends only such frames must not keep
                     // other tasks of the thread waiting.
                     done += 1;
@@ -666,9 +695,9 @@ impl Drop for StreamQueue {
         if let Some(listener) = &self.listener {
             self.waiter.task.unwatch(&**listener);
         }
-        if let Some(peer) = &self.peer {
-            self.waiter.task.unwatch(&*peer.socket);
-            *lock(&self.socket) = None;
+        // Another process may go on with the connection, so this does not end it.
+        if let Some(socket) = self.let_go() {
+            self.closer.close(socket);
         }
         self.link.set_carrier(false);
     }

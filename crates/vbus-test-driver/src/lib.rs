@@ -35,13 +35,15 @@
 
 mod fresh;
 mod lingering;
+mod mounts;
 mod mutation;
 mod random;
 pub mod saved;
 pub mod virtio;
 
 pub use fresh::{FreshProcess, serve};
-pub use lingering::lingering;
+pub use lingering::{lingering, send_lingering, take_descriptors};
+pub use mounts::{NO_MOUNT, run_with_own_mounts};
 pub use mutation::mutate;
 pub use random::Random;
 

@@ -58,7 +58,7 @@ mod saved;
 pub use device_server::{DeviceServer, HoldError, Keep};
 pub use saved::{SavedData, SavedServer};
 pub use vfio_user_protocol::state::Held;
-pub use vfio_user_protocol::{Closer, bind_private};
+pub use vfio_user_protocol::{Closer, bind_private, plain};
 
 /// The examples of the README compile.
 #[cfg(doctest)]

@@ -81,6 +81,7 @@ pub mod message;
 pub mod migration;
 mod patience;
 mod peer;
+pub mod plain;
 mod poller;
 mod server;
 pub mod session;

@@ -115,6 +115,37 @@ fn neither_side_loses_frames_to_a_slow_one() {
     assert_eq!(a.counter("/pairs/0/tx/drops/no_link"), 0);
 }
 
+/// Before Linux 6.16 a peer's descriptors cannot be refused, and their close can wait for the peer.
+#[test]
+fn descriptors_of_a_peer_keep_no_worker_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bus");
+    let bus = bus(1);
+    let mut a = Net::new(&bus, "a", config("listen", &path), Shape::default());
+    a.add_status_page();
+    let lingering: Vec<_> = (0..3)
+        .map(|round| {
+            let mut peer = UnixStream::connect(&path).unwrap();
+            peer.set_read_timeout(Some(TIMEOUT)).unwrap();
+            a.status("the link", |w| w[word::LINK] == 1);
+            write_frame(&mut peer, &frame(A, PEER, round, 100));
+            assert_eq!(a.recv(0), frame(A, PEER, round, 100));
+            let waits = vbus_test_driver::send_lingering(&peer, &[0]);
+            assert_eq!(peer.read(&mut [0; 8]).unwrap(), 0, "the device hangs up");
+            a.status("no link", |w| w[word::LINK] == 0);
+            waits
+        })
+        .collect();
+    // One that nobody reads before the driver and the device go.
+    let mut peer = UnixStream::connect(&path).unwrap();
+    a.status("the link", |w| w[word::LINK] == 1);
+    let more = [&mut peer, &mut UnixStream::connect(&path).unwrap()]
+        .map(|socket| vbus_test_driver::send_lingering(socket, &[0]));
+    drop(a);
+    drop(bus);
+    drop((lingering, more));
+}
+
 #[test]
 fn a_peer_that_goes_is_replaced_by_the_next() {
     let dir = tempfile::tempdir().unwrap();

@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use rustix::net::{SendFlags, Shutdown, send, shutdown};
+use vbus_vfio_user::{Closer, plain};
 
 use super::openmetrics::CONTENT_TYPE;
 
@@ -70,13 +71,13 @@ impl Conversation {
         }
     }
 
-    /// Goes on, if the socket is ready. `metrics` makes the text. Returns whether the connection
-    /// goes on.
-    pub fn ready(&mut self, metrics: &mut dyn FnMut() -> Arc<str>) -> bool {
+    /// Goes on, if the socket is ready. `metrics` makes the text, and `closer` closes what the
+    /// scraper sends along. Returns whether the connection goes on.
+    pub fn ready(&mut self, metrics: &mut dyn FnMut() -> Arc<str>, closer: &Closer) -> bool {
         let done = match &mut self.step {
-            Step::Ask(_) => self.ask(metrics),
+            Step::Ask(_) => self.ask(metrics, closer),
             Step::Answer { .. } => self.send(),
-            Step::Drain => self.read(&mut [0; 4096]).map(|bytes| bytes > 0),
+            Step::Drain => self.read(&mut [0; 4096], closer).map(|bytes| bytes > 0),
         };
         match done {
             Ok(goes_on) => goes_on,
@@ -84,17 +85,18 @@ impl Conversation {
         }
     }
 
-    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match recv(&self.socket, buffer, RecvFlags::empty()) {
-            Ok((bytes, _)) => Ok(bytes),
-            Err(Errno::INTR) => Err(io::ErrorKind::WouldBlock.into()),
-            Err(errno) => Err(errno.into()),
-        }
+    /// Ends the connection. It does not wait for what the scraper has sent along.
+    pub fn end(self, closer: &Closer) {
+        plain::close(self.socket, closer);
     }
 
-    fn ask(&mut self, metrics: &mut dyn FnMut() -> Arc<str>) -> io::Result<bool> {
+    fn read(&self, buffer: &mut [u8], closer: &Closer) -> io::Result<usize> {
+        Ok(plain::recv(self.socket.as_fd(), false, buffer, closer)?)
+    }
+
+    fn ask(&mut self, metrics: &mut dyn FnMut() -> Arc<str>, closer: &Closer) -> io::Result<bool> {
         let mut buffer = [0; 2048];
-        let bytes = self.read(&mut buffer)?;
+        let bytes = self.read(&mut buffer, closer)?;
         let Step::Ask(head) = &mut self.step else { return Ok(true) };
         head.extend_from_slice(&buffer[..bytes]);
         self.step = match request(head) {

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 use vbus_control::Peer;
 use vbus_core::lock;
+use vbus_vfio_user::Closer;
 
 use super::http::Conversation;
 use super::openmetrics::Exporter;
@@ -52,11 +53,15 @@ impl MetricsServer {
         }
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let stop = Arc::new(stop.context("making an eventfd")?);
-        let mut room = Room { doors, exporter, limit, clients: Vec::new(), pause: None };
+        let (clients, closer) = (Vec::new(), Closer::new());
+        let mut room = Room { doors, exporter, limit, clients, pause: None, closer };
         let stopped = stop.clone();
         let thread = std::thread::Builder::new()
             .name("metrics".into())
-            .spawn(move || while room.turn(&stopped) {})
+            .spawn(move || {
+                while room.turn(&stopped) {}
+                room.end();
+            })
             .context("starting the thread of the metrics")?;
         Ok(MetricsServer { stop, thread: Some(thread) })
     }
@@ -81,6 +86,8 @@ struct Room {
     clients: Vec<(Queue, Conversation)>,
     /// Until when nobody is accepted.
     pause: Option<Instant>,
+    /// Closes what scrapers sent along. While much waits for it, nobody is accepted.
+    closer: Closer,
 }
 
 /// Connections that share [`CLIENTS`] places. Nobody takes a place in another queue.
@@ -119,13 +126,16 @@ impl Room {
         if ready[0] {
             return false;
         }
-        let mut at = 1 + count;
-        let exporter = &mut self.exporter;
-        self.clients.retain_mut(|(_, client)| {
-            let goes_on = !ready[at] || client.ready(&mut || exporter.text());
-            at += 1;
-            goes_on && client.until() > now
-        });
+        let (exporter, closer) = (&mut self.exporter, &self.closer);
+        let clients = std::mem::take(&mut self.clients);
+        for ((queue, mut client), ready) in clients.into_iter().zip(&ready[1 + count..]) {
+            let goes_on = !ready || client.ready(&mut || exporter.text(), closer);
+            if goes_on && client.until() > now {
+                self.clients.push((queue, client));
+            } else {
+                client.end(closer);
+            }
+        }
         for door in (0..count).filter(|door| ready[1 + door]) {
             self.accept(door);
         }
@@ -134,6 +144,10 @@ impl Room {
 
     /// Accepts one client of a door.
     fn accept(&mut self, door: usize) {
+        if self.closer.is_full() {
+            self.pause = Some(Instant::now() + PAUSE);
+            return;
+        }
         let Door { socket, rights } = &self.doors[door];
         let accepted = accept_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
         let socket = match accepted {
@@ -160,10 +174,16 @@ impl Room {
         let is_of_queue = |(of, _): &(Queue, Conversation)| *of == queue;
         if self.clients.iter().filter(|client| is_of_queue(client)).count() >= CLIENTS {
             if let Some(oldest) = self.clients.iter().position(is_of_queue) {
-                self.clients.remove(oldest);
+                self.clients.remove(oldest).1.end(&self.closer);
             }
         }
         self.clients.push((queue, client));
+    }
+
+    /// Ends all connections. It does not wait for what scrapers have sent.
+    fn end(self) {
+        self.clients.into_iter().for_each(|(_, client)| client.end(&self.closer));
+        self.doors.into_iter().for_each(|door| self.closer.close(door.socket));
     }
 }
 
@@ -181,6 +201,7 @@ mod tests {
 
     use anyhow::anyhow;
     use serde_json::json;
+    use vbus_test_driver::{send_lingering, take_descriptors};
 
     use super::*;
     use crate::classes;
@@ -194,6 +215,8 @@ mod tests {
     struct Setting {
         dir: tempfile::TempDir,
         port: std::net::SocketAddr,
+        /// The listener behind the UNIX socket.
+        listener: UnixListener,
         _server: MetricsServer,
     }
 
@@ -222,11 +245,13 @@ mod tests {
             unix.set_nonblocking(true).unwrap();
             tcp.set_nonblocking(true).unwrap();
             let port = tcp.local_addr().unwrap();
+            let listener = unix.try_clone().unwrap();
             let doors = vec![
                 Door { socket: unix.into(), rights: None },
                 Door { socket: tcp.into(), rights: None },
             ];
-            Setting { dir, port, _server: MetricsServer::start(doors, exporter, limit).unwrap() }
+            let _server = MetricsServer::start(doors, exporter, limit).unwrap();
+            Setting { dir, port, listener, _server }
         }
 
         fn unix(&self) -> UnixStream {
@@ -334,7 +359,8 @@ mod tests {
             Box::new(Default::default),
         );
         let (doors, clients) = (Vec::new(), Vec::new());
-        let mut room = Room { doors, exporter, limit: LONG, clients, pause: None };
+        let closer = Closer::new();
+        let mut room = Room { doors, exporter, limit: LONG, clients, pause: None, closer };
         let mut enter = |count: usize, may: bool| -> Vec<UnixStream> {
             let enter = |_| {
                 let (own, socket) = UnixStream::pair().unwrap();
@@ -353,6 +379,27 @@ mod tests {
         assert_eq!(others.iter().filter(|client| is_there(client)).count(), CLIENTS);
         let _more = enter(1, true);
         assert!(!is_there(&readers[0]) && is_there(&readers[1]));
+    }
+
+    /// Before Linux 6.16 a scraper's descriptors cannot be refused, and a close can wait.
+    #[test]
+    fn descriptors_of_scrapers_keep_nobody_waiting() {
+        let setting = Setting::new();
+        take_descriptors(&setting.listener);
+        let mut lingering = Vec::new();
+        for bytes in [&b"GET "[..], GET] {
+            let client = setting.unix();
+            lingering.push(send_lingering(&client, bytes));
+            assert_eq!(exchange(client, b""), "", "its connection ends");
+            setting.scrape();
+        }
+        // One that is not read before it has to go.
+        let silent: Vec<_> = (0..CLIENTS).map(|_| setting.unix()).collect();
+        setting.scrape();
+        drop(silent);
+        lingering.push(send_lingering(setting.unix(), b"x"));
+        drop(setting);
+        drop(lingering);
     }
 
     #[test]

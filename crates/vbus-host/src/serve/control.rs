@@ -95,7 +95,8 @@ impl Request {
     }
 }
 
-/// Accepts clients. Dropping it removes the socket.
+/// Accepts clients. Dropping it removes the socket, and may wait for what clients have sent along:
+/// [`end`](Acceptor::end) does not.
 pub struct Acceptor {
     server: Server<Control>,
     _held: Held,
@@ -127,6 +128,11 @@ impl Acceptor {
     /// client.
     pub fn next(&self) -> io::Result<()> {
         self.server.accept()
+    }
+
+    /// Removes the socket.
+    pub fn end(self) {
+        self.server.end();
     }
 }
 

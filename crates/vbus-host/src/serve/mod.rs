@@ -185,13 +185,16 @@ fn serve(
         Some(path) => match config::read(path) {
             Ok((config, source)) => (config, Some(source)),
             // Whoever edits the file while a bus dies must not end its clients' connections. The
-            // devices are those of the former bus, and without a file the bus allows less.
+            // devices and the bound of the guests' memory are those of the former bus, and without
+            // a file the bus allows less.
             Err(error) if taking.is_some() && keeping.is_some() => {
                 tracing::error!(
-                    "{error:#}\nthe bus goes on with its devices, and without what else the file \
-                     says; mend it, and start a bus with --take-over"
+                    "{error:#}\nthe bus goes on with its devices and its guest-memory-mib, and without \
+                     what else the file says; mend it, and start a bus with --take-over"
                 );
-                (Config::default(), None)
+                let former = taking.as_ref().map(|(_, handed)| &handed.offer);
+                let guest_memory = former.and_then(|offer| offer.guest_memory);
+                (Config { guest_memory, ..Config::default() }, None)
             }
             Err(error) => return Err(error.into()),
         },
@@ -385,7 +388,8 @@ fn serve(
         keeping.ends();
         let _ = host.supervisor().set_leaving(false);
     }
-    drop((accept, served));
+    accept.end();
+    drop(served);
     reloader.end();
     host.stop();
     Ok(())

@@ -151,6 +151,11 @@ impl Reloader {
         current.devices.iter().filter(is_there).map(|made| made.spec.name.clone()).collect()
     }
 
+    /// The bound of the guests' memory that the configuration has, in bytes.
+    pub fn guest_memory(&self) -> Option<u64> {
+        lock(&self.current).config.guest_memory
+    }
+
     /// Reads the configuration file again. The log gets the report too.
     ///
     /// # Errors

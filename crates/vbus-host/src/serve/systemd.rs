@@ -8,6 +8,9 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::SendFlags;
+
 /// The socket of the manager. It is connected at the start, before the process gives up rights.
 pub struct Manager {
     socket: Option<UnixDatagram>,
@@ -73,7 +76,7 @@ impl Manager {
 
     fn tell(&self, state: &str) {
         let Some(socket) = &self.socket else { return };
-        if let Err(error) = socket.send(state.as_bytes()) {
+        if let Err(error) = send(socket, state) {
             tracing::warn!(%error, "cannot tell systemd {state}");
         }
     }
@@ -88,7 +91,7 @@ pub struct Notifier {
 impl Notifier {
     /// From now on process `pid` is the service's main process.
     pub fn moved_to(&self, pid: i32) {
-        if let Err(error) = self.socket.send(format!("MAINPID={pid}").as_bytes()) {
+        if let Err(error) = send(&self.socket, &format!("MAINPID={pid}")) {
             tracing::warn!(%error, "cannot tell systemd of the new main process");
         }
     }
@@ -107,6 +110,13 @@ impl Notifier {
     }
 }
 
+/// Sends a datagram, if the manager takes it now: one that reads nothing must not hold the bus up.
+/// The socket may be one of a former bus, which can make it wait.
+fn send(socket: &UnixDatagram, state: &str) -> Result<(), Errno> {
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    retry_on_intr(|| rustix::net::send(socket, state.as_bytes(), flags)).map(drop)
+}
+
 fn connect(path: &OsString) -> Option<UnixDatagram> {
     // An abstract address begins with '@'.
     let address = match path.to_str().and_then(|path| path.strip_prefix('@')) {
@@ -115,12 +125,30 @@ fn connect(path: &OsString) -> Option<UnixDatagram> {
     };
     let connected = address.and_then(|address| {
         let socket = UnixDatagram::unbound()?;
-        // A manager that reads nothing must not hold the bus up.
-        socket.set_nonblocking(true)?;
         socket.connect_addr(&address)?;
         Ok(socket)
     });
     connected
         .inspect_err(|error| tracing::warn!(%error, "NOTIFY_SOCKET: cannot reach systemd"))
         .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A former bus may have made the socket one that waits.
+    #[test]
+    fn a_manager_that_reads_nothing_holds_nobody_up() {
+        let (own, theirs) = UnixDatagram::pair().unwrap();
+        let mut manager = Manager::taken(own.into(), Some(Duration::from_nanos(4)));
+        let notifier = manager.notifier().unwrap().unwrap();
+        while send(&notifier.socket, "full=1").is_ok() {}
+        manager.ready();
+        manager.alive();
+        notifier.moved_to(1);
+        manager.stopping();
+        let mut first = [0; 16];
+        assert_eq!(theirs.recv(&mut first).unwrap(), 6);
+    }
 }

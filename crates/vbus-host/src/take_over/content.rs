@@ -43,6 +43,10 @@ pub struct Offer {
     pub manager: Option<ManagerPart>,
     /// The devices. They may change no more.
     pub devices: Vec<Spec>,
+    /// The bound of the guests' memory that can be charged to the bus (`guest-memory-mib`), in
+    /// bytes. It holds for the next bus of a keeper whose configuration file is wrong.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_memory: Option<u64>,
 }
 
 impl Offer {

@@ -88,6 +88,7 @@ impl Departure {
                     .map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
             }),
             devices,
+            guest_memory: self.reloader.guest_memory(),
         };
         Ok((offer, descriptors))
     }

@@ -92,7 +92,8 @@ pub fn leave(socket: BorrowedFd<'_>, bus: &mut impl Leaves, limits: &Limits) -> 
     let offer = bus.offer().inspect_err(|error| tell(&wire, error, by))?;
     send(&wire, kind::OFFER, &offer, by).context("the offer could not be sent")?;
     let ready = expect(&wire, kind::READY, by);
-    ready.context("the other bus did not get ready")?;
+    // It has none, if it is a bus.
+    Closer::let_go(ready.context("the other bus did not get ready")?.descriptors);
     let by = Instant::now() + limits.pause;
     // A class that panics must not leave all devices standing still.
     let state = catch_unwind(AssertUnwindSafe(|| bus.stop(by)))
@@ -102,7 +103,9 @@ pub fn leave(socket: BorrowedFd<'_>, bus: &mut impl Leaves, limits: &Limits) -> 
         // A client may have sent some, and the devices stand still until this bus goes on.
         Closer::let_go(state.descriptors);
         sent?;
-        expect(&wire, kind::TAKEN, by).context("the other bus did not take over").map(drop)
+        let taken = expect(&wire, kind::TAKEN, by).context("the other bus did not take over")?;
+        Closer::let_go(taken.descriptors);
+        Ok(())
     });
     let Err(error) = taken else { return Ok(()) };
     tell(&wire, &error, Instant::now() + GOODBYE);
@@ -186,15 +189,17 @@ fn expect(wire: &Wire<'_>, kind: u8, by: Instant) -> Result<Parcel> {
         Err(error) if error.kind() == io::ErrorKind::TimedOut => bail!("it did not answer in time"),
         received => received?,
     };
-    match frame.ok_or_else(|| anyhow!("it has ended"))? {
-        Frame { kind: found, body, descriptors } if found == kind => {
-            Ok(Parcel { body, descriptors })
-        }
-        Frame { kind: kind::FAILED, body, .. } => {
+    let Frame { kind: found, body, descriptors } = frame.ok_or_else(|| anyhow!("it has ended"))?;
+    if found == kind {
+        return Ok(Parcel { body, descriptors });
+    }
+    Closer::let_go(descriptors);
+    match found {
+        kind::FAILED => {
             let text: String = String::from_utf8_lossy(&body).chars().take(TEXT_MAX).collect();
             bail!("it says: {text}")
         }
-        Frame { kind: found, .. } => bail!("it sent message {found} in the place of {kind}"),
+        found => bail!("it sent message {found} in the place of {kind}"),
     }
 }
 
@@ -205,6 +210,7 @@ const TEXT_MAX: usize = 4096;
 fn has_come(wire: &Wire<'_>, kind: u8) -> bool {
     let by = Instant::now() + GOODBYE;
     while let Ok(Some(frame)) = wire.receive(by) {
+        Closer::let_go(frame.descriptors);
         if frame.kind == kind {
             return true;
         }
@@ -287,6 +293,31 @@ mod tests {
         let left = leave(one.as_fd(), &mut old, &limits);
         drop(one);
         (old.events, [left, taking.join().unwrap()])
+    }
+
+    /// Whoever may ask for the bus may send along a descriptor whose close waits for it. The
+    /// devices stand still until the old bus goes on.
+    #[test]
+    fn descriptors_of_the_other_bus_make_nobody_wait() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (fd, peer) = vbus_test_driver::lingering();
+        let wire = Wire::new(theirs.as_fd());
+        let by = Instant::now() + Duration::from_secs(60);
+        // It gets ready, and does not say that it has taken over.
+        wire.send(kind::READY, b"", &[fd.as_fd()], by).unwrap();
+        wire.send(kind::READY, b"", &[fd.as_fd()], by).unwrap();
+        drop(fd);
+        let mut old = Old::default();
+        let error = std::thread::scope(|scope| {
+            // The state is larger than the socket's buffer.
+            scope.spawn(|| while wire.receive(by).is_ok_and(|frame| frame.is_some()) {});
+            let left = leave(ours.as_fd(), &mut old, &LONG);
+            ours.shutdown(std::net::Shutdown::Both).unwrap();
+            left.unwrap_err()
+        });
+        assert!(format!("{error:#}").contains("in the place of"), "{error:#}");
+        assert_eq!(old.events, ["offer", "stop", "go on"]);
+        drop(peer);
     }
 
     #[test]
@@ -397,7 +428,7 @@ mod tests {
         let things: [(&str, Then); 6] = [
             ("it is killed", |socket| socket.shutdown(std::net::Shutdown::Both).unwrap()),
             ("it hangs", |_| {}),
-            ("half a message", |mut socket| socket.write_all(b"vbto\x02").unwrap()),
+            ("half a message", |mut socket| drop(socket.write_all(b"vbto\x02"))),
             ("another message", |socket| {
                 let by = Instant::now() + LONG.prepare;
                 let _ = Wire::new(socket.as_fd()).send(kind::STATE, b"{}", &[], by);

@@ -16,6 +16,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg, shutdown,
 };
+use vbus_vfio_user::Closer;
 
 /// The most descriptors in one packet (the kernel's `SCM_MAX_FD`).
 const BATCH: usize = 253;
@@ -116,16 +117,30 @@ impl<'a> Wire<'a> {
     /// [`io::ErrorKind::TimedOut`]; what came is no frame, or exceeds a limit; the other end has
     /// gone within a frame; or this process has too many descriptors.
     pub fn receive(&self, by: Instant) -> io::Result<Option<Frame>> {
-        let mut bytes = [0; HEAD];
         let mut descriptors = Vec::new();
-        match self.receive_some(&mut bytes, &mut descriptors, by)? {
+        let received = self.receive_head_and_body(&mut descriptors, by);
+        let Ok(Some((kind, body))) = received else {
+            // They may be of anything.
+            Closer::let_go(descriptors);
+            return received.map(|_| None);
+        };
+        Ok(Some(Frame { kind, body, descriptors }))
+    }
+
+    fn receive_head_and_body(
+        &self,
+        descriptors: &mut Vec<OwnedFd>,
+        by: Instant,
+    ) -> io::Result<Option<(u8, Vec<u8>)>> {
+        let mut bytes = [0; HEAD];
+        match self.receive_some(&mut bytes, descriptors, by)? {
             0 => return Ok(None),
-            count => self.receive_all(&mut bytes[count..], &mut descriptors, by)?,
+            count => self.receive_all(&mut bytes[count..], descriptors, by)?,
         }
         let (kind, len, count) = parse(&bytes)?;
         while descriptors.len() < count {
             let before = descriptors.len();
-            self.receive_all(&mut [0], &mut descriptors, by)?;
+            self.receive_all(&mut [0], descriptors, by)?;
             if descriptors.len() == before {
                 return Err(wrong("descriptors are missing"));
             }
@@ -137,12 +152,12 @@ impl<'a> Wire<'a> {
         while body.len() < len {
             let have = body.len();
             body.resize(len.min(have + STEP), 0);
-            self.receive_all(&mut body[have..], &mut descriptors, by)?;
+            self.receive_all(&mut body[have..], descriptors, by)?;
         }
         if descriptors.len() > count {
             return Err(wrong("it has descriptors in the wrong place"));
         }
-        Ok(Some(Frame { kind, body, descriptors }))
+        Ok(Some((kind, body)))
     }
 
     fn receive_all(
@@ -311,6 +326,22 @@ mod tests {
             drop(one);
             assert!(Wire::new(other.as_fd()).receive(soon()).is_err(), "{what}");
         }
+    }
+
+    /// Whoever may ask for the bus may send a descriptor whose close waits for it.
+    #[test]
+    fn descriptors_of_what_is_no_frame_make_nobody_wait() {
+        let (one, other) = UnixStream::pair().unwrap();
+        // A head that announces none, and one that announces two.
+        let lingering = [0, 2].map(|count| {
+            let waits = vbus_test_driver::send_lingering(&one, &head(1, 4, count));
+            (&one).write_all(b"body").unwrap();
+            assert!(Wire::new(other.as_fd()).receive(soon()).is_err(), "{count}");
+            let rest = &mut [0; 64];
+            let _ = rustix::net::recv(&other, rest, RecvFlags::DONTWAIT);
+            waits
+        });
+        drop(lingering);
     }
 
     #[test]

@@ -211,22 +211,7 @@ fn a_hole_in_huge_pages_with_no_page_left() {
 
 #[test]
 fn a_file_system_that_is_full() {
-    const NAME: &str = "lost::touches_a_file_in_a_full_file_system";
-    let program = std::env::current_exe().unwrap();
-    // A process of its own, with its own mounts.
-    let mut command = std::process::Command::new("unshare");
-    command.args(["--mount", "--map-root-user"]).arg(program);
-    let output = command.args(["--ignored", "--exact", NAME, "--nocapture"]).output();
-    let Ok(output) = output else {
-        eprintln!("skipped: there is no unshare");
-        return;
-    };
-    let text = String::from_utf8_lossy(&output.stderr);
-    if text.contains("unshare") || text.contains("no mount") {
-        eprintln!("skipped: this machine lets nobody mount: {text}");
-        return;
-    }
-    assert!(output.status.success(), "{:?} {text}", output.status);
+    vbus_test_driver::run_with_own_mounts("lost::touches_a_file_in_a_full_file_system");
 }
 
 #[test]
@@ -236,7 +221,7 @@ fn touches_a_file_in_a_full_file_system() {
     let folder = tempfile::tempdir().unwrap();
     let size = Some(c"size=1m");
     if let Err(error) = mount("none", folder.path(), "tmpfs", MountFlags::empty(), size) {
-        eprintln!("no mount: {error}");
+        eprintln!("{}{error}", vbus_test_driver::NO_MOUNT);
         return;
     }
     let open = |name| {

@@ -6,35 +6,21 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use rustix::mount::{MountFlags, mount};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use vfio_user_protocol::Client;
 
-use crate::support::{Done, run, vbus, wait_until};
+use crate::support::{Done, Running, TIMEOUT, end_of, run, vbus, wait_until};
 
 /// As the errors of the system say it.
 const FULL: &str = "No space left on device";
 
 #[test]
 fn a_full_file_system_stops_nothing() {
-    const NAME: &str = "full::serves_in_a_full_file_system";
-    let program = std::env::current_exe().unwrap();
-    // A process of its own, with its own mounts.
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "--map-root-user"]).arg(program);
-    let Ok(output) = command.args(["--ignored", "--exact", NAME, "--nocapture"]).output() else {
-        eprintln!("skipped: there is no unshare");
-        return;
-    };
-    let text = String::from_utf8_lossy(&output.stderr);
-    if text.contains("unshare:") || text.contains("no mount: ") {
-        eprintln!("skipped: this machine lets nobody mount: {text}");
-        return;
-    }
-    assert!(output.status.success(), "{:?} {text}", output.status);
+    vbus_test_driver::run_with_own_mounts("full::serves_in_a_full_file_system");
 }
 
 /// Takes all the room in the file system of `folder`, for bytes and for files.
@@ -70,7 +56,7 @@ fn serves_in_a_full_file_system() {
     let folder = temporary.path();
     let options = Some(c"size=512k,nr_inodes=64");
     if let Err(error) = mount("none", folder, "tmpfs", MountFlags::empty(), options) {
-        eprintln!("no mount: {error}");
+        eprintln!("{}{error}", vbus_test_driver::NO_MOUNT);
         return;
     }
     // A file for each step, so that those of the bus are few.
@@ -83,7 +69,8 @@ fn serves_in_a_full_file_system() {
     );
     std::fs::write(folder.join("bus.toml"), config).unwrap();
     let listener = UnixListener::bind(&stream).unwrap();
-    let mut serve = vbus()
+    listener.set_nonblocking(true).unwrap();
+    let serve = vbus()
         .arg("serve")
         .arg("--config")
         .arg(folder.join("bus.toml"))
@@ -93,12 +80,20 @@ fn serves_in_a_full_file_system() {
         .stderr(File::create(folder.join("log")).unwrap())
         .spawn()
         .unwrap();
+    let mut serve = Running(serve);
     let ask = |args: &[&str]| -> Done { run(args, &dir) };
     let show = |name: &str| -> Value {
         serde_json::from_str(&ask(&["device", "show", name, "--json"]).out).unwrap()
     };
     wait_until("the bus", || ask(&["device", "list"]).code == Some(0));
-    let (mut peer, _) = listener.accept().unwrap();
+    let mut peer = None;
+    wait_until("the stream's peer", || {
+        peer = listener.accept().ok();
+        peer.is_some()
+    });
+    let (mut peer, _) = peer.unwrap();
+    peer.set_nonblocking(false).unwrap();
+    peer.set_write_timeout(Some(TIMEOUT)).unwrap();
     let filler = Filler(folder);
 
     // No byte is free: the capture ends, and frames go on.
@@ -148,8 +143,8 @@ fn serves_in_a_full_file_system() {
     // Neither does the end need room.
     filler.bytes();
     filler.files();
-    kill_process(Pid::from_child(&serve), Signal::TERM).unwrap();
-    assert!(serve.wait().unwrap().success());
+    kill_process(Pid::from_child(&serve.0), Signal::TERM).unwrap();
+    assert!(end_of(&mut serve.0).success());
     assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
     // The mount goes with this process's name space.
 }

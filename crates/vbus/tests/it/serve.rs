@@ -6,7 +6,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Stdio;
 use std::time::Duration;
 
-use crate::support::{Served, TIMEOUT, TWO, exchange, has_ended, run, vbus, wait_until};
+use crate::support::{
+    Running, Served, TIMEOUT, TWO, end_of, exchange, has_ended, run, vbus, wait_until,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -193,7 +195,7 @@ fn sockets_are_private_and_are_removed_at_the_end() {
         names.sort();
         assert_eq!(names, ["control.sock", "metrics.sock", "net0.sock", "net1.sock"]);
         bus.signal(signal);
-        assert!(bus.child.wait().unwrap().success());
+        assert!(end_of(&mut bus.child).success());
         assert_eq!(std::fs::read_dir(&bus.dir).unwrap().count(), 0);
     }
 }
@@ -211,20 +213,14 @@ fn a_directory_has_one_bus() {
     kill_process(Pid::from_raw(supervisor).unwrap(), Signal::KILL).unwrap();
     wait_until("the supervisor to end", || has_ended(supervisor));
     bus.child.kill().unwrap();
-    bus.child.wait().unwrap();
+    end_of(&mut bus.child);
     assert!(bus.dir.join("net0.sock").exists());
     assert!(bus.bad(&["device", "list"]).contains("no bus serves"));
-    let mut next = vbus()
-        .args(["serve", "--dir"])
-        .arg(&bus.dir)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut next = vbus();
+    next.args(["serve", "--dir"]).arg(&bus.dir).stdout(Stdio::null()).stderr(Stdio::null());
+    let _next = Running(next.spawn().unwrap());
     wait_until("the next bus", || bus.run(&["device", "list"]).code == Some(0));
     assert!(!bus.dir.join("net0.sock").exists());
-    next.kill().unwrap();
-    next.wait().unwrap();
 }
 
 /// The supervisor has the directory's lock too, and a disk may keep it from its end.
@@ -234,7 +230,7 @@ fn a_bus_that_has_ended_leaves_its_directory_to_the_next_one_although_its_superv
     let supervisor = Pid::from_raw(bus.supervisor()).unwrap();
     kill_process(supervisor, Signal::STOP).unwrap();
     bus.signal(Signal::TERM);
-    assert!(bus.child.wait().unwrap().success());
+    assert!(end_of(&mut bus.child).success());
     let next = Served::start_in(&bus.dir, TWO);
     assert!(!has_ended(supervisor.as_raw_nonzero().get()), "it would have let go by its end");
     kill_process(supervisor, Signal::KILL).unwrap();
@@ -247,7 +243,7 @@ fn a_killed_bus_leaves_nothing_and_the_next_one_starts_at_once() {
     let mut bus = Served::start_in(&folder.path().join("bus"), TWO);
     for _ in 0..3 {
         bus.child.kill().unwrap();
-        bus.child.wait().unwrap();
+        end_of(&mut bus.child);
         // The supervisor of the killed bus may not have ended yet.
         let next = Served::start_in(&bus.dir, TWO);
         assert_eq!(next.json(&["device", "list"]).as_array().unwrap().len(), 2);
@@ -255,7 +251,7 @@ fn a_killed_bus_leaves_nothing_and_the_next_one_starts_at_once() {
     }
     let supervisor = bus.supervisor();
     bus.child.kill().unwrap();
-    bus.child.wait().unwrap();
+    end_of(&mut bus.child);
     wait_until("the supervisor to end", || has_ended(supervisor));
     assert_eq!(std::fs::read_dir(&bus.dir).unwrap().count(), 0);
 }
@@ -276,7 +272,7 @@ fn sockets_of_the_service_manager_are_used_and_stay() {
         move || exchange(&mut socket, b"{\"op\":\"list\"}\n")
     });
     // The shell gives the descriptors their numbers, and the bus its process id.
-    let mut bus = std::process::Command::new("sh")
+    let bus = std::process::Command::new("sh")
         .args([
             "-c",
             "exec 3<&0 4<&1 0</dev/null 1>/dev/null; LISTEN_PID=$$ LISTEN_FDS=2 exec \"$@\"",
@@ -288,15 +284,15 @@ fn sockets_of_the_service_manager_are_used_and_stay() {
         .stdin(std::os::fd::OwnedFd::from(control))
         .stdout(std::os::fd::OwnedFd::from(device))
         .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+        .spawn();
+    let mut bus = Running(bus.unwrap());
     let list: Value = serde_json::from_str(&client.join().unwrap()).unwrap();
     assert_eq!(list["ok"].as_array().unwrap().len(), 2);
     assert_eq!(run(&["device", "show", "net1"], &dir).code, Some(0));
     let client = UnixStream::connect(dir.join("net1.sock")).unwrap();
     drop(client);
-    kill_process(Pid::from_child(&bus), Signal::TERM).unwrap();
-    assert!(bus.wait().unwrap().success());
+    kill_process(Pid::from_child(&bus.0), Signal::TERM).unwrap();
+    assert!(end_of(&mut bus.0).success());
     let mut left: Vec<_> =
         std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     left.sort();

@@ -26,7 +26,9 @@ use serde_json::{Value, json};
 use vbus_driver::{Function, state::Pages};
 use vbus_process::{MEMORY_BYTES, Process};
 
-use crate::support::{Served, TIMEOUT, exchange, has_ended, vbus, wait_until};
+use crate::support::{
+    Running, Served, TIMEOUT, await_bytes, end_of, exchange, has_ended, vbus, wait_until,
+};
 
 fn pages(name: &str) -> String {
     format!(
@@ -112,15 +114,16 @@ fn taker(bus: &Served) -> Command {
 /// Another process takes over. Its log goes to the file `log`.
 pub fn take_over(bus: &mut Served) {
     let log = std::fs::OpenOptions::new().append(true).open(&bus.log).unwrap();
-    let mut next =
-        taker(bus).args(["--ready-fd", "1"]).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
-    let mut line = [0; 8];
-    let told = next.stdout.take().unwrap().read_exact(&mut line);
+    let next = taker(bus).args(["--ready-fd", "1"]).stdout(Stdio::piped()).stderr(log).spawn();
+    let mut next = Running(next.unwrap());
+    let (mut line, mut ready) = ([0; 8], next.0.stdout.take().unwrap());
+    await_bytes(&ready);
+    let told = ready.read_exact(&mut line);
     let log = || std::fs::read_to_string(&bus.log).unwrap();
     assert!(told.is_ok() && line == *b"READY=1\n", "{}", log());
-    let status = bus.child.wait().unwrap();
+    let status = end_of(&mut bus.child);
     assert!(status.success(), "the old bus: {status}\n{}", log());
-    bus.child = next;
+    std::mem::swap(&mut bus.child, &mut next.0);
 }
 
 /// The pauses in the log, in order.
@@ -190,7 +193,7 @@ fn drivers_at_work_notice_nothing_of_many_upgrades() {
     // QEMU waits for 5 seconds, on any machine.
     assert!(all.iter().all(|pause| *pause < Duration::from_secs(5)), "{all:?}");
     bus.signal(Signal::TERM);
-    assert!(bus.child.wait().unwrap().success());
+    assert!(end_of(&mut bus.child).success());
     let left = std::fs::read_dir(&bus.dir).unwrap().count();
     assert_eq!(left, 0, "the last bus removes all sockets, also those that it has not made");
 }
@@ -411,7 +414,7 @@ fn through(bus: &mut Served, edit: impl Fn(&str, &mut Value)) -> Option<(Option<
             return refused(new);
         }
     }
-    assert!(bus.child.wait().unwrap().success());
+    assert!(end_of(&mut bus.child).success());
     bus.child = new;
     None
 }
@@ -555,7 +558,7 @@ fn a_new_process_goes_on_though_nobody_waits_for_it() {
     // `vbus serve --background`, or what had started it, has been killed.
     drop(reader);
     let next = taker(&bus).args(["--ready-fd", "1"]).stdout(writer).stderr(log).spawn().unwrap();
-    assert!(bus.child.wait().unwrap().success());
+    assert!(end_of(&mut bus.child).success());
     bus.child = next;
     driver.goes_on("after an upgrade that nobody waits for");
     let log = || std::fs::read_to_string(&bus.log).unwrap();
@@ -584,7 +587,7 @@ fn what_the_configuration_changes_follows_the_upgrade() {
     bus.good(&["device", "remove", "values0"]);
     assert!(!bus.dir.join("values0.sock").exists(), "its file goes with the device");
     bus.signal(Signal::TERM);
-    assert!(bus.child.wait().unwrap().success());
+    assert!(end_of(&mut bus.child).success());
     assert_eq!(std::fs::read_dir(&bus.dir).unwrap().count(), 0);
 }
 
@@ -615,18 +618,18 @@ fn the_service_manager_follows_the_upgrade() {
         command.arg("serve").args(more).arg("--config").arg(&config).arg("--dir").arg(&dir);
         command
     };
-    let mut old: Child = serve(&[])
+    let old = serve(&[])
         .env("NOTIFY_SOCKET", &notify)
         .env("WATCHDOG_USEC", "400000")
         .env_remove("WATCHDOG_PID")
-        .spawn()
-        .unwrap();
+        .spawn();
+    let mut old = Running(old.unwrap());
     hear("READY=1");
     // As in ExecReload=: the command returns when the new process serves.
     let mut reload = serve(&["--take-over", "--background"]);
     assert!(reload.status().unwrap().success());
     let told = hear("MAINPID=");
-    assert!(old.wait().unwrap().success());
+    assert!(end_of(&mut old.0).success());
     let next: i32 = told.trim_start_matches("MAINPID=").trim().parse().unwrap();
     assert!(!has_ended(next));
     hear("WATCHDOG=1");

@@ -2,9 +2,10 @@
 //! Runs a real `vbus serve` in its own directory, and ends it with the test.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -255,6 +256,35 @@ impl Drop for Served {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A process that ends with a test that fails.
+pub struct Running(pub Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Waits for the end of a process. One that does not end is a failure of the test.
+pub fn end_of(child: &mut Child) -> ExitStatus {
+    let mut status = None;
+    wait_until("the end of the process", || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    status.unwrap()
+}
+
+/// Waits until something can be read.
+pub fn await_bytes(from: impl AsFd) {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let limit = TIMEOUT.try_into().unwrap();
+    let count =
+        rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(&from, PollFlags::IN)], Some(&limit)));
+    assert_eq!(count, Ok(1), "nothing can be read within {TIMEOUT:?}");
 }
 
 /// Whether a process has ended. Its parent may not have waited for it yet.
