@@ -127,11 +127,13 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if self.listener.is_some() && !*self.quiesced.get_mut() {
+        // While the device is quiesced, another process may have the listener, and keeps it. If none
+        // has, the path is free at once, as a listener that is to be closed would not leave it.
+        if let Some(listener) = self.listener.take().filter(|_| !*self.quiesced.get_mut()) {
             self.opener.remove(&self.path);
+            // What a client has sent, and nobody has accepted, is closed with the listener.
+            self.closer.close_last(listener);
         }
-        // What a client has sent, and nobody has accepted, is closed with the listener.
-        self.listener.take().into_iter().for_each(|listener| self.closer.close_last(listener));
         if let Some(socket) = lock(&self.socket).take().and_then(Arc::into_inner) {
             self.closer.close(socket);
         }
