@@ -132,7 +132,8 @@ impl<'a> Buses<'a> {
             }
             Driver::Program => "--irqchip split",
         };
-        let slots = format!("--slots {}", DEVICES.len());
+        // One more, for a device that is plugged in the middle of a move.
+        let slots = format!("--slots {}", DEVICES.len() + 1);
         self.spec(0).args(words).args(&slots).boot(self.l1)
     }
 
