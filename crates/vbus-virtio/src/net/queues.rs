@@ -489,23 +489,28 @@ impl Queues {
         self.configure_later();
     }
 
-    fn configure_later(&self) {
+    /// Runs `job` on another thread, if the session is there then. Whoever calls may have the lock.
+    /// If there is no thread, logs `lost` and returns false.
+    fn run_later(&self, lost: &str, job: impl FnOnce(&Queues) + Send + 'static) -> bool {
         let this = self.this.clone();
-        let again = self.jobs.run(move || {
+        let runs = self.jobs.run(move || {
             if let Some(this) = this.upgrade() {
-                this.configure_anew();
+                job(&this);
             }
         });
-        if !again {
-            tracing::error!("the interface keeps its filter: there is no thread");
+        if !runs {
+            tracing::error!("{lost}: there is no thread");
         }
+        runs
+    }
+
+    fn configure_later(&self) {
+        self.run_later("the interface keeps its filter", Queues::configure_anew);
     }
 
     /// Moves the queues to this process, on another thread. Returns whether there is one.
     fn move_later(&self, why: String) -> bool {
-        let this = self.this.clone();
-        let moved = self.jobs.run(move || {
-            let Some(this) = this.upgrade() else { return };
+        self.run_later("queues cannot leave vhost-net", move |this| {
             let mut state = lock(&this.state);
             if state.kernel.is_none() || state.ended {
                 return;
@@ -516,24 +521,12 @@ impl Queues {
             tracing::debug!(device = this.work.nic.nic().name, why);
             this.work.nic.vhost().note(why);
             this.configure_anew();
-        });
-        if !moved {
-            tracing::error!("queues cannot leave vhost-net: there is no thread");
-        }
-        moved
+        })
     }
 
     /// Lets the kernel have the queues again, on another thread: here the memory changes.
     fn move_back_later(&self) {
-        let this = self.this.clone();
-        let moved = self.jobs.run(move || {
-            if let Some(this) = this.upgrade() {
-                this.move_as_wanted();
-            }
-        });
-        if !moved {
-            tracing::error!("queues do not go back to vhost-net: there is no thread");
-        }
+        self.run_later("queues do not go back to vhost-net", Queues::move_as_wanted);
     }
 
     /// Takes the queues of the pairs from `queues` on away from the kernel.

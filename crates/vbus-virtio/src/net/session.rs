@@ -322,7 +322,7 @@ impl Drop for NicSession {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::Mutex;
     use std::time::{Duration, Instant};
 
@@ -395,7 +395,8 @@ mod tests {
         }
     }
 
-    struct NoTransport;
+    /// Nobody hears of anything.
+    pub struct NoTransport;
 
     impl Transport for NoTransport {
         fn queue_used(&self, _index: u16) {}
@@ -475,7 +476,7 @@ mod tests {
 
         /// Waits until the back end is told to set itself up.
         fn set_up(&self) -> Done {
-            wait(|| lock(&self.slow.0).pop())
+            wait("a wish", || lock(&self.slow.0).pop())
         }
 
         fn offloads(&self) -> Offloads {
@@ -489,13 +490,14 @@ mod tests {
         }
     }
 
-    fn wait<T>(mut done: impl FnMut() -> Option<T>) -> T {
+    /// Looks again and again, until there is something. Panics if there is nothing in a minute.
+    pub fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         let end = Instant::now() + Duration::from_secs(60);
         loop {
-            if let Some(value) = done() {
-                return value;
+            if let Some(found) = look() {
+                return found;
             }
-            assert!(Instant::now() < end, "waited in vain");
+            assert!(Instant::now() < end, "{what} did not come");
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -514,7 +516,7 @@ mod tests {
         let second = lab.set_up();
         assert_eq!((lab.answer(), lock(&lab.slow.0).len()), (0xff, 0));
         second(Err(ErrorCode::FAILED));
-        wait(|| (lab.answer() == 1).then_some(()));
+        wait("the answer", || (lab.answer() == 1).then_some(()));
         assert_eq!(lab.offloads(), Offloads::CSUM, "as before both");
         // Nobody waits any more, and all is as before nevertheless.
         lab.enable();

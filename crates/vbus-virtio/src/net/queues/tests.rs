@@ -3,7 +3,6 @@
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::{Value, json};
@@ -16,9 +15,10 @@ use vbus_net::{Backend, Mac, Offloads, Packet, Plug, Port, Queue as BackendQueue
 use super::super::card::Offer;
 use super::super::kernel_double::Kernel;
 use super::super::session::NicSession;
+use super::super::session::tests::{NoTransport, wait};
 use super::super::vhost::Vhost;
 use super::*;
-use crate::device::{Driver, Session, Transport, VirtioDevice};
+use crate::device::{Driver, Session, VirtioDevice};
 use crate::net::card::VirtioNic;
 
 /// A back end with an interface that is set up when the test says so.
@@ -79,14 +79,6 @@ impl BackendQueue for Interface {
         self.0.sent.fetch_add(1, Ordering::Relaxed);
         Sent::Done { units: 1 }
     }
-}
-
-struct NoTransport;
-
-impl Transport for NoTransport {
-    fn queue_used(&self, _: u16) {}
-
-    fn config_changed(&self, _: Vec<u8>, _: bool) {}
 }
 
 /// Where the ring of queue `index` is: a page for each, with its buffers.
@@ -244,17 +236,6 @@ impl Lab {
 
     fn sent_here(&self) -> u32 {
         self.rig.wire.0.sent.load(Ordering::Relaxed)
-    }
-}
-
-fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + Duration::from_secs(60);
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < end, "{what} did not come");
-        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
