@@ -7,7 +7,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd};
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::Arc;
@@ -24,7 +24,9 @@ use vbus_process::{MEMORY_BYTES, Process};
 use vbus_shm::pic::{DriverEnd, PAGE_BYTES};
 use vfio_user_protocol::Client;
 
-use crate::support::{Served, TIMEOUT, exchange, has_ended, program, vbus, wait_until};
+use crate::support::{
+    Served, ServiceManager, TIMEOUT, exchange, has_ended, program, vbus, wait_until,
+};
 use crate::take_over_net::{Card, ENTRIES, frame};
 
 /// How many times a bus may die in a row that has not served for [`PROGRESS`].
@@ -586,6 +588,20 @@ fn a_bus_that_cannot_be_started_now_is_started_later() {
     assert_eq!(bus.0.devices(), ["values"]);
 }
 
+/// Lets the keeper stand still until the bus has dropped it. Returns its process.
+fn stop_keeper(bus: &Kept) -> Pid {
+    let id = Pid::from_raw(i32::try_from(bus.0.child.id()).unwrap()).unwrap();
+    kill_process(id, Signal::STOP).unwrap();
+    wait_until("the bus has no keeper", || {
+        // The one that the keeper does not take says so, and fails.
+        let mut set = vbus();
+        set.args(["state", "set", "--hex", "values", "in", "02", "--dir"]).arg(&bus.0.dir);
+        set.output().unwrap();
+        keeper(bus)["present"] == false
+    });
+    id
+}
+
 /// A keeper that stands still is dropped. When it goes on and the bus has died, it must not give a
 /// client a device that does not know what the client was told meanwhile.
 #[test]
@@ -594,15 +610,7 @@ fn a_keeper_that_stood_still_ends_the_clients_of_a_bus_that_went_on_without_it()
     let driver = Worker::start(&bus);
     driver.exchanges(&bus, 1, "at first");
     let pages = driver.end();
-    let keeper_process = Pid::from_raw(i32::try_from(bus.0.child.id()).unwrap()).unwrap();
-    kill_process(keeper_process, Signal::STOP).unwrap();
-    wait_until("the bus has no keeper", || {
-        // The one that the keeper does not take says so, and fails.
-        let mut set = vbus();
-        set.args(["state", "set", "--hex", "values", "in", "02", "--dir"]).arg(&bus.0.dir);
-        set.output().unwrap();
-        keeper(&bus)["present"] == false
-    });
+    let keeper_process = stop_keeper(&bus);
     // A change of its connection that nobody keeps, and then a message that changes nothing.
     bus.0.good(&["device", "reincarnate", "values"]);
     assert!(matches!(pages.function().check(), Err(vbus_driver::Error::Reincarnated)));
@@ -637,20 +645,11 @@ fn the_unit_of_systemd_keeps_its_bus() {
             .replace("/etc/vbus/%i.toml", &at("bus.toml"))
             .replace("/run/vbus/%i", &at("bus"))
     };
-    let manager = UnixDatagram::bind(at("notify")).unwrap();
-    manager.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let manager = ServiceManager::bind(folder.path().join("notify"));
     let hear = |what: &str| {
-        let begun = Instant::now();
-        loop {
-            let mut bytes = [0; 256];
-            let count = manager.recv(&mut bytes).unwrap();
-            let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
+        manager.hear(what, |text| {
             assert!(!text.contains("MAINPID"), "the keeper stays the main process: {text}");
-            if text.starts_with(what) {
-                return;
-            }
-            assert!(begun.elapsed() < TIMEOUT, "the manager does not hear {what}");
-        }
+        })
     };
     // The bus is not the main process, and does not start it.
     assert_eq!(of_unit("NotifyAccess"), "all");
@@ -708,14 +707,7 @@ fn of_two_keepers_one_starts_the_next_bus() {
     let driver = Worker::start(&bus);
     driver.exchanges(&bus, 1, "at first");
     let process = bus.process();
-    let id = Pid::from_raw(i32::try_from(bus.0.child.id()).unwrap()).unwrap();
-    kill_process(id, Signal::STOP).unwrap();
-    wait_until("the bus has no keeper", || {
-        let mut set = vbus();
-        set.args(["state", "set", "--hex", "values", "in", "02", "--dir"]).arg(&bus.0.dir);
-        set.output().unwrap();
-        keeper(&bus)["present"] == false
-    });
+    let id = stop_keeper(&bus);
     let mut first = bus.adopt();
     kill(process);
     wait_until("the next bus takes its place", || bus.restarts() == 1);

@@ -8,13 +8,13 @@
 use std::io::{BufRead as _, BufReader, IoSlice, IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
@@ -27,7 +27,8 @@ use vbus_driver::{Function, state::Pages};
 use vbus_process::{MEMORY_BYTES, Process};
 
 use crate::support::{
-    Running, Served, TIMEOUT, await_bytes, end_of, exchange, has_ended, vbus, wait_until,
+    Running, Served, ServiceManager, TIMEOUT, await_bytes, end_of, exchange, has_ended, vbus,
+    wait_until,
 };
 
 fn pages(name: &str) -> String {
@@ -596,20 +597,8 @@ fn what_the_configuration_changes_follows_the_upgrade() {
 fn the_service_manager_follows_the_upgrade() {
     let temporary = tempfile::tempdir().unwrap();
     let notify = temporary.path().join("notify");
-    let manager = UnixDatagram::bind(&notify).unwrap();
-    manager.set_read_timeout(Some(TIMEOUT)).unwrap();
-    let hear = |what: &str| {
-        let begun = Instant::now();
-        loop {
-            let mut bytes = [0; 256];
-            let count = manager.recv(&mut bytes).unwrap();
-            let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
-            if text.starts_with(what) {
-                return text;
-            }
-            assert!(begun.elapsed() < TIMEOUT, "the manager does not hear {what}");
-        }
-    };
+    let manager = ServiceManager::bind(&notify);
+    let hear = |what: &str| manager.hear(what, |_| {});
     let config = temporary.path().join("bus.toml");
     std::fs::write(&config, pages("values0")).unwrap();
     let dir = temporary.path().join("bus");

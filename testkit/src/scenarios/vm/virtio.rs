@@ -2,16 +2,23 @@
 //! The class `virtio-net` in front of the driver that a distribution's kernel has.
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use crate::bus::{Bus, device};
 use crate::flood::{self, Flood};
 use crate::guest::Guest;
 use crate::initramfs::{self, Archive};
 use crate::lab::Scene;
+use crate::linux;
 use crate::nic::{self, Nic};
 use crate::pair::TRANSFER;
 use crate::system::kexec;
 use crate::vm::VmSpec;
+use crate::wire::{Load, NICS, Wire};
+
+/// Numbers of features.
+pub(super) const ACCESS_PLATFORM: usize = 33;
+pub(super) const RING_PACKED: usize = 34;
 
 /// Bytes of each transfer.
 const BYTES: u64 = 16 << 20;
@@ -195,4 +202,27 @@ fn exchange(a: &Guest, b: &Guest) -> Result<()> {
 pub fn interface(guest: &Guest, at: usize) -> Result<String> {
     let names = guest.ok(&format!("ls /sys/bus/virtio/devices/virtio{at}/net"))?;
     names.split_whitespace().next().map(str::to_owned).context("the card has no interface")
+}
+
+/// Unbinds the driver of the first card, and binds it again, while `load` flows, which it ends. The
+/// card has its address again afterwards.
+pub(super) fn bind_anew(wire: &Wire, load: Load) -> Result<()> {
+    let driver = "/sys/bus/virtio/drivers/virtio_net";
+    let anew = format!(
+        "v=$(basename {}/virtio*) && echo $v > {driver}/unbind && echo $v > {driver}/bind",
+        linux::function(0)
+    );
+    wire.guest().start(&anew)?.ok(TRANSFER)?;
+    load.end()?;
+    wire.up_near(&linux::interface(wire.guest(), 0)?)
+}
+
+/// Checks that the driver of neither card has broken the rules, as the bus sees it.
+pub(super) fn none_is_broken(wire: &Wire) -> Result<()> {
+    for name in NICS {
+        let shown = wire.bus.run(&["device", "show", name, "--json"])?;
+        let shown: Value = serde_json::from_str(&shown)?;
+        ensure!(shown["counters"]["broken"] == 0, "{name} broke: {}", shown["counters"]);
+    }
+    Ok(())
 }

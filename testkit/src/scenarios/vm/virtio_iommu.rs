@@ -4,7 +4,6 @@
 //! afterwards.
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 
 use crate::initramfs::{self, Archive};
 use crate::lab::Scene;
@@ -14,6 +13,8 @@ use crate::report::Skip;
 use crate::system::System;
 use crate::vm::{Iommu, VmSpec};
 use crate::wire::{NICS, Wire};
+
+use super::virtio::{ACCESS_PLATFORM, RING_PACKED, bind_anew, none_is_broken};
 
 /// Bytes of each exchange. Each buffer costs two round trips between QEMU and the bus, and each of
 /// these waits for a processor on a loaded machine.
@@ -25,10 +26,6 @@ const BEGUN: u64 = 1 << 16;
 /// The settings of the two cards. The first has packed queues and MSI-X, the second split queues
 /// and INTx.
 const CARDS: [&str; 2] = ["msix = true", "packed = false"];
-
-/// The numbers of features: ACCESS_PLATFORM and RING_PACKED.
-const ACCESS_PLATFORM: usize = 33;
-const RING_PACKED: usize = 34;
 
 /// The least mappings that must come, and go, for the pings of a test.
 const MAPPINGS: u64 = 6;
@@ -69,14 +66,7 @@ fn behind(scene: &Scene, iommu: Iommu) -> Result<()> {
     wire.guest().start(&format!("{IP} link set {near} down"))?.ok(TRANSFER)?;
     wire.guest().start(&format!("{IP} link set {near} up"))?.ok(TRANSFER)?;
     wire.flow(BEGUN).context("after the interface was down")?;
-    let driver = "/sys/bus/virtio/drivers/virtio_net";
-    let anew = format!(
-        "v=$(basename {}/virtio*) && echo $v > {driver}/unbind && echo $v > {driver}/bind",
-        linux::function(0)
-    );
-    wire.guest().start(&anew)?.ok(TRANSFER)?;
-    load.end()?;
-    wire.up_near(&linux::interface(wire.guest(), 0)?)?;
+    bind_anew(&wire, load)?;
     wire.exchange(EXCHANGE).context("with the driver bound anew")?;
     linux::check_kernel(wire.guest())?;
 
@@ -87,11 +77,7 @@ fn behind(scene: &Scene, iommu: Iommu) -> Result<()> {
     wire.up()?;
     wire.exchange(EXCHANGE).context("after a reset")?;
     linux::check_kernel(wire.guest())?;
-    for name in NICS {
-        let shown = wire.bus.run(&["device", "show", name, "--json"])?;
-        let shown: Value = serde_json::from_str(&shown)?;
-        ensure!(shown["counters"]["broken"] == 0, "{name} broke: {}", shown["counters"]);
-    }
+    none_is_broken(&wire)?;
     wire.vm.power_off()
 }
 

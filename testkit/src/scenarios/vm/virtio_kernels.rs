@@ -2,7 +2,6 @@
 //! The class `virtio-net` in front of the drivers that each of Debian's kernels has.
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 
 use crate::bus::{Bus, device};
 use crate::initramfs::{self, Archive};
@@ -10,10 +9,11 @@ use crate::kit::kernels::Series;
 use crate::lab::Scene;
 use crate::linux::{self, IP};
 use crate::nic;
-use crate::pair::TRANSFER;
 use crate::report::Skip;
 use crate::vm::VmSpec;
 use crate::wire::{FAR, NICS, Wire};
+
+use super::virtio::{ACCESS_PLATFORM, RING_PACKED, bind_anew, none_is_broken};
 
 /// Bytes of each exchange, and those that flow each way before something happens.
 const BYTES: u64 = 4 << 20;
@@ -43,8 +43,6 @@ const MRG_RXBUF: usize = 15;
 const MQ: usize = 22;
 const INDIRECT_DESC: usize = 28;
 const EVENT_IDX: usize = 29;
-const ACCESS_PLATFORM: usize = 33;
-const RING_PACKED: usize = 34;
 const IN_ORDER: usize = 35;
 const RING_RESET: usize = 40;
 
@@ -101,14 +99,7 @@ fn drives(scene: &Scene, series: Series) -> Result<()> {
 
     let load = wire.load()?;
     wire.flow(BEGUN)?;
-    let driver = "/sys/bus/virtio/drivers/virtio_net";
-    let anew = format!(
-        "v=$(basename {}/virtio*) && echo $v > {driver}/unbind && echo $v > {driver}/bind",
-        linux::function(0)
-    );
-    wire.guest().start(&anew)?.ok(TRANSFER)?;
-    load.end()?;
-    wire.up_near(&linux::interface(wire.guest(), 0)?)?;
+    bind_anew(&wire, load)?;
     exchange(&wire).context("with the driver bound anew")?;
     linux::check_kernel(wire.guest())?;
 
@@ -118,11 +109,7 @@ fn drives(scene: &Scene, series: Series) -> Result<()> {
     up(&wire)?;
     exchange(&wire).context("after a reset")?;
     linux::check_kernel(wire.guest())?;
-    for name in NICS {
-        let shown = wire.bus.run(&["device", "show", name, "--json"])?;
-        let shown: Value = serde_json::from_str(&shown)?;
-        ensure!(shown["counters"]["broken"] == 0, "{name} broke: {}", shown["counters"]);
-    }
+    none_is_broken(&wire)?;
     wire.vm.power_off()
 }
 

@@ -3,7 +3,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::OnceLock;
@@ -61,6 +61,32 @@ pub fn program(path: &Path) -> Command {
     let mut command = Command::new(path);
     command.env_remove("NOTIFY_SOCKET").env("VBUS_LOG", "info").stdin(Stdio::null());
     command
+}
+
+/// Hears what systemd would: a socket for NOTIFY_SOCKET.
+pub struct ServiceManager(UnixDatagram);
+
+impl ServiceManager {
+    pub fn bind(path: impl AsRef<Path>) -> ServiceManager {
+        let socket = UnixDatagram::bind(path).unwrap();
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        ServiceManager(socket)
+    }
+
+    /// Waits for a text that begins with `what`, and returns it. `check` gets all texts until then.
+    pub fn hear(&self, what: &str, check: impl Fn(&str)) -> String {
+        let begun = Instant::now();
+        loop {
+            let mut bytes = [0; 256];
+            let count = self.0.recv(&mut bytes).unwrap();
+            let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
+            check(&text);
+            if text.starts_with(what) {
+                return text;
+            }
+            assert!(begun.elapsed() < TIMEOUT, "the manager does not hear {what}");
+        }
+    }
 }
 
 /// The output and the exit code of a command.
