@@ -127,8 +127,8 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // While the device is quiesced, another process may have the listener, and keeps it. If none
-        // has, the path is free at once, as a listener that is to be closed would not leave it.
+        // While the device is quiesced, another process may have the listener, and keeps it. If no
+        // other has it, it is closed here, so that another device can listen at the path at once.
         if let Some(listener) = self.listener.take().filter(|_| !*self.quiesced.get_mut()) {
             self.opener.remove(&self.path);
             // What a client has sent, and nobody has accepted, is closed with the listener.
